@@ -1,0 +1,104 @@
+@echo off
+rem Trains content and style of an SDXL B-LoRA together, with the settings of the B-LoRA trainer.
+rem Edit the settings below, or better a copy of this file, and run it.
+rem Options given to it are handed on last and win: sdxl_blora_classic --max_train_steps=10
+setlocal EnableExtensions DisableDelayedExpansion
+
+rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
+rem Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
+if not defined BLORA_NAME set "BLORA_NAME=my_project"
+rem The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.
+if not defined BLORA_REVISION set "BLORA_REVISION=1"
+rem Rank and alpha. 1024 saves 1.8 GB in fp32; 64, the paper's, 113 MB, and trains on smaller cards.
+if not defined BLORA_RANK set "BLORA_RANK=1024"
+rem The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. Write / for \.
+if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.safetensors"
+rem The blocks to train: one of lycoris_presets, seen from this folder.
+if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_style.toml"
+rem Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
+if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="
+
+rem ---- Launch (nothing below needs editing) ------------------------------------------------------
+cd /d "%~dp0"
+set "SELF=%~nx0"
+set "PROJECT=%BLORA_NAME%_%BLORA_REVISION%"
+set "DATASET=./_in/lora/sdxl/%BLORA_NAME%/config.toml"
+set "SCRIPT=sdxl_train_network.py"
+if not exist "%SCRIPT%" set "SCRIPT=sd-scripts/sdxl_train_network.py"
+
+set "RC=1"
+if not exist "%SCRIPT%" (
+  echo No sdxl_train_network.py in "%CD%" or its sd-scripts folder: copy the B-LoRA files into a kohya sd-scripts or kohya_ss folder.>&2
+  goto finish
+)
+if "%BLORA_CHECKPOINT%"=="path/to/sd_xl_base_1.0.safetensors" (
+  echo The settings are not edited yet: set BLORA_CHECKPOINT at the top of "%SELF%" to your SDXL checkpoint.>&2
+  goto finish
+)
+if not exist "%BLORA_CHECKPOINT%" (
+  echo No checkpoint at "%BLORA_CHECKPOINT%": correct BLORA_CHECKPOINT at the top of "%SELF%".>&2
+  goto finish
+)
+if not exist "%DATASET%" (
+  echo No dataset config at "%DATASET%": write one there, or correct BLORA_NAME at the top of "%SELF%".>&2
+  goto finish
+)
+
+if exist "venv\Scripts\activate.bat" (
+  call "venv\Scripts\activate.bat"
+) else if exist ".venv\Scripts\activate.bat" (
+  call ".venv\Scripts\activate.bat"
+)
+for %%I in (accelerate.exe) do set "ACCELERATE=%%~$PATH:I"
+if not defined ACCELERATE (
+  echo No accelerate in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them.>&2
+  goto finish
+)
+
+accelerate launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRIPT%" ^
+  --pretrained_model_name_or_path="%BLORA_CHECKPOINT%" ^
+  --dataset_config="%DATASET%" ^
+  --output_dir="./_out/lora/sdxl/%PROJECT%" ^
+  --output_name="%PROJECT%" ^
+  --network_module=lycoris.kohya ^
+  --network_args "preset=%BLORA_PRESET%" ^
+  --network_dim="%BLORA_RANK%" ^
+  --network_alpha="%BLORA_RANK%" ^
+  --network_train_unet_only ^
+  --resolution=1024,1024 ^
+  --enable_bucket ^
+  --min_bucket_reso=512 ^
+  --bucket_reso_steps=32 ^
+  --random_crop ^
+  --caption_extension=.txt ^
+  --persistent_data_loader_workers ^
+  --max_train_steps=3000 ^
+  --save_every_n_steps=1000 ^
+  --save_model_as=safetensors ^
+  --mixed_precision=fp16 ^
+  --no_half_vae ^
+  --gradient_checkpointing ^
+  --mem_eff_attn ^
+  --prior_loss_weight=0 ^
+  --max_grad_norm=1.0 ^
+  --seed=0 ^
+  --lr_scheduler=cosine ^
+  --lr_warmup_steps=500 ^
+  --learning_rate=1.0 ^
+  --optimizer_type=prodigy ^
+  --optimizer_args ^
+  "weight_decay=1e-04" ^
+  "betas=(0.9,0.999)" ^
+  "eps=1e-08" ^
+  "decouple=True" ^
+  "use_bias_correction=True" ^
+  "safeguard_warmup=True" ^
+  "beta3=None" %*
+set "RC=%ERRORLEVEL%"
+
+:finish
+rem A double-click opens a window of its own that closes with the last line: hold it open.
+if not defined CMDCMDLINE exit /b %RC%
+set "CLICKED=%CMDCMDLINE:"=%"
+if /i "%CLICKED%"=="%COMSPEC% /c %~f0 " pause
+exit /b %RC%

@@ -1,0 +1,22 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from cmd_runner import Cmd, MissingToolsError, cmd_session, find_tools
+
+
+@pytest.fixture(scope="session")
+def cmd() -> Iterator[Cmd]:
+    """A cmd.exe that runs .bat files; where there is none its tests are skipped, save in CI."""
+    try:
+        tools = find_tools()
+    except MissingToolsError as missing:
+        # A test that CI skips is one that nobody runs.
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up(str(missing))
+    with cmd_session(tools) as session:
+        yield session

@@ -1,0 +1,167 @@
+"""Throw-away kohya folders, and the two shells that run the launchers in them.
+
+A folder gets our files by the README's own copy command. In place of accelerate (or python) it
+holds a recorder, which notes how it was called and exits with the code asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import venv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmd_runner import Call, Cmd, Finished, calls, native_path, windows_path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = "models/sd_xl_base_1.0.safetensors"
+SCRIPT = "sdxl_train_network.py"
+# One record a call, in the format of tests/windows/recorder.c.
+RECORDER = """#!/usr/bin/env bash
+mkdir -p "$RECORDER_LOG"
+printf '%s\\0' "$PWD" "$#" "$0" "$@" >"$RECORDER_LOG/$(ls "$RECORDER_LOG" | wc -l)"
+exit "${RECORDER_EXIT:-0}"
+"""
+
+
+def copy_command() -> str:
+    """The command by which the README installs the bundle."""
+    [command] = re.findall(r"^cp -r .*blora.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return command
+
+
+def install(kohya: Path) -> None:
+    """Copy the bundle into the folder as the README says."""
+    command = re.sub(r"<[^>]+>/$", '"$KOHYA"/', copy_command())
+    subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "KOHYA": str(kohya)}, check=True
+    )
+
+
+def make_kohya(path: Path, *, gui: bool = False, name: str = "my_project") -> Path:
+    """A folder with the bundle, a training script, a checkpoint and a dataset config.
+
+    The script lies in the root as in sd-scripts, or with `gui` in sd-scripts/ as in kohya_ss.
+    """
+    path.mkdir(parents=True)
+    install(path)
+    files = [
+        "sd-scripts/" + SCRIPT if gui else SCRIPT,
+        CHECKPOINT,
+        f"_in/lora/sdxl/{name}/config.toml",
+    ]
+    for file in files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).touch()
+    return path
+
+
+@dataclass(frozen=True)
+class Bash:
+    """Runs the .sh launchers."""
+
+    suffix = ".sh"
+
+    def install_recorder(self, folder: Path, program: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / program).write_text(RECORDER)
+        (folder / program).chmod(0o755)
+
+    def make_venv(self, path: Path, program: str = "accelerate") -> Path:
+        """A real venv whose program is a recorder; hands back the folder of its programs."""
+        venv.EnvBuilder(symlinks=True).create(path)
+        self.install_recorder(path / "bin", program)
+        return path / "bin"
+
+    def path_variable(self, folder: Path) -> dict[str, str]:
+        """An environment in which the folder's programs are found, as in an active one."""
+        return {"PATH": os.pathsep.join([str(folder), os.defpath])}
+
+    def run(
+        self, launcher: Path, args: Sequence[str], cwd: Path, log: Path, env: Mapping[str, str]
+    ) -> tuple[Finished, list[Call]]:
+        done = subprocess.run(
+            [launcher, *args],
+            cwd=cwd,
+            env={"PATH": os.defpath, "RECORDER_LOG": str(log), **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return Finished(done.returncode, done.stdout), [
+            self._call(r) for r in sorted(log.glob("*"))
+        ]
+
+    def shown(self, path: Path) -> str:
+        """The path as this shell and its programs write it."""
+        return str(path)
+
+    def program_folder(self, call: Call) -> Path:
+        """Where the program lay that was called."""
+        return Path(call.argv[0]).parent
+
+    @staticmethod
+    def _call(record: Path) -> Call:
+        cwd, _, *argv = record.read_text().split("\0")[:-1]
+        return Call(argv, Path(cwd), {})
+
+
+@dataclass(frozen=True)
+class Bat:
+    """Runs the .bat files, with cmd.exe or Wine."""
+
+    cmd: Cmd
+    suffix = ".bat"
+
+    def install_recorder(self, folder: Path, program: str) -> None:
+        self.cmd.install_recorder(folder / f"{program}.exe")
+
+    def make_venv(self, path: Path, program: str = "accelerate") -> Path:
+        """The part of a venv that a .bat meets: activate.bat, which puts Scripts on PATH."""
+        self.install_recorder(path / "Scripts", program)
+        (path / "Scripts/activate.bat").write_bytes(b'@set "PATH=%~dp0;%PATH%"\r\n')
+        return path / "Scripts"
+
+    def path_variable(self, folder: Path) -> dict[str, str]:
+        return {"PATH": rf"{windows_path(folder)};C:\windows\system32;C:\windows"}
+
+    def run(
+        self, launcher: Path, args: Sequence[str], cwd: Path, log: Path, env: Mapping[str, str]
+    ) -> tuple[Finished, list[Call]]:
+        typed = subprocess.list2cmdline(args)
+        done = self.cmd.run(launcher, typed, cwd, {"RECORDER_LOG": windows_path(log), **env})
+        return done, calls(log)
+
+    def shown(self, path: Path) -> str:
+        """The path as this shell and its programs write it."""
+        return windows_path(path)
+
+    def double_click(self, bat: Path, dropped: Sequence[str], log: Path, env=None) -> Finished:
+        """Run the .bat as Explorer does, with what is dropped on it, if anything."""
+        # Explorer leaves a space after the name, whether or not anything follows.
+        typed = " ".join(f'"{path}"' for path in dropped)
+        comspec = r"C:\windows\system32\cmd.exe"
+        env = {
+            **(env or {}),
+            "RECORDER_LOG": windows_path(log),
+            "COMSPEC": comspec,
+            "CMDCMDLINE": f'{comspec} /c ""{windows_path(bat)}" {typed}"',
+        }
+        return self.cmd.run(bat, typed, bat.parent, env)
+
+    def program_folder(self, call: Call) -> Path:
+        """Where the program lay that was called: the first folder of PATH has a recorder."""
+        return native_path(call.env["PATH"].split(";")[0])
+
+
+def remove_files(kohya: Path, *names: str) -> None:
+    """Take away what a refusal is to be about."""
+    for name in names:
+        target = kohya / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()

@@ -1,0 +1,362 @@
+"""Toy SDXL models: the real shape and the real module names, a few channels wide.
+
+The U-Net has SDXL's 794 Linear and Conv2d layers and the text encoders have their 72 and 193,
+each under its real name and inside containers of the real class, so that what a LyCORIS preset
+selects here is what it selects in SDXL. Only the widths differ: 8, 16 and 32 channels where
+SDXL has 320, 640 and 1280. The weights are random; they follow `torch.manual_seed`.
+
+A random network gives some answer where it should name the noise, so its loss starts well above
+1. Training can take that answer back: the loss falls towards 1, and there is nothing more to
+learn here.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# U-Net: (channels, transformer blocks in each Transformer2DModel) of its three levels
+LEVELS = ((8, 0), (16, 2), (32, 10))
+LATENT_CHANNELS = 4
+TIME_WIDTH = 32
+SIZE_WIDTH = 8  # sinusoid of each of the six size-conditioning numbers
+NORM_GROUPS = 4
+HEAD_WIDTH = 8
+
+# Text encoders: width and layers of each; the second one also has a text_projection.
+ENCODER_SHAPES = ((8, 12), (16, 32))
+CONTEXT_WIDTH = sum(width for width, _ in ENCODER_SHAPES)
+POOLED_WIDTH = ENCODER_SHAPES[1][0]
+
+TOKENS = 16  # CLIP has 77
+VOCABULARY = 1024
+START, END = VOCABULARY, VOCABULARY + 1
+
+
+def make_unet() -> nn.Module:
+    return with_full_signal(ToyUNet())
+
+
+def make_text_encoders() -> list[nn.Module]:
+    (width1, layers1), (width2, layers2) = ENCODER_SHAPES
+    encoders = [CLIPTextModel(width1, layers1), CLIPTextModelWithProjection(width2, layers2)]
+    return [with_full_signal(encoder) for encoder in encoders]
+
+
+def with_full_signal(model: nn.Module) -> nn.Module:
+    """Weights that keep a signal's strength: torch's own weaken it at every layer, and hardly
+    anything that an attention layer does would reach the end."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+    return model
+
+
+def tokenize(caption: str) -> list[int]:
+    """Each word hashed to a token; crc32, because Python's hash() differs from run to run."""
+    words = caption.replace(",", " , ").split()[: TOKENS - 2]
+    ids = [START, *(zlib.crc32(word.encode()) % VOCABULARY for word in words)]
+    return ids + [END] * (TOKENS - len(ids))
+
+
+def sinusoid(values: Tensor, width: int) -> Tensor:
+    rates = torch.exp(-math.log(10000) * torch.arange(width // 2, device=values.device) * 2 / width)
+    angles = values.float()[..., None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    q, k, v = (x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for x in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+# ---- U-Net ----------------------------------------------------------------------------------
+
+
+class ResnetBlock2D(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(TIME_WIDTH, outputs))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, outputs),
+            nn.SiLU(),
+            nn.Identity(),  # SDXL has a dropout here; it keeps the convolution at index 3
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+        )
+        same = inputs == outputs
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        hidden = self.in_layers(x) + self.emb_layers(emb)[..., None, None]
+        return self.skip_connection(x) + self.out_layers(hidden)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, context_width: int):
+        super().__init__()
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.proj = nn.Linear(inputs, 2 * outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.ModuleList(
+            [GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.attn1 = CrossAttention(width, width)
+        self.ff = FeedForward(width)
+        self.attn2 = CrossAttention(width, CONTEXT_WIDTH)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(NORM_GROUPS, width)
+        self.proj_in = nn.Linear(width, width)
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(width) for _ in range(depth))
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample2D(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample2D(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def residual_stage(inputs: int, width: int, depth: int) -> nn.ModuleList:
+    stage = nn.ModuleList([ResnetBlock2D(inputs, width)])
+    if depth:
+        stage.append(Transformer2DModel(width, depth))
+    return stage
+
+
+def down_path() -> tuple[nn.ModuleList, list[int]]:
+    """The nine input blocks, and the channels that each hands to the output blocks."""
+    width = LEVELS[0][0]
+    blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1))]
+    skips = [width]
+    for level, (wide, depth) in enumerate(LEVELS):
+        if level:
+            blocks.append(nn.Sequential(Downsample2D(width)))
+            skips.append(width)
+        for _ in range(2):
+            blocks.append(residual_stage(width, wide, depth))
+            width = wide
+            skips.append(width)
+    return nn.ModuleList(blocks), skips
+
+
+def up_path(skips: Iterable[int]) -> nn.ModuleList:
+    skips = list(skips)
+    width = skips[-1]
+    blocks = []
+    for level, (wide, depth) in reversed(list(enumerate(LEVELS))):
+        for _ in range(3):
+            blocks.append(residual_stage(width + skips.pop(), wide, depth))
+            width = wide
+        if level:
+            blocks[-1].append(Upsample2D(width))
+    return nn.ModuleList(blocks)
+
+
+def run_block(block: Iterable[nn.Module], x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    for layer in block:
+        if isinstance(layer, ResnetBlock2D):
+            x = layer(x, emb)
+        elif isinstance(layer, Transformer2DModel):
+            x = layer(x, context)
+        else:
+            x = layer(x)
+    return x
+
+
+class ToyUNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        first, (widest, deepest) = LEVELS[0][0], LEVELS[-1]
+        label_width = POOLED_WIDTH + 6 * SIZE_WIDTH
+        self.time_embed = embedding_mlp(first)
+        self.label_emb = nn.Sequential(embedding_mlp(label_width))
+        self.input_blocks, skips = down_path()
+        self.middle_block = residual_stage(widest, widest, deepest)
+        self.middle_block.append(ResnetBlock2D(widest, widest))
+        self.output_blocks = up_path(skips)
+        self.out = nn.ModuleList(
+            [
+                nn.GroupNorm(NORM_GROUPS, first),
+                nn.SiLU(),
+                nn.Conv2d(first, LATENT_CHANNELS, 3, padding=1),
+            ]
+        )
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor
+    ) -> Tensor:
+        """The noise in the latents x. sizes: [batch, 6], as SDXL's size conditioning."""
+        label = torch.cat([pooled, sinusoid(sizes, SIZE_WIDTH).flatten(1)], dim=1)
+        emb = self.time_embed(sinusoid(timesteps, LEVELS[0][0])) + self.label_emb(label)
+        skips = []
+        for block in self.input_blocks:
+            x = run_block(block, x, emb, context)
+            skips.append(x)
+        x = run_block(self.middle_block, x, emb, context)
+        for block in self.output_blocks:
+            x = run_block(block, torch.cat([x, skips.pop()], dim=1), emb, context)
+        return run_block(self.out, x, emb, context)
+
+
+def embedding_mlp(inputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, TIME_WIDTH)
+    )
+
+
+# ---- text encoders --------------------------------------------------------------------------
+
+
+class CLIPTextEmbeddings(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY + 2, width)
+        self.position_embedding = nn.Embedding(TOKENS, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token_embedding(tokens) + self.position_embedding.weight
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), causal=True))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.self_attn = CLIPAttention(width)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = CLIPMLP(width)
+        self.layer_norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last state but one, which is the U-Net's context in SDXL, and the last."""
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        return x, self.layers[-1](x)
+
+
+class CLIPTextTransformer(nn.Module):
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.embeddings = CLIPTextEmbeddings(width)
+        self.encoder = CLIPEncoder(width, layers)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        context, last = self.encoder(self.embeddings(tokens))
+        first_end = tokens.eq(END).int().argmax(dim=1)
+        pooled = last[torch.arange(len(last), device=last.device), first_end]
+        return context, self.final_layer_norm(pooled)
+
+
+class CLIPTextModel(nn.Module):
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.text_model = CLIPTextTransformer(width, layers)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text_model(tokens)
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    def __init__(self, width: int, layers: int):
+        super().__init__(width, layers)
+        self.text_projection = nn.Linear(width, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        context, pooled = self.text_model(tokens)
+        return context, self.text_projection(pooled)

@@ -1,0 +1,392 @@
+"""What the launchers promise, in bash and in cmd.exe alike.
+
+Every case runs both twins in a throw-away kohya folder whose accelerate records how it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from kohya_folder import CHECKPOINT, ROOT, Bash, Bat, make_kohya, remove_files
+from sdxl_train_network import build_parser
+
+NAMES = ["sdxl_blora_classic", "sdxl_blora_fast"]
+# A name that every shell would like to split, expand or end early.
+ODD = "Zoe & co (1) it's! 50^"
+SETTINGS = {"BLORA_CHECKPOINT": CHECKPOINT}
+
+CLASSIC = f"""
+--pretrained_model_name_or_path={CHECKPOINT}
+--dataset_config=./_in/lora/sdxl/my_project/config.toml
+--output_dir=./_out/lora/sdxl/my_project_1
+--output_name=my_project_1
+--network_module=lycoris.kohya
+--network_args
+preset=lycoris_presets/blora_content_style.toml
+--network_dim=1024
+--network_alpha=1024
+--network_train_unet_only
+--resolution=1024,1024
+--enable_bucket
+--min_bucket_reso=512
+--bucket_reso_steps=32
+--random_crop
+--caption_extension=.txt
+--persistent_data_loader_workers
+--max_train_steps=3000
+--save_every_n_steps=1000
+--save_model_as=safetensors
+--mixed_precision=fp16
+--no_half_vae
+--gradient_checkpointing
+--mem_eff_attn
+--prior_loss_weight=0
+--max_grad_norm=1.0
+--seed=0
+--lr_scheduler=cosine
+--lr_warmup_steps=500
+--learning_rate=1.0
+--optimizer_type=prodigy
+--optimizer_args
+weight_decay=1e-04
+betas=(0.9,0.999)
+eps=1e-08
+decouple=True
+use_bias_correction=True
+safeguard_warmup=True
+beta3=None
+""".split()
+
+# The only differences between the two recipes: classic's argument, fast's argument.
+FAST_CHANGES = [
+    ("--random_crop", "--cache_latents"),
+    ("--mem_eff_attn", "--sdpa"),
+    ("--lr_warmup_steps=500", "--lr_warmup_steps=0"),
+    ("use_bias_correction=True", "use_bias_correction=False"),
+    (None, "--save_precision=fp16"),
+]
+
+
+@pytest.fixture(params=["bash", "bat"])
+def shell(request):
+    if request.param == "bat":
+        return Bat(request.getfixturevalue("cmd"))
+    if sys.platform == "win32":
+        pytest.skip("the .sh launchers are for Linux")
+    return Bash()
+
+
+@dataclass
+class Kohya:
+    """A kohya folder and the shell that runs launchers in it."""
+
+    shell: Bash | Bat
+    path: Path
+    log: Path
+    env: dict[str, str] = field(default_factory=lambda: dict(SETTINGS))
+
+    def launch(self, name: str, *args: str, cwd: Path | None = None):
+        """Run a launcher; hand back how it ended and the calls of accelerate."""
+        launcher = self.path / f"{name}{self.shell.suffix}"
+        return self.shell.run(launcher, args, cwd or self.path, self.log, self.env)
+
+    def argv(self, name: str, *args: str, cwd: Path | None = None) -> list[str]:
+        """The arguments of the one call that a launcher made, after `accelerate`."""
+        done, calls = self.launch(name, *args, cwd=cwd)
+        assert (done.returncode, done.output) == (0, "")
+        [call] = calls
+        assert call.cwd == self.path
+        return call.argv[1:]
+
+
+@pytest.fixture
+def kohya(shell, tmp_path) -> Kohya:
+    """An sd-scripts folder with accelerate in its venv, and the checkpoint set."""
+    path = make_kohya(tmp_path / "kohya")
+    shell.make_venv(path / "venv")
+    return Kohya(shell, path, tmp_path / "log")
+
+
+# ---- The recipes ---------------------------------------------------------------------------------
+
+
+def test_classic_passes_exactly_the_recipe_of_the_b_lora_trainer(kohya):
+    assert kohya.argv("sdxl_blora_classic") == [
+        "launch",
+        "--num_cpu_threads_per_process=8",
+        "sdxl_train_network.py",
+        *CLASSIC,
+    ]
+
+
+def test_fast_changes_only_these_settings(kohya):
+    classic = kohya.argv("sdxl_blora_classic")
+    remove_files(kohya.log.parent, kohya.log.name)
+    fast = kohya.argv("sdxl_blora_fast")
+    gone = [old for old, _ in FAST_CHANGES if old]
+    new = [new for _, new in FAST_CHANGES]
+    assert sorted(fast) == sorted([arg for arg in classic if arg not in gone] + new)
+    assert [arg for arg in fast if arg not in new] == [arg for arg in classic if arg not in gone]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_exists_in_sd_scripts_with_that_value_allowed(kohya, name):
+    _, _, script, *options = kohya.argv(name)
+    assert script == "sdxl_train_network.py"
+    parsed = vars(build_parser().parse_args(options))
+    assert parsed["network_args"] == ["preset=lycoris_presets/blora_content_style.toml"]
+    assert parsed["optimizer_args"][-1] == "beta3=None"
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+
+def test_every_setting_can_come_from_the_environment(kohya):
+    kohya.env |= {
+        "BLORA_NAME": "cat",
+        "BLORA_REVISION": "7",
+        "BLORA_RANK": "64",
+        "BLORA_PRESET": "lycoris_presets/blora_layout_style.toml",
+        "BLORA_ACCELERATE_ARGS": "--multi_gpu --num_processes=2",
+    }
+    (kohya.path / "_in/lora/sdxl/my_project").rename(kohya.path / "_in/lora/sdxl/cat")
+    argv = kohya.argv("sdxl_blora_classic")
+    changed = [
+        ("my_project/config", "cat/config"),
+        ("my_project_1", "cat_7"),
+        ("=1024", "=64"),
+        ("resolution=64,1024", "resolution=1024,1024"),
+        ("blora_content_style", "blora_layout_style"),
+    ]
+    expected = "\n".join(CLASSIC)
+    for old, new in changed:
+        expected = expected.replace(old, new)
+    assert argv[:4] == [
+        "launch",
+        "--num_cpu_threads_per_process=8",
+        "--multi_gpu",
+        "--num_processes=2",
+    ]
+    assert argv[5:] == expected.split("\n")
+
+
+def test_a_setting_edited_in_the_file_is_used(kohya):
+    del kohya.env["BLORA_CHECKPOINT"]
+    file = kohya.path / f"sdxl_blora_fast{kohya.shell.suffix}"
+    text = file.read_bytes().decode()
+    file.write_bytes(text.replace("path/to/sd_xl_base_1.0.safetensors", CHECKPOINT, 1).encode())
+    assert f"--pretrained_model_name_or_path={CHECKPOINT}" in kohya.argv("sdxl_blora_fast")
+
+
+def test_the_names_wsl_and_torch_set_for_themselves_change_nothing(kohya):
+    kohya.env |= {"NAME": "DESKTOP-1", "RANK": "0", "REVISION": "r", "PROJECT": "p", "SCRIPT": "s"}
+    assert kohya.argv("sdxl_blora_classic")[3:] == CLASSIC
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_folder_name_project_name_and_checkpoint_arrives_whole(shell, tmp_path, name):
+    path = make_kohya(tmp_path / ODD / "kohya", name=ODD)
+    shell.make_venv(path / "venv")
+    checkpoint = tmp_path / f"{ODD}.safetensors"
+    checkpoint.touch()
+    env = {"BLORA_NAME": ODD, "BLORA_CHECKPOINT": shell.shown(checkpoint)}
+    argv = Kohya(shell, path, tmp_path / "log", env).argv(name, cwd=tmp_path)
+    assert argv[3:7] == [
+        f"--pretrained_model_name_or_path={shell.shown(checkpoint)}",
+        f"--dataset_config=./_in/lora/sdxl/{ODD}/config.toml",
+        f"--output_dir=./_out/lora/sdxl/{ODD}_1",
+        f"--output_name={ODD}_1",
+    ]
+    assert argv[7:] == options_after_names(name)
+
+
+def options_after_names(name: str) -> list[str]:
+    """A recipe's arguments after the four that hold the user's own names."""
+    if name == "sdxl_blora_classic":
+        return CLASSIC[4:]
+    swapped = {old: new for old, new in FAST_CHANGES if old}
+    rest = [swapped.get(arg, arg) for arg in CLASSIC[4:]]
+    rest.insert(rest.index("--save_model_as=safetensors") + 1, "--save_precision=fp16")
+    return rest
+
+
+# ---- Where things are ----------------------------------------------------------------------------
+
+
+def test_the_training_script_of_a_kohya_ss_folder_is_found(shell, tmp_path):
+    path = make_kohya(tmp_path / "kohya_ss", gui=True)
+    shell.make_venv(path / "venv")
+    argv = Kohya(shell, path, tmp_path / "log").argv("sdxl_blora_classic", cwd=tmp_path)
+    assert argv[2] == "sd-scripts/sdxl_train_network.py"
+    assert argv[3:] == CLASSIC
+
+
+@pytest.mark.parametrize(
+    ("present", "used"),
+    [(["venv", ".venv", "active"], "venv"), ([".venv", "active"], ".venv"), (["active"], "active")],
+)
+def test_venv_is_used_then_dot_venv_then_the_active_environment(shell, tmp_path, present, used):
+    path = make_kohya(tmp_path / "kohya")
+    programs = {name: shell.make_venv(path / name) for name in present}
+    kohya = Kohya(shell, path, tmp_path / "log")
+    kohya.env |= shell.path_variable(programs["active"])
+    _, [call] = kohya.launch("sdxl_blora_classic")
+    assert shell.program_folder(call) == programs[used]
+
+
+# ---- Handing on ----------------------------------------------------------------------------------
+
+OVERRIDES = [
+    ["--max_train_steps=10"],
+    [
+        "--network_args",
+        "preset=lycoris_presets/bdora_content_style_clip.toml",
+        "dora_wd=True",
+        "wd_on_output=False",
+    ],
+    ["--training_comment", ODD, "--seed=1"],
+]
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=["steps", "dora", "odd text"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_launcher_is_given_is_handed_on_last(kohya, name, override):
+    argv = kohya.argv(name, *override)
+    assert argv[-len(override) - 1 :] == ["beta3=None", *override]
+
+
+def test_an_override_wins(kohya):
+    _, _, _, *options = kohya.argv("sdxl_blora_fast", *OVERRIDES[0], *OVERRIDES[1])
+    parsed: argparse.Namespace = build_parser().parse_args(options)
+    assert parsed.max_train_steps == 10
+    assert parsed.network_args == OVERRIDES[1][1:]
+
+
+@pytest.mark.parametrize("code", [0, 1, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exit_code_of_the_training_is_the_launchers(kohya, name, code):
+    kohya.env["RECORDER_EXIT"] = str(code)
+    done, calls = kohya.launch(name)
+    assert (done.returncode, len(calls)) == (code, 1)
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+REFUSALS = {
+    "no training script": (
+        ["sdxl_train_network.py"],
+        {},
+        'No sdxl_train_network.py in "{folder}" or its sd-scripts folder: copy the B-LoRA files '
+        "into a kohya sd-scripts or kohya_ss folder.",
+    ),
+    "settings not edited": (
+        [],
+        {"BLORA_CHECKPOINT": None},
+        "The settings are not edited yet: set BLORA_CHECKPOINT at the top of "
+        '"{launcher}" to your SDXL checkpoint.',
+    ),
+    "no checkpoint": (
+        [],
+        {"BLORA_CHECKPOINT": f"models/{ODD}.safetensors"},
+        f'No checkpoint at "models/{ODD}.safetensors": correct BLORA_CHECKPOINT at the top of '
+        '"{launcher}".',
+    ),
+    "no dataset config": (
+        [],
+        {"BLORA_NAME": ODD},
+        f'No dataset config at "./_in/lora/sdxl/{ODD}/config.toml": write one there, or correct '
+        'BLORA_NAME at the top of "{launcher}".',
+    ),
+    "no accelerate": (
+        ["venv"],
+        {},
+        "No accelerate in venv, .venv or the active environment: install kohya's requirements, "
+        "or activate the environment that has them.",
+    ),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refusal_is_one_sentence_and_exit_1_before_anything_starts(kohya, name, refusal):
+    missing, env, sentence = REFUSALS[refusal]
+    remove_files(kohya.path, *missing)
+    kohya.env = {k: v for k, v in (kohya.env | env).items() if v is not None}
+    done, calls = kohya.launch(name)
+    launcher = f"{name}{kohya.shell.suffix}"
+    expected = sentence.format(folder=kohya.shell.shown(kohya.path), launcher=launcher)
+    assert done.output.splitlines() == [expected]
+    assert (done.returncode, calls) == (1, [])
+
+
+def test_a_diffusers_folder_is_a_checkpoint(kohya):
+    (kohya.path / "models/sdxl").mkdir()
+    kohya.env["BLORA_CHECKPOINT"] = "models/sdxl"
+    assert "--pretrained_model_name_or_path=models/sdxl" in kohya.argv("sdxl_blora_classic")
+
+
+@pytest.mark.parametrize("code", [0, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(cmd, tmp_path, name, code):
+    shell = Bat(cmd)
+    path = make_kohya(tmp_path / ODD)
+    shell.make_venv(path / "venv")
+    env = SETTINGS | {"RECORDER_EXIT": str(code)}
+    clicked = shell.double_click(path / f"{name}.bat", [], tmp_path / "log", env)
+    assert "Press any key" in clicked.output
+    assert clicked.returncode == code
+    typed, _ = shell.run(path / f"{name}.bat", [], path, tmp_path / "log", env)
+    assert (typed.returncode, typed.output) == (code, "")
+
+
+# ---- The twins -----------------------------------------------------------------------------------
+
+
+def outline(path: Path) -> list[str]:
+    """A launcher without its shell: comments, settings with defaults, options, messages."""
+    lines = []
+    for line in path.read_bytes().decode("ascii").splitlines():
+        if line.startswith(("# ", "rem ")):
+            lines.append(line.split(" ", 1)[1].rstrip("-"))
+        elif setting := re.match(
+            r'(\w+)="\$\{\w+:-(.*)\}"$|if not defined \w+ set "(\w+)=(.*)"$', line
+        ):
+            name, default = setting[1] or setting[3], setting[2] or setting[4] or ""
+            lines.append(f"{name} = {default}")
+        elif re.match(r'  (--|"\w+=)', line):
+            lines.append(without_variables(line).strip(" \\^"))
+        elif message := re.match(r"  (?:fail|echo) (.*\w.*\w.*\.)", line):
+            lines.append(without_variables(message[1]).replace("\\", ""))
+    return lines
+
+
+def without_variables(text: str) -> str:
+    """Name a variable the same way in both shells: $A, ${A} and %A% become A."""
+    text = text.replace('"$@"', "ARGS").replace("%*", "ARGS").replace("$PWD", "CD")
+    return re.sub(r"\$\{?(\w+)\}?|%(\w+)%", lambda m: m[1] or m[2], text).replace('"', "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_twins_read_as_the_same_file(name):
+    sh, bat = (outline(ROOT / f"{name}{suffix}") for suffix in (".sh", ".bat"))
+    bash_only = ["shellcheck source=/dev/null"] * 2
+    bat_only = [
+        "A double-click opens a window of its own that closes with the last line: hold it open."
+    ]
+    assert [line for line in sh if line not in bash_only] == [
+        line for line in bat if line not in bat_only
+    ]
+    assert len(sh) >= 60
+
+
+@pytest.mark.parametrize("bat", sorted(path.name for path in ROOT.glob("*.bat")))
+def test_a_bat_is_ascii_with_windows_line_ends_and_no_bom(bat):
+    content = (ROOT / bat).read_bytes()
+    assert content.isascii()
+    assert content.endswith(b"\r\n")
+    assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
