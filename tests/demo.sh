@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The whole job on a CPU in three minutes: train a B-LoRA with the real launcher, real accelerate,
+# real LyCORIS and real Prodigy on a toy SDXL, cut content and style, and show what each file holds.
+#   bash tests/demo.sh [a new folder for the kohya checkout]
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source tests/environment.sh tests/requirements.txt
+
+ROOT="$PWD"
+say() { printf '\n== %s\n' "$1"; }
+
+KOHYA="${1:-}"
+if [[ -z "$KOHYA" ]]; then
+  KOHYA=".demo/kohya folder"
+  rm -rf .demo
+fi
+if [[ -e "$KOHYA" ]]; then
+  echo "\"$KOHYA\" exists already: name a folder that is not there yet." >&2
+  exit 1
+fi
+
+say "Install into \"$KOHYA\", by the README's command"
+mkdir -p "$KOHYA"
+install="$(grep -m 1 '^cp -r ' README.md)"
+echo "$install"
+eval "${install/<kohya folder>/\"\$KOHYA\"}"
+# In place of sd-scripts, a checkpoint and a dataset: the stand-in, an empty file, drawn pictures.
+cp tests/standin/*.py tests/data/sdxl_train_network_options.json "$KOHYA/"
+cd "$KOHYA"
+touch toy_sdxl.safetensors
+python make_dataset.py _in/lora/sdxl/demo
+
+say "Train content and style together"
+export BLORA_NAME=demo BLORA_RANK=4 BLORA_CHECKPOINT=toy_sdxl.safetensors
+export BLORA_ACCELERATE_ARGS="--cpu --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
+./sdxl_blora_classic.sh --mixed_precision=no --max_train_steps=60 --lr_warmup_steps=0
+
+say "Cut it"
+python blora_slicer.py --loras _out/lora/sdxl/demo_1/demo_1.safetensors \
+  --traits content style --not_combined --output_path _out/lora/sdxl/demo_1/demo.safetensors
+
+say "What each file holds"
+python "$ROOT/tests/show_lora.py" _out/lora/sdxl/demo_1/*.safetensors

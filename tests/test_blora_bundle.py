@@ -1,0 +1,53 @@
+"""What a user copies: the right files, under names that a kohya folder does not have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+from kohya_folder import ROOT, install
+
+BUNDLE = [
+    "blora_slicer.bat",
+    "blora_slicer.py",
+    "blora_traits.json",
+    "lycoris_presets",
+    "sdxl_blora_classic.bat",
+    "sdxl_blora_classic.sh",
+    "sdxl_blora_fast.bat",
+    "sdxl_blora_fast.sh",
+]
+
+
+def tracked(*pattern: str) -> list[str]:
+    """Files that git knows, or would add."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *pattern]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_the_readmes_copy_command_installs_the_bundle_and_nothing_else(tmp_path):
+    install(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == BUNDLE
+    assert len(list((tmp_path / "lycoris_presets").glob("*.toml"))) == 5
+
+
+def test_nothing_that_is_copied_takes_a_name_of_a_kohya_folder():
+    hosts = json.loads((ROOT / "tests/data/host_root_names.json").read_text())
+    taken = {name.lower() for host in ("sd-scripts", "kohya_ss") for name in hosts[host]}
+    assert not taken & {name.lower() for name in BUNDLE}
+    assert all("blora" in name or name == "lycoris_presets" for name in BUNDLE)
+
+
+def test_an_installed_launcher_can_be_run(tmp_path):
+    install(tmp_path)
+    for launcher in tmp_path.glob("*.sh"):
+        assert launcher.stat().st_mode & 0o111
+
+
+def test_git_delivers_bat_files_with_windows_line_ends_and_scripts_with_unix_ones():
+    for name in tracked("*.bat", "*.sh", "*.py", ".ci/run"):
+        done = subprocess.run(
+            ["git", "check-attr", "eol", "--", name], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.strip().endswith("crlf" if name.endswith(".bat") else ": lf")
