@@ -33,7 +33,7 @@ python make_dataset.py _in/lora/sdxl/demo
 say "Train content and style together"
 export BLORA_NAME=demo BLORA_RANK=4 BLORA_CHECKPOINT=toy_sdxl.safetensors
 export BLORA_ACCELERATE_ARGS="--cpu --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
-./sdxl_blora_classic.sh --mixed_precision=no --max_train_steps=60 --lr_warmup_steps=0
+./sdxl_blora_classic.sh --mixed_precision=no --max_train_steps=200 --lr_warmup_steps=0
 
 say "Cut it"
 python blora_slicer.py --loras _out/lora/sdxl/demo_1/demo_1.safetensors \
