@@ -6,7 +6,6 @@ set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source tests/environment.sh tests/requirements.txt
 
-ROOT="$PWD"
 say() { printf '\n== %s\n' "$1"; }
 
 KOHYA="${1:-}"
@@ -40,4 +39,4 @@ python blora_slicer.py --loras _out/lora/sdxl/demo_1/demo_1.safetensors \
   --traits content style --not_combined --output_path _out/lora/sdxl/demo_1/demo.safetensors
 
 say "What each file holds"
-python "$ROOT/tests/show_lora.py" _out/lora/sdxl/demo_1/*.safetensors
+python blora_slicer.py --inspect --loras _out/lora/sdxl/demo_1/*.safetensors

@@ -83,8 +83,9 @@ def test_it_shows_the_command_the_progress_and_what_each_file_holds(demo):
     assert "cp -r *blora* lycoris_presets <kohya folder>/" in demo.printed
     assert re.search(r"100%\|.*200/200", demo.printed)
     assert re.search(r"content of demo_1\.safetensors at 1: 80 modules, 240 tensors", demo.printed)
-    shown = re.findall(r"lora_unet_(\w+): 80 modules \(80 trained\)", demo.printed)
-    assert shown == [CONTENT, STYLE, CONTENT, STYLE]
+    shown = re.findall(r"^(output_blocks\S+) +(\w+) +80 +LoRA +4 +4 +F32", demo.printed, re.M)
+    content, style = ("output_blocks.0.1", "content"), ("output_blocks.1.1", "style")
+    assert shown == [content, style, content, style]
 
 
 def test_a_folder_that_exists_is_not_touched(tmp_path):

@@ -1,0 +1,192 @@
+"""LoRAs of every naming come in, kohya's names go out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lora_files import CONTENT, blora_modules, lora_module, write
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import blora_slicer
+
+SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
+BLOCK = "transformer_blocks.0.attn1"
+QUERY = "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q"
+OUT = "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_out_0"
+TE2_K = "lora_te2_text_model_encoder_layers_0_self_attn_k_proj"
+
+KEYS = [
+    # a key, the module and the tensor it is
+    (f"{QUERY}.lora_up.weight", QUERY, "lora_up.weight"),
+    (f"{QUERY}.alpha", QUERY, "alpha"),
+    (QUERY.replace("output_blocks_0_1", "up_blocks_0_attentions_0") + ".alpha", QUERY, "alpha"),
+    (f"unet.up_blocks.0.attentions.0.{BLOCK}.to_q.lora_A.weight", QUERY, "lora_down.weight"),
+    (f"unet.up_blocks.0.attentions.0.{BLOCK}.to_q.lora_B.weight", QUERY, "lora_up.weight"),
+    (f"unet.up_blocks.0.attentions.0.{BLOCK}.to_q.lora_B.default.weight", QUERY, "lora_up.weight"),
+    (f"unet.up_blocks.0.attentions.0.{BLOCK}.to_q.alpha", QUERY, "alpha"),
+    (f"unet.up_blocks.0.attentions.0.{BLOCK}.to_out.0.lora_A.weight", OUT, "lora_down.weight"),
+    (
+        f"base_model.model.unet.up_blocks.0.attentions.0.{BLOCK}.to_q.lora_A.weight",
+        QUERY,
+        "lora_down.weight",
+    ),
+    (
+        f"base_model.model.up_blocks.0.attentions.0.{BLOCK}.to_q.lora_B.weight",
+        QUERY,
+        "lora_up.weight",
+    ),
+    (
+        f"unet.up_blocks.0.attentions.0.{BLOCK}.to_q.lora_magnitude_vector",
+        QUERY,
+        "dora_scale",
+    ),
+    (f"unet.up_blocks.0.attentions.0.{BLOCK}.to_q.lora.down.weight", QUERY, "lora_down.weight"),
+    (f"unet.unet.up_blocks.0.attentions.0.{BLOCK}.to_q.lora.up.weight", QUERY, "lora_up.weight"),
+    (
+        f"unet.up_blocks.0.attentions.0.{BLOCK}.processor.to_q_lora.up.weight",
+        QUERY,
+        "lora_up.weight",
+    ),
+    (
+        f"unet.up_blocks.0.attentions.0.{BLOCK}.processor.to_out_lora.down.weight",
+        OUT,
+        "lora_down.weight",
+    ),
+    (f"{TE2_K}.lora_up.weight", TE2_K, "lora_up.weight"),
+    (
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj.lora_B.weight",
+        TE2_K,
+        "lora_up.weight",
+    ),
+    (
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj.lora_linear_layer.up.weight",
+        TE2_K,
+        "lora_up.weight",
+    ),
+    (
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.to_k_lora.down.weight",
+        TE2_K,
+        "lora_down.weight",
+    ),
+    (
+        "text_encoder.text_model.encoder.layers.11.mlp.fc1.lora_A.weight",
+        "lora_te1_text_model_encoder_layers_11_mlp_fc1",
+        "lora_down.weight",
+    ),
+    (
+        "lora_unet_down_blocks_2_resnets_1_conv1.lora_up.weight",
+        "lora_unet_input_blocks_8_0_in_layers_2",
+        "lora_up.weight",
+    ),
+    ("lora_unet_mid_block_resnets_1_conv2.alpha", "lora_unet_middle_block_2_out_layers_3", "alpha"),
+    ("lora_unet_down_blocks_0_downsamplers_0_conv.alpha", "lora_unet_input_blocks_3_0_op", "alpha"),
+    (
+        "lora_unet_up_blocks_1_upsamplers_0_conv.alpha",
+        "lora_unet_output_blocks_5_2_conv",
+        "alpha",
+    ),
+    ("lora_unet_add_embedding_linear_1.alpha", "lora_unet_label_emb_0_0", "alpha"),
+]
+
+
+@pytest.mark.parametrize(("key", "module", "suffix"), KEYS, ids=[key for key, _, _ in KEYS])
+def test_a_key_of_any_naming_is_placed(key, module, suffix):
+    assert blora_slicer.place(key) == (module, suffix)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.out.2.weight",  # a checkpoint's
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight",  # Flux
+        "lora_unet_down_blocks_0_attentions_0_proj_in.alpha",  # SD1.5: SDXL has no such block
+        "lora_te_text_model_encoder_layers_0_self_attn_k_proj.alpha",  # SD1.5
+        "unet.up_blocks.0.attentions.0.weight",
+        "lora_unet_output_blocks_0_1_proj_in",
+        "alpha",
+        "",
+    ],
+)
+def test_what_is_not_sdxls_is_not_placed(key):
+    assert blora_slicer.place(key) is None
+
+
+@pytest.mark.parametrize("part", ["unet", "te1", "te2"])
+def test_every_module_of_sdxl_is_placed_under_its_own_name(part):
+    for name in SDXL[part]:
+        module = f"lora_{part}_{name.replace('.', '_')}"
+        assert blora_slicer.place(f"{module}.alpha") == (module, "alpha")
+
+
+def as_peft(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The factors of content modules under PEFT's names."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        module, suffix = key.split(".", 1)
+        layer = module.removeprefix("lora_unet_output_blocks_0_1_")
+        layer = re.sub(r"_(\d)_(attn\d)_(to_\w+?)(_0)?$", r".\1.\2.\3\4", layer)
+        layer = layer.replace("to_out_0", "to_out.0")
+        factor = "A" if "down" in suffix else "B"
+        renamed[f"unet.up_blocks.0.attentions.0.{layer}.lora_{factor}.weight"] = tensor.clone()
+    return renamed
+
+
+def test_a_peft_file_comes_out_whole_in_kohyas_names(tmp_path):
+    tensors = blora_modules(CONTENT, alpha=None)
+    lora = write(tmp_path / "peft.safetensors", as_peft(tensors))
+    output = tmp_path / "slice.safetensors"
+    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 0
+    kept = load_file(output)
+    assert set(kept) == set(tensors)
+    assert all(torch.equal(kept[key], tensors[key]) for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha"),
+    [
+        ({"unet.r": 2, "unet.lora_alpha": 1}, 1.0),
+        ({"unet.r": 2, "unet.lora_alpha": 2}, None),
+        ({"unet.lora_alpha": 2, "unet.use_rslora": True}, 2 * 2**0.5),
+        ({"unet.lora_alpha": 2, "unet.alpha_pattern": {"attn1.to_q": 6}}, 6.0),
+        ({"text_encoder.lora_alpha": 1}, None),
+    ],
+)
+def test_the_alpha_of_pefts_settings_becomes_the_modules(tmp_path, settings, alpha):
+    tensors = as_peft(lora_module(QUERY, alpha=None))
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    lora = write(tmp_path / "peft.safetensors", tensors, metadata)
+    output = tmp_path / "slice.safetensors"
+    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 0
+    kept = load_file(output)
+    found = kept.get(f"{QUERY}.alpha")
+    assert (found is None) if alpha is None else found.item() == pytest.approx(alpha)
+    with safe_open(output, "pt") as file:
+        assert "lora_adapter_metadata" not in file.metadata()
+
+
+def test_keys_that_cannot_be_placed_are_counted_and_the_first_named(tmp_path, capsys):
+    strange = {f"strange.{letter}": torch.zeros(1) for letter in "abcde"}
+    lora = write(tmp_path / "a.safetensors", blora_modules(CONTENT) | strange)
+    output = tmp_path / "slice.safetensors"
+    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 0
+    assert capsys.readouterr().err == (
+        "note: 5 tensors of a.safetensors are none of SDXL's and are left out: "
+        "strange.a, strange.b, strange.c and 2 more\n"
+    )
+    assert set(load_file(output)) == set(blora_modules(CONTENT))
+
+
+def test_one_module_under_two_names_is_refused(tmp_path, capsys):
+    twice = lora_module(QUERY, alpha=None)
+    twice |= as_peft(twice)
+    lora = write(tmp_path / "twice.safetensors", twice)
+    output = tmp_path / "slice.safetensors"
+    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {lora} holds {QUERY}.lora_")
+    assert err.endswith(" twice, under two names: keep one\n")
