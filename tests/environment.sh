@@ -7,17 +7,14 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   echo "Python 3.10 or newer is needed: set PYTHON to the one to use, for example PYTHON=python3.11." >&2
   exit 1
 fi
-# A venv that was moved, or whose Python is gone, cannot be mended.
-if ! .venv/bin/python -c '' 2>/dev/null && ! .venv/Scripts/python -c '' 2>/dev/null; then
+# A venv holds its own path: one that was moved or copied would install elsewhere.
+if [[ "$(cat .venv/made-in 2>/dev/null)" != "$PWD" ]]; then
   "$python" -m venv --clear .venv
+  echo "$PWD" >.venv/made-in
 fi
-if [[ -d .venv/Scripts ]]; then
-  # shellcheck source=/dev/null
-  source .venv/Scripts/activate
-else
-  # shellcheck source=/dev/null
-  source .venv/bin/activate
-fi
+programs="$PWD/.venv/bin"
+if [[ -d .venv/Scripts ]]; then programs="$PWD/.venv/Scripts"; fi
+export VIRTUAL_ENV="$PWD/.venv" PATH="$programs:$PATH"
 wanted="$(cat tests/requirements*.txt)"
 stamp=".venv/installed-$(basename -- "$1")"
 if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then

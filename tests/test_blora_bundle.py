@@ -8,6 +8,7 @@ import subprocess
 from kohya_folder import ROOT, install
 
 BUNDLE = [
+    "blora_preflight.py",
     "blora_slicer.bat",
     "blora_slicer.py",
     "blora_traits.json",
@@ -39,10 +40,15 @@ def test_nothing_that_is_copied_takes_a_name_of_a_kohya_folder():
     assert all("blora" in name or name == "lycoris_presets" for name in BUNDLE)
 
 
-def test_an_installed_launcher_can_be_run(tmp_path):
-    install(tmp_path)
-    for launcher in tmp_path.glob("*.sh"):
-        assert launcher.stat().st_mode & 0o111
+def test_the_scripts_have_their_run_bits():
+    listing = subprocess.run(
+        ["git", "ls-files", "--stage", "*.sh", ".ci/run", "blora_*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {line.split()[0] for line in listing.stdout.splitlines()} == {"100755"}
 
 
 def test_git_delivers_bat_files_with_windows_line_ends_and_scripts_with_unix_ones():

@@ -1,0 +1,867 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["toml"]
+# ///
+"""Check a training before it begins, and say what it will be.
+
+  blora_preflight.py sdxl_train_network.py --pretrained_model_name_or_path=... --dataset_config=...
+      takes the command line of the training, as the launchers pass it and the kohya_ss GUI
+      prints it, and looks at everything that would otherwise fail once the models have loaded
+  blora_preflight.py --json sdxl_train_network.py ...
+      says the same as JSON
+
+Exit code 1 where the training would fail. Warnings never stop it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import json
+import math
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from blora_slicer import Trait, block_of, first_few, load_traits, printable
+
+HERE = Path(__file__).resolve().parent
+PLACEHOLDER = "path/to/sd_xl_base_1.0.safetensors"  # what the launchers hold before they are edited
+LYCORIS_TESTED = ("3.2.0.post2", "3.4.0", "4.1.3")
+# The package an optimizer is in, by the name that sd-scripts knows it by; AdamW is torch's.
+OPTIMIZER_PACKAGES = (
+    (r"prodigy", "prodigyopt"),
+    (r"dadapt.*", "dadaptation"),
+    (r"lion", "lion_pytorch"),
+    (r".*8bit|paged.*", "bitsandbytes"),
+    (r".*schedulefree", "schedulefree"),
+    (r"adafactor", "transformers"),
+)
+INSTALLED_AS = {"lycoris": "lycoris_lora", "lion_pytorch": "lion-pytorch"}
+# fp32 numbers that an optimizer keeps for each parameter, beside its gradient.
+OPTIMIZER_STATE = (
+    (r"prodigy", 4.0),
+    (r"(paged)?adamw8bit", 0.5),
+    (r"(paged)?lion8bit|sgdnesterov8bit", 0.25),
+    (r"(paged)?adamw(32bit)?|adamwschedulefree|dadaptadam.*", 2.0),
+    (r"lion|sgdnesterov", 1.0),
+)
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
+BYTES = {"float": 4, "fp16": 2, "bf16": 2}
+DEFAULT_STEPS = 1600  # of sd-scripts, where neither steps nor epochs are given
+
+
+# ---- What is found -------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """Sentences in the order they were found, the plan line by line, the modules by name."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    plan: dict[str, str] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+
+
+class PreflightError(Exception):
+    """What would stop the training; the message is one sentence that says what to do."""
+
+
+# ---- SDXL ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module of SDXL: its class, and the shape of its weight where it has one."""
+
+    kind: str
+    shape: tuple[int, ...] = ()
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.kind in ("Linear", "Conv2d")
+
+    @property
+    def is_kernel(self) -> bool:
+        """A convolution with a kernel larger than 1 x 1."""
+        return self.shape[2:] > (1, 1)
+
+    def parameters(self, rank: int) -> int:
+        """Numbers of a LoRA of this rank: lora_down with the kernel, and lora_up."""
+        outputs, inputs, *kernel = self.shape
+        return rank * (inputs * math.prod(kernel) + outputs)
+
+
+def resnet(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, Layer]]:
+    """A residual block with its time embedding of 1280."""
+    yield name, Layer("ResnetBlock2D")
+    yield f"{name}.in_layers.2", Layer("Conv2d", (outputs, inputs, 3, 3))
+    yield f"{name}.emb_layers.1", Layer("Linear", (outputs, 1280))
+    yield f"{name}.out_layers.3", Layer("Conv2d", (outputs, outputs, 3, 3))
+    if inputs != outputs:
+        yield f"{name}.skip_connection", Layer("Conv2d", (outputs, inputs, 1, 1))
+
+
+def transformer(name: str, width: int, depth: int) -> Iterator[tuple[str, Layer]]:
+    """Transformer blocks over a text of 2048 wide tokens."""
+    yield name, Layer("Transformer2DModel")
+    yield f"{name}.proj_in", Layer("Linear", (width, width))
+    for index in range(depth):
+        block = f"{name}.transformer_blocks.{index}"
+        yield block, Layer("BasicTransformerBlock")
+        for attention, source in (("attn1", width), ("attn2", 2048)):
+            yield f"{block}.{attention}", Layer("CrossAttention")
+            for projection, inputs in (
+                ("to_q", width),
+                ("to_k", source),
+                ("to_v", source),
+                ("to_out.0", width),
+            ):
+                yield f"{block}.{attention}.{projection}", Layer("Linear", (width, inputs))
+        yield f"{block}.ff", Layer("FeedForward")
+        yield f"{block}.ff.net.0", Layer("GEGLU")
+        yield f"{block}.ff.net.0.proj", Layer("Linear", (8 * width, width))
+        yield f"{block}.ff.net.2", Layer("Linear", (width, 4 * width))
+    yield f"{name}.proj_out", Layer("Linear", (width, width))
+
+
+def unet_layers() -> dict[str, Layer]:
+    """The SDXL U-Net in sgm names: three levels of two blocks down, and of three blocks up."""
+    levels = ((320, 0), (640, 2), (1280, 10))  # width, transformer depth
+    found: list[tuple[str, Layer]] = [
+        ("time_embed.0", Layer("Linear", (1280, 320))),
+        ("time_embed.2", Layer("Linear", (1280, 1280))),
+        ("label_emb.0.0", Layer("Linear", (1280, 2816))),
+        ("label_emb.0.2", Layer("Linear", (1280, 1280))),
+        ("input_blocks.0.0", Layer("Conv2d", (320, 4, 3, 3))),
+    ]
+    number, inputs, skips = 1, 320, [320]
+    for level, (width, depth) in enumerate(levels):
+        for _ in range(2):
+            found += resnet(f"input_blocks.{number}.0", inputs, width)
+            found += transformer(f"input_blocks.{number}.1", width, depth) if depth else ()
+            number, inputs = number + 1, width
+            skips.append(width)
+        if level < 2:
+            found.append((f"input_blocks.{number}.0", Layer("Downsample2D")))
+            found.append((f"input_blocks.{number}.0.op", Layer("Conv2d", (width, width, 3, 3))))
+            number += 1
+            skips.append(width)
+    found += resnet("middle_block.0", 1280, 1280)
+    found += transformer("middle_block.1", 1280, 10)
+    found += resnet("middle_block.2", 1280, 1280)
+    for number in range(9):
+        width, depth = levels[2 - number // 3]
+        found += resnet(f"output_blocks.{number}.0", inputs + skips.pop(), width)
+        found += transformer(f"output_blocks.{number}.1", width, depth) if depth else ()
+        if number in (2, 5):
+            name = f"output_blocks.{number}.2"
+            found.append((name, Layer("Upsample2D")))
+            found.append((f"{name}.conv", Layer("Conv2d", (width, width, 3, 3))))
+        inputs = width
+    found.append(("out.2", Layer("Conv2d", (4, 320, 3, 3))))
+    return dict(found)
+
+
+def text_encoder_layers(depth: int, width: int) -> dict[str, Layer]:
+    """A CLIP text encoder: 12 layers of 768 in the first of SDXL, 32 of 1280 in the second."""
+    found = {}
+    for index in range(depth):
+        layer = f"text_model.encoder.layers.{index}"
+        found[layer] = Layer("CLIPEncoderLayer")
+        found[f"{layer}.self_attn"] = Layer("CLIPAttention")
+        for projection in ("k", "v", "q", "out"):
+            found[f"{layer}.self_attn.{projection}_proj"] = Layer("Linear", (width, width))
+        found[f"{layer}.mlp"] = Layer("CLIPMLP")
+        found[f"{layer}.mlp.fc1"] = Layer("Linear", (4 * width, width))
+        found[f"{layer}.mlp.fc2"] = Layer("Linear", (width, 4 * width))
+    return found
+
+
+def sdxl_layers() -> dict[str, dict[str, Layer]]:
+    """All three networks, by the name that kohya's keys have for them."""
+    second = text_encoder_layers(32, 1280)
+    second["text_projection"] = Layer("Linear", (1280, 1280))
+    return {"te1": text_encoder_layers(12, 768), "te2": second, "unet": unet_layers()}
+
+
+# ---- Options of the training ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of the training, as argparse would read it: the last value wins."""
+
+    given: dict[str, list[str]]
+
+    def has(self, name: str) -> bool:
+        return name in self.given
+
+    def text(self, name: str, default: str = "") -> str:
+        return (self.given.get(name) or [default])[-1]
+
+    def number(self, name: str, default: float) -> float:
+        try:
+            return float(self.text(name, str(default)))
+        except ValueError as error:
+            value = printable(self.text(name))
+            raise PreflightError(f"--{name}={value} is not a number: correct it") from error
+
+    def pairs(self, name: str) -> dict[str, str]:
+        """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
+        return dict(item.partition("=")[::2] for item in self.given.get(name, []))
+
+
+def parse_options(words: list[str]) -> Options:
+    """`--name=value`, `--name value ...` and `--name` alone, without knowing them all."""
+    given: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if re.match(r"--\w", word):
+            name, equals, value = word[2:].partition("=")
+            given[name] = [value] if equals else []
+        elif name:
+            given[name].append(word)
+    return Options(given)
+
+
+def with_config_file(options: Options) -> Options:
+    """The options with those of --config_file under them, which is how the GUI passes all."""
+    if not options.has("config_file"):
+        return options
+    path = Path(options.text("config_file"))
+    if path.suffix != ".toml":
+        path = path.with_name(path.name + ".toml")
+    given: dict[str, list[str]] = {}
+    for name, value in flattened(load_toml(path, "--config_file")).items():
+        if value is True:
+            given[name] = []
+        elif value is not False:
+            given[name] = [str(item) for item in (value if isinstance(value, list) else [value])]
+    return Options(given | options.given)
+
+
+def flattened(table: dict[str, Any]) -> dict[str, Any]:
+    """A config file's options without its sections, which sd-scripts ignores."""
+    flat = {}
+    for key, value in table.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def load_toml(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file, read as sd-scripts and LyCORIS read it."""
+    try:
+        import toml
+    except ImportError as error:
+        raise PreflightError("no toml in this Python: install kohya's requirements") from error
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PreflightError(
+            f'no {what} at "{path}": write one there, or correct the path'
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PreflightError(f'cannot read the {what} "{path}" ({error})') from error
+    except (toml.TomlDecodeError, IndexError, ValueError, TypeError) as error:
+        text = printable(str(error))
+        raise PreflightError(
+            f'the {what} "{path}" is not valid TOML ({text}): correct it'
+        ) from error
+
+
+# ---- Packages ------------------------------------------------------------------------------------
+
+
+def matching(table: tuple[tuple[str, Any], ...], name: str) -> Any:
+    """The value of the first pattern that is the whole name, in any case."""
+    return next((value for pattern, value in table if re.fullmatch(pattern, name.lower())), None)
+
+
+def check_script(script: Path, report: Report) -> None:
+    if not script.is_file():
+        report.errors.append(
+            f'no training script at "{script}": run this in a kohya sd-scripts or kohya_ss folder'
+        )
+
+
+def check_packages(options: Options, report: Report) -> None:
+    """Whether this Python has what the training imports, found without importing it."""
+    optimizer = options.text("optimizer_type", "AdamW")
+    package = (
+        optimizer.split(".")[0] if "." in optimizer else matching(OPTIMIZER_PACKAGES, optimizer)
+    )
+    network = options.text("network_module").split(".")[0]
+    needed = ["torch", "accelerate", *([network] if network not in ("", "networks") else [])]
+    for name in dict.fromkeys([*needed, *([package] if package else [])]):
+        if importlib.util.find_spec(name) is None:
+            report.errors.append(
+                f"this Python ({sys.executable}) has no {printable(name)}: "
+                f"pip install {printable(INSTALLED_AS.get(name, name))}"
+            )
+        elif name == "lycoris":
+            check_lycoris(report)
+
+
+def check_lycoris(report: Report) -> None:
+    try:
+        version = metadata.version("lycoris_lora")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    if version not in LYCORIS_TESTED:
+        tested = ", ".join(LYCORIS_TESTED)
+        report.warnings.append(f"LyCORIS {version} is not one of the tested ones, {tested}")
+
+
+# ---- The checkpoint ------------------------------------------------------------------------------
+
+# Keys by which a checkpoint is known, and what it then is.
+SDXL_KEYS = (
+    "model.diffusion_model.label_emb.0.0.weight",
+    "conditioner.embedders.1.model.ln_final.weight",
+)
+OTHER_MODELS = (
+    (r"(lora_|unet\.|text_encoder|base_model\.).*", "a LoRA"),
+    (r"conditioner\.embedders\.0\.model\..*", "an SDXL refiner"),
+    (r"cond_stage_model\.transformer\..*", "an SD 1.x checkpoint"),
+    (r"cond_stage_model\.model\..*", "an SD 2.x checkpoint"),
+    (r"(model\.diffusion_model\.)?double_blocks\..*", "a Flux checkpoint"),
+    (r"(model\.diffusion_model\.)?joint_blocks\..*", "an SD3 checkpoint"),
+)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file; refused where the file is not as long as it says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise PreflightError(f'"{path}" is cut off or no safetensors file: download it again')
+        try:
+            header = json.loads(file.read(length))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+        ) as error:
+            raise PreflightError(f'"{path}" is no safetensors file: download it again') from error
+    missing = 8 + length + max(ends, default=0) - size
+    if missing:
+        told = f"{missing:,} bytes shorter" if missing > 0 else f"{-missing:,} bytes longer"
+        raise PreflightError(f'"{path}" is {told} than its header says: download it again')
+    return header
+
+
+def check_checkpoint(options: Options, report: Report) -> None:
+    """Whether the base is an SDXL checkpoint, and whole; its data is not read."""
+    given = options.text("pretrained_model_name_or_path")
+    path = Path(given)
+    if given in ("", PLACEHOLDER):
+        raise PreflightError(
+            "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to "
+            "your SDXL checkpoint"
+        )
+    report.plan["base"] = given
+    if path.is_dir():
+        report.notes.append(
+            f'"{given}" is a folder, taken for a diffusers model and not looked into'
+        )
+    elif (
+        not path.exists()
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", given)
+        and not path.suffix[1:].isalpha()
+    ):
+        report.notes.append(f'"{given}" is no file here, taken for a model of the Hugging Face hub')
+    elif not path.is_file():
+        raise PreflightError(
+            f'no checkpoint at "{given}": correct BLORA_CHECKPOINT at the top of the launcher'
+        )
+    elif path.suffix != ".safetensors":
+        report.notes.append(f'"{given}" is no .safetensors file and was not looked into')
+    else:
+        check_sdxl(path, options, report)
+
+
+def check_sdxl(path: Path, options: Options, report: Report) -> None:
+    keys = read_header(path).keys()
+    if not all(key in keys for key in SDXL_KEYS):
+        kinds = (
+            kind for pattern, kind in OTHER_MODELS if any(re.fullmatch(pattern, k) for k in keys)
+        )
+        raise PreflightError(
+            f'"{path}" is {next(kinds, "something else")}, not an SDXL checkpoint: give the one to '
+            "train on"
+        )
+    report.plan["base"] += f" (SDXL, {gigabytes(path.stat().st_size)})"
+    if "v_pred" in keys and not options.has("v_parameterization"):
+        report.warnings.append(
+            f'"{path}" says it predicts v: add --v_parameterization --zero_terminal_snr'
+        )
+
+
+# ---- The dataset ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A folder of images, with the settings that hold for it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    repeats: int
+    batch_size: int
+    images: tuple[Path, ...]
+
+    def captioned(self, extension: str) -> int:
+        return sum(image.with_suffix(extension).is_file() for image in self.images)
+
+
+def load_subsets(options: Options, report: Report) -> list[Subset]:
+    """The image folders, by --dataset_config or, as the GUI passes them, --train_data_dir."""
+    if options.has("dataset_config"):
+        path = Path(options.text("dataset_config"))
+        config = load_config(path)
+    elif options.has("train_data_dir"):
+        path = Path(options.text("train_data_dir"))
+        config = {"datasets": [{"subsets": folders_with_repeats(path)}]}
+    else:
+        raise PreflightError("there are no images: give --dataset_config")
+    general = config.get("general", {})
+    subsets = []
+    for dataset in config.get("datasets", []):
+        if not any("resolution" in t for t in (dataset, general)) and not options.has("resolution"):
+            report.errors.append(f'"{path}" has a dataset without a resolution: add one')
+        for subset in dataset.get("subsets", []):
+            settings = {**general, **dataset, **subset}
+            found = load_subset(settings, options, path, report)
+            subsets += [found] if found else []
+    if not subsets and not report.errors:
+        raise PreflightError(f'"{path}" names no folder of images: add one')
+    return subsets
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """A dataset config, refused unless its tables are tables."""
+    if path.suffix == ".json" and path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PreflightError(
+                f'the dataset config "{path}" is not valid JSON: correct it'
+            ) from error
+    else:
+        config = load_toml(path, "dataset config")
+    tables = config.get("datasets", []) if isinstance(config, dict) else None
+    fine = isinstance(tables, list) and all(
+        isinstance(table, dict)
+        and isinstance(table.get("subsets", []), list)
+        and all(isinstance(subset, dict) for subset in table.get("subsets", []))
+        for table in tables
+    )
+    if not fine or not isinstance(config.get("general", {}), dict):
+        raise PreflightError(
+            f'the dataset config "{path}" is not of the form [[datasets]], [[datasets.subsets]]: '
+            "correct it"
+        )
+    return config
+
+
+def folders_with_repeats(path: Path) -> list[dict[str, Any]]:
+    """Folders named N_words in a folder, as --train_data_dir has them."""
+    if not path.is_dir():
+        raise PreflightError(f'no folder of images at "{path}": correct --train_data_dir')
+    named = [(re.match(r"(\d+)_?(.*)", folder.name), folder) for folder in sorted(path.iterdir())]
+    return [
+        {"image_dir": str(folder), "num_repeats": int(name[1]), "class_tokens": name[2]}
+        for name, folder in named
+        if name and folder.is_dir()
+    ]
+
+
+def load_subset(
+    settings: dict[str, Any], options: Options, path: Path, report: Report
+) -> Subset | None:
+    """One folder and its images; None, with the error said, where there are none."""
+    if "image_dir" not in settings:
+        if "metadata_file" not in settings:
+            report.errors.append(f'"{path}" has a subset without an image_dir: add one')
+        return None
+    folder = Path(str(settings["image_dir"]))
+    if not folder.is_dir():
+        report.errors.append(f'no folder of images at "{folder}": correct image_dir in "{path}"')
+        return None
+    images = tuple(file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGES)
+    if not images:
+        report.errors.append(f'"{folder}" holds no images: put some there, or correct image_dir')
+        return None
+    return Subset(
+        folder=folder,
+        settings=settings,
+        repeats=int(settings.get("num_repeats", 1)),
+        batch_size=int(settings.get("batch_size", options.number("train_batch_size", 1))),
+        images=images,
+    )
+
+
+def check_captions(subsets: list[Subset], options: Options, report: Report) -> int:
+    """How many images have a caption; a warning where some have none and no words instead."""
+    default = options.text("caption_extension", ".caption")
+    total = 0
+    for subset in subsets:
+        extension = str(subset.settings.get("caption_extension", default))
+        found = subset.captioned(extension)
+        total += found
+        missing = [i for i in subset.images if not i.with_suffix(extension).is_file()]
+        if missing and not subset.settings.get("class_tokens"):
+            report.warnings.append(
+                f'{len(missing)} of {len(subset.images)} images in "{subset.folder}" have no '
+                f"{extension} caption: {first_few(image.name for image in missing)}"
+            )
+    return total
+
+
+# What cannot be cached, since it differs from epoch to epoch: option, then settings that change it.
+CACHES = {
+    "cache_latents": ("random_crop", "color_aug"),
+    "cache_latents_to_disk": ("random_crop", "color_aug"),
+    "cache_text_encoder_outputs": (
+        "shuffle_caption",
+        "caption_dropout_rate",
+        "caption_tag_dropout_rate",
+        "token_warmup_step",
+    ),
+}
+
+
+def check_caches(subsets: list[Subset], options: Options, report: Report) -> None:
+    """Settings that contradict a cache, with where they stand."""
+    for cache, changing in CACHES.items():
+        if not options.has(cache):
+            continue
+        for name in changing:
+            on_line = options.has(name) and options.text(name, "1") not in ("0", "0.0")
+            if on_line:
+                report.errors.append(f"--{cache} does not go with --{name}: leave one of them out")
+            if any(subset.settings.get(name) for subset in subsets):
+                report.errors.append(
+                    f"--{cache} does not go with {name} in {place_of(name, options)}: "
+                    "change that line, or leave the option out"
+                )
+    if options.has("cache_text_encoder_outputs") and not options.has("network_train_unet_only"):
+        report.errors.append("--cache_text_encoder_outputs needs --network_train_unet_only: add it")
+
+
+def place_of(name: str, options: Options) -> str:
+    """Where a setting stands in the dataset config: "config.toml line 3"."""
+    path = Path(options.text("dataset_config"))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    numbers = [
+        str(i) for i, line in enumerate(lines, 1) if re.match(rf"\s*\"?{name}\"?\s*[=:]", line)
+    ]
+    return f'"{path}" line {" and ".join(numbers)}'
+
+
+# ---- The preset ----------------------------------------------------------------------------------
+
+# What LyCORIS 3.4 and later accept (VALID_PRESET_KEYS); before that unknown keys did nothing.
+PRESET_KEYS = (
+    "enable_conv", "target_module", "target_name", "module_algo_map", "name_algo_map",
+    "lora_prefix", "use_fnmatch", "unet_target_module", "unet_target_name",
+    "text_encoder_target_module", "text_encoder_target_name", "exclude_name",
+)  # fmt: skip
+BUILT_IN_PRESETS = (
+    "full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only",
+    "unet-convblock-only", "ia3",
+)  # fmt: skip
+# What LyCORIS targets in SDXL where a preset does not say: classes of the U-Net, then of text.
+DEFAULT_TARGETS = {
+    "unet_target_module": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"],
+    "unet_target_name": [
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+    ],
+    "text_encoder_target_module": ["CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"],
+    "text_encoder_target_name": [],
+}
+
+
+def load_preset(path: Path) -> dict[str, Any]:
+    """A preset with the defaults of what it leaves out; refused with keys LyCORIS refuses."""
+    preset = load_toml(path, "preset")
+    unknown = [key for key in preset if key not in PRESET_KEYS]
+    if unknown:
+        raise PreflightError(
+            f'the preset "{path}" has keys that LyCORIS refuses ({first_few(unknown)}): '
+            "remove them; dora_wd and the like are given as --network_args"
+        )
+    for key in (*DEFAULT_TARGETS, "exclude_name"):
+        value = preset.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise PreflightError(f'{key} in the preset "{path}" is not a list of texts: correct it')
+    return {**DEFAULT_TARGETS, "enable_conv": True, **preset}
+
+
+def matches(patterns: list[str], name: str, preset: dict[str, Any]) -> bool:
+    """Whether LyCORIS takes the name for one of these: itself, or a match from its start."""
+    if name in patterns:
+        return True
+    if preset.get("use_fnmatch"):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    try:
+        return any(re.match(pattern, name) for pattern in patterns)
+    except re.error as error:
+        raise PreflightError(
+            f"a pattern of the preset is no regular expression ({error})"
+        ) from error
+
+
+def selected(layers: dict[str, Layer], part: str, preset: dict[str, Any]) -> dict[str, Layer]:
+    """The layers of one network that LyCORIS trains under the preset, by their own names."""
+    classes, names = preset[f"{part}_target_module"], preset[f"{part}_target_name"]
+    excluded = preset.get("exclude_name", [])
+    found: dict[str, Layer] = {}
+    for name, layer in layers.items():
+        if matches(excluded, name, preset):
+            continue
+        by_name = matches(names, name, preset)
+        if layer.kind in classes and not by_name:
+            inside = {n: inner for n, inner in layers.items() if n.startswith(f"{name}.")}
+            found |= {n: i for n, i in inside.items() if not matches(excluded, n, preset)}
+        elif by_name:
+            found[name] = layer
+    return {
+        name: layer
+        for name, layer in found.items()
+        if layer.is_leaf and (preset["enable_conv"] or not layer.is_kernel)
+    }
+
+
+def trained_layers(preset: dict[str, Any]) -> dict[str, Layer]:
+    """All layers of SDXL that the preset selects, by kohya's module names."""
+    modules = {}
+    for network, layers in sdxl_layers().items():
+        part = "unet" if network == "unet" else "text_encoder"
+        for name, layer in selected(layers, part, preset).items():
+            modules[f"lora_{network}_{name.replace('.', '_')}"] = layer
+    return modules
+
+
+def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
+    """Modules in words: "80 content (output_blocks.0.1), 80 style (output_blocks.1.1)"."""
+    groups: Counter[tuple[str, str]] = Counter()
+    for module in modules:
+        traits = [trait.name for trait in known.values() if trait.keeps(module)]
+        groups[printable(" and ".join(traits)), block_of(module)] += 1
+    return ", ".join(f"{n} {t} ({b})" if t else f"{n} in {b}" for (t, b), n in groups.items())
+
+
+def check_preset(options: Options, report: Report) -> dict[str, Layer]:
+    """The modules the training will train; none is an error."""
+    given = options.pairs("network_args").get("preset", "full")
+    if options.text("network_module") != "lycoris.kohya":
+        report.notes.append("no LyCORIS network, so there is no preset to look at")
+        return {}
+    if given in BUILT_IN_PRESETS:
+        report.notes.append(f'"{given}" is a preset of LyCORIS itself and was not looked into')
+        return {}
+    modules = trained_layers(load_preset(Path(given)))
+    text = [module for module in modules if module.startswith("lora_te")]
+    if text and options.has("network_train_unet_only"):
+        report.warnings.append(
+            f"the preset's {len(text)} text-encoder modules are left out, by "
+            "--network_train_unet_only"
+        )
+        modules = {name: layer for name, layer in modules.items() if name not in text}
+    if not modules:
+        raise PreflightError(f'the preset "{given}" selects no module of SDXL: correct its names')
+    report.modules = list(modules)
+    known = load_traits(HERE / "blora_traits.json")
+    report.plan["modules"] = f"{len(modules)}: {count_by_trait(list(modules), known)}"
+    return modules
+
+
+# ---- The plan ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the training is, in steps of one process."""
+
+    steps: int
+    epochs: int
+
+
+def saved_files(length: Length, options: Options) -> int:
+    """Files that will be there at the end: by steps, by epochs, and the last one."""
+
+    def count(option: str, total: int) -> int:
+        every = int(options.number(option, 0))
+        return total // every if every > 0 else 0
+
+    by_step = count("save_every_n_steps", length.steps)
+    by_epoch = count("save_every_n_epochs", length.epochs - 1)
+    if options.has("save_last_n_steps"):  # sd-scripts keeps those within this distance
+        by_step = min(
+            by_step, count("save_every_n_steps", int(options.number("save_last_n_steps", 0))) + 1
+        )
+    if options.has("save_last_n_epochs"):
+        by_epoch = min(by_epoch, int(options.number("save_last_n_epochs", 0)))
+    return by_step + by_epoch + 1
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def plan_length(subsets: list[Subset], options: Options, report: Report) -> Length:
+    """Images, steps and epochs, as sd-scripts counts them for one process."""
+    images = sum(len(subset.images) for subset in subsets)
+    repeated = sum(len(subset.images) * subset.repeats for subset in subsets)
+    captions = check_captions(subsets, options, report)
+    report.plan["images"] = f"{images} with {captions} captions, {repeated} an epoch with repeats"
+    batches = sum(math.ceil(len(s.images) * s.repeats / s.batch_size) for s in subsets)
+    accumulation = options.number("gradient_accumulation_steps", 1)
+    per_epoch = max(1, math.ceil(batches / accumulation))
+    if options.has("max_train_epochs"):
+        steps = int(options.number("max_train_epochs", 1)) * per_epoch
+    else:
+        steps = int(options.number("max_train_steps", DEFAULT_STEPS))
+    length = Length(steps, math.ceil(steps / per_epoch))
+    batch = "/".join(str(size) for size in sorted({subset.batch_size for subset in subsets}))
+    report.plan["training"] = (
+        f"{steps} steps, {length.epochs} epochs, batch {batch}, "
+        f"{options.text('mixed_precision', 'no')} mixed precision"
+    )
+    return length
+
+
+def plan_size(modules: dict[str, Layer], options: Options, report: Report) -> float | None:
+    """Rank, parameters and memory; the size of a saved file, or None where it cannot be told."""
+    rank = int(options.number("network_dim", 4))
+    alpha = options.number("network_alpha", 1)
+    network = options.pairs("network_args")
+    report.plan["rank"] = f"{rank}, alpha {alpha:g}"
+    if network.get("algo", "lora").lower() not in ("lora", "locon", "dylora"):
+        return None
+    parameters = sum(layer.parameters(rank) for layer in modules.values())
+    if network.get("dora_wd", "").lower() in ("true", "1", "yes"):
+        axis = 0 if network.get("wd_on_output", "true").lower() in ("true", "1", "yes") else 1
+        parameters += sum(layer.shape[axis] for layer in modules.values())
+    optimizer = options.text("optimizer_type", "AdamW")
+    state = matching(OPTIMIZER_STATE, optimizer)
+    told = f"{gigabytes(4 * parameters * state)}" if state is not None else "unknown size"
+    size = parameters * BYTES.get(options.text("save_precision", "float"), 4)
+    report.plan["rank"] += f": {parameters:,} parameters, {gigabytes(size)} a file"
+    report.plan["memory"] = (
+        f"{gigabytes(4 * parameters)} weights, {gigabytes(4 * parameters)} gradients, {told} "
+        f"{printable(optimizer)} state, beside the model itself"
+    )
+    # Where rank (in + out) passes in x out, full matrices would be smaller and could do more.
+    outgrown = [m for m in modules.values() if m.parameters(rank) > math.prod(m.shape)]
+    if outgrown:
+        report.notes.append(
+            f"at rank {rank} the LoRA is larger than the matrix it changes in {len(outgrown)} of "
+            f"{len(modules)} modules"
+        )
+    return size
+
+
+def check_disk(length: Length, size: float, options: Options, report: Report) -> None:
+    """The saves to come against the free space of the output folder."""
+    output = Path(options.text("output_dir", "."))
+    folder = next(
+        parent for parent in (output.absolute(), *output.absolute().parents) if parent.is_dir()
+    )
+    free, saves = shutil.disk_usage(folder).free, saved_files(length, options)
+    report.plan["saves"] = f"{saves} of {gigabytes(size)} in {output} ({gigabytes(free)} free)"
+    if saves * size > free:
+        report.errors.append(
+            f"{saves} saves of {gigabytes(size)} do not fit into the {gigabytes(free)} free at "
+            f'"{folder}": make room, or raise --save_every_n_steps'
+        )
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+
+def check(script: Path, words: list[str]) -> Report:
+    """Everything that can be known before the training starts, each thing by itself."""
+    report = Report()
+
+    def attempt(step: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return step(*args)
+        except PreflightError as error:
+            report.errors.append(str(error))
+            return None
+
+    check_script(script, report)
+    options = attempt(with_config_file, parse_options(words))
+    if options is None:
+        return report
+    check_packages(options, report)
+    attempt(check_checkpoint, options, report)
+    subsets = attempt(load_subsets, options, report)
+    length = None
+    if subsets:
+        attempt(check_caches, subsets, options, report)
+        length = attempt(plan_length, subsets, options, report)
+    modules = attempt(check_preset, options, report)
+    size = attempt(plan_size, modules, options, report) if modules else None
+    if length and size:
+        check_disk(length, size, options, report)
+    return report
+
+
+def tell(report: Report) -> None:
+    """What is wrong on stderr; on stdout the plan, unless the training cannot begin."""
+    for kind, sentences in (("error", report.errors), ("warning", report.warnings)):
+        for sentence in sentences:
+            print(f"{kind}: {sentence}", file=sys.stderr)
+    if not report.errors:
+        print("This training:")
+        for name, text in report.plan.items():
+            print(f"  {name:<9} {text}")
+        for sentence in report.notes:
+            print(f"note: {sentence}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 1 where the training would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    parser = argparse.ArgumentParser(
+        prog="blora_preflight.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="say it as JSON")
+    parser.add_argument("script", type=Path, help="the training script")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="the options it will get")
+    args = parser.parse_args(argv)
+    report = check(args.script, args.options)
+    if args.json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        tell(report)
+    return 1 if report.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
