@@ -89,13 +89,15 @@ ALGORITHMS = (
     Algorithm("LoHa", ("hada_w1_a",), ("hada_w1_a",), ("hada_w1_b",)),
     Algorithm("LoKr", ("lokr_w1",), ("lokr_w1",), ("lokr_w2_b",)),
     Algorithm("LoKr", ("lokr_w1_a",), ("lokr_w1_a",), ("lokr_w1_b",)),
-    Algorithm("full", ("diff",), ("diff", "diff_b")),
-    Algorithm("norm", ("w_norm",), ("w_norm", "b_norm")),
+    Algorithm("full", ("diff",), ("diff",)),
+    Algorithm("norm", ("w_norm",), ("w_norm",)),
     Algorithm("IA3", ("weight", "on_input"), ("weight",)),
     Algorithm("GLoRA", ("a2.weight", "b2.weight"), ("a2.weight", "b2.weight"), ("a2.weight",)),
     Algorithm("T-LoRA", ("lambda_layer",), (), reason="the factors it started from are not in it"),
     Algorithm("OFT", ("oft_blocks",), (), reason="a rotation cannot be multiplied"),
 )
+# Changes of their own that stand beside any algorithm's factors.
+ADDED = ("diff", "diff_b", "w_norm", "b_norm")
 UNKNOWN = Algorithm("unknown", (), (), reason="its tensors are of no kind known here")
 
 
@@ -433,7 +435,7 @@ def plan_outputs(cuts: list[Cut], output: Path, combined: bool) -> dict[Path, li
     plan: dict[Path, list[Cut]] = {}
     names = [cut.trait.name for cut in cuts]
     for cut in cuts:
-        parts = [output.stem, cut.trait.name]
+        parts = [output.stem, re.sub(r"[^\w.-]+", "_", cut.trait.name)]
         if names.count(cut.trait.name) > 1:
             parts.append(cut.lora.stem)
         path = output.with_name("_".join(parts) + output.suffix)
@@ -641,9 +643,10 @@ def at_strength(module: Module, cut: Cut, base: Callable[[str], Entry] | None) -
     if cut.strength == 1:
         return module
     if DORA not in module.tensors and module.algorithm.scaled:
-        return multiply(module, cut.strength, module.algorithm.scaled)
+        return multiply(module, cut.strength, {*module.algorithm.scaled, *ADDED})
     if module.label == "DoRA" and base:
-        return bake_dora(module, cut.strength, base(module.name))
+        baked = bake_dora(module, cut.strength, base(module.name))
+        return multiply(baked, cut.strength, ADDED)
     reason = module.algorithm.reason
     advice = "cut it at 1.0 and set the strength where the LoRA is used"
     if DORA in module.tensors:
@@ -1392,7 +1395,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_inspect(args) if args.inspect else run_cut(args)
     except SliceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
+        return 1
+    except ModuleNotFoundError as error:
+        note(f"error: no {error.name} in this Python ({sys.executable}): activate kohya's venv")
+        return 1
+    except KeyboardInterrupt:
+        note("error: stopped, nothing was written")
         return 1
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kohya_folder import BASH
 from lora_files import CONTENT, LAYOUT, STYLE, TE2, blora_modules, change, lora_module
 from lora_files import write as write_lora
 from safetensors.torch import load_file
@@ -147,6 +148,14 @@ def test_a_locon_module_with_a_mid_weight_is_scaled_once(tmp_path, output):
     assert all(torch.equal(load_file(output)[k], locon[k]) for k in locon if k != up)
 
 
+def test_a_change_of_the_bias_beside_the_factors_is_multiplied_too(tmp_path, output):
+    name = CONTENT.format(0, 1, "q")
+    tensors = lora_module(name, dtype=torch.float32) | {f"{name}.diff_b": torch.ones(5)}
+    lora = write_lora(tmp_path / "bias.safetensors", tensors)
+    assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 0
+    assert torch.equal(load_file(output)[f"{name}.diff_b"], torch.full((5,), 0.5))
+
+
 def test_fp16_is_scaled_in_fp32_and_rounded_once(lora, output):
     assert slice_lora("--loras", lora, "--alphas", "0.3", "--output_path", output) == 0
     for key, tensor in load_file(output).items():
@@ -214,6 +223,14 @@ def test_not_combined_writes_one_file_for_each_trait_beside_the_output_path(lora
     assert modules(output.with_name("slice_content.safetensors")) == names(CONTENT)
     assert modules(output.with_name("slice_style.safetensors")) == names(STYLE)
     assert not output.exists()
+
+
+def test_a_trait_whose_name_is_no_file_name_is_written_under_one(lora, output, tmp_path):
+    traits = tmp_path / "traits.json"
+    traits.write_text('{"a/b: c": {"whitelist": ["_to_q"]}}')
+    args = ("--traits", "a/b: c", "--traits_file", traits, "--not_combined")
+    assert slice_lora("--loras", lora, *args, "--output_path", output) == 0
+    assert output.with_name("slice_a_b_c.safetensors").is_file()
 
 
 def test_not_combined_adds_the_lora_to_the_name_where_two_give_the_same_trait(tmp_path, output):
@@ -401,7 +418,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_part(lora, outpu
     command = f'ulimit -f 1; exec "{sys.executable}" "{SCRIPT}" "$@"'
     args = ["--loras", lora, "--output_path", output]
     done = subprocess.run(
-        ["bash", "-c", command, "bash", *args], capture_output=True, text=True, check=False
+        [BASH, "-c", command, "bash", *args], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: cannot write {output} (")
@@ -461,3 +478,12 @@ def test_mistakes_are_told_without_loading_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=False)
     assert done.returncode == 0
+
+
+def test_a_python_without_safetensors_is_told_in_one_sentence(lora, tmp_path):
+    command = [sys.executable, "-S", SCRIPT, "--loras", lora]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"error: no safetensors in this Python ({sys.executable}): activate kohya's venv\n"
+    )
