@@ -842,10 +842,8 @@ def tell(report: Report) -> None:
             print(f"note: {sentence}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 1 where the training would fail."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+def build_parser() -> argparse.ArgumentParser:
+    """The training script, and its options behind it."""
     parser = argparse.ArgumentParser(
         prog="blora_preflight.py",
         description=__doc__,
@@ -854,7 +852,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="say it as JSON")
     parser.add_argument("script", type=Path, help="the training script")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="the options it will get")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 1 where the training would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    args = build_parser().parse_args(argv)
     report = check(args.script, args.options)
     if args.json:
         print(json.dumps(asdict(report), indent=2))

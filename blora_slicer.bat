@@ -9,16 +9,25 @@ rem The LoRA to slice: what a launcher saved. Write / for \.
 if not defined BLORA_LORA set "BLORA_LORA=%~dp0_out/lora/sdxl/my_project_1/my_project_1.safetensors"
 
 rem ---- Slice (nothing below needs editing) -------------------------------------------------------
-if exist "%~dp0venv\Scripts\activate.bat" (
-  call "%~dp0venv\Scripts\activate.bat"
-) else if exist "%~dp0.venv\Scripts\activate.bat" (
-  call "%~dp0.venv\Scripts\activate.bat"
+set "BLORA_LORA=%BLORA_LORA:"=%"
+set "VENV="
+if exist "%~dp0.venv\Scripts\python.exe" set "VENV=%~dp0.venv"
+if exist "%~dp0venv\Scripts\python.exe" set "VENV=%~dp0venv"
+if defined VENV set "VIRTUAL_ENV=%VENV%"
+if defined VENV set "PATH=%VENV%\Scripts;%PATH%"
+set "RC=1"
+for %%I in (python.exe) do set "PYTHON=%%~$PATH:I"
+if not defined PYTHON (
+  echo No python in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them.>&2
+  goto finish
 )
 
 rem Options alone are for the LoRA set above. Files come first, and may have options behind them;
 rem several files and nothing else are dropped ones, which give one slice each.
-if "%~1"=="" goto the_set_lora
-if not exist "%~1" goto the_set_lora
+set "FIRST=%~1"
+if not defined FIRST goto the_set_lora
+if "%FIRST:~0,1%"=="-" goto the_set_lora
+if not exist "%~1" goto given_files
 if "%~2"=="" goto given_files
 :next_file
 shift /1
@@ -26,18 +35,20 @@ if "%~1"=="" goto dropped_files
 if exist "%~1" goto next_file
 
 :given_files
-python "%~dp0blora_slicer.py" --loras %*
-goto finish
+"%PYTHON%" "%~dp0blora_slicer.py" --loras %*
+goto sliced
 
 :dropped_files
-python "%~dp0blora_slicer.py" --not_combined --loras %*
-goto finish
+"%PYTHON%" "%~dp0blora_slicer.py" --not_combined --loras %*
+goto sliced
 
 :the_set_lora
-python "%~dp0blora_slicer.py" --loras "%BLORA_LORA%" %*
+"%PYTHON%" "%~dp0blora_slicer.py" --loras "%BLORA_LORA%" %*
+
+:sliced
+set "RC=%ERRORLEVEL%"
 
 :finish
-set "RC=%ERRORLEVEL%"
 rem A double-click or a drop opens a window of its own that closes with the last line: hold it open.
 if not defined CMDCMDLINE exit /b %RC%
 set CLICKED=%COMSPEC% /c "%~f0" %*

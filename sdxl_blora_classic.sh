@@ -24,74 +24,64 @@ fail() {
   exit 1
 }
 
-SELF="$(basename -- "${BASH_SOURCE[0]}")"
 CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 PROJECT="${BLORA_NAME}_${BLORA_REVISION}"
-DATASET="./_in/lora/sdxl/${BLORA_NAME}/config.toml"
 SCRIPT="sdxl_train_network.py"
 if [[ ! -f "$SCRIPT" ]]; then SCRIPT="sd-scripts/sdxl_train_network.py"; fi
 
 if [[ ! -f "$SCRIPT" ]]; then
   fail "No sdxl_train_network.py in \"$PWD\" or its sd-scripts folder: copy the B-LoRA files into a kohya sd-scripts or kohya_ss folder."
 fi
-if [[ "$BLORA_CHECKPOINT" == "path/to/sd_xl_base_1.0.safetensors" ]]; then
-  fail "The settings are not edited yet: set BLORA_CHECKPOINT at the top of \"$SELF\" to your SDXL checkpoint."
-fi
-if [[ ! -e "$BLORA_CHECKPOINT" ]]; then
-  fail "No checkpoint at \"$BLORA_CHECKPOINT\": correct BLORA_CHECKPOINT at the top of \"$SELF\"."
-fi
-if [[ ! -f "$DATASET" ]]; then
-  fail "No dataset config at \"$DATASET\": write one there, or correct BLORA_NAME at the top of \"$SELF\"."
-fi
 
-if [[ -f "venv/bin/activate" ]]; then
-  # shellcheck source=/dev/null
-  source "venv/bin/activate"
-elif [[ -f ".venv/bin/activate" ]]; then
-  # shellcheck source=/dev/null
-  source ".venv/bin/activate"
-fi
+VENV=""
+if [[ -x ".venv/bin/python" ]]; then VENV="$PWD/.venv"; fi
+if [[ -x "venv/bin/python" ]]; then VENV="$PWD/venv"; fi
+if [[ -n "$VENV" ]]; then export VIRTUAL_ENV="$VENV" PATH="$VENV/bin:$PATH"; fi
 if ! command -v accelerate >/dev/null; then
   fail "No accelerate in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them."
 fi
 
+OPTIONS=(
+  --pretrained_model_name_or_path="$BLORA_CHECKPOINT"
+  --dataset_config="./_in/lora/sdxl/$BLORA_NAME/config.toml"
+  --output_dir="./_out/lora/sdxl/$PROJECT"
+  --output_name="$PROJECT"
+  --network_module=lycoris.kohya
+  --network_args "preset=$BLORA_PRESET"
+  --network_dim="$BLORA_RANK"
+  --network_alpha="$BLORA_RANK"
+  --network_train_unet_only
+  "--resolution=1024,1024"
+  --enable_bucket
+  --min_bucket_reso=512
+  --bucket_reso_steps=32
+  --random_crop
+  --caption_extension=.txt
+  --persistent_data_loader_workers
+  --max_train_steps=3000
+  --save_every_n_steps=1000
+  --save_model_as=safetensors
+  --mixed_precision=fp16
+  --no_half_vae
+  --gradient_checkpointing
+  --mem_eff_attn
+  --prior_loss_weight=0
+  --max_grad_norm=1.0
+  --seed=0
+  --lr_scheduler=cosine
+  --lr_warmup_steps=500
+  --learning_rate=1.0
+  --optimizer_type=prodigy
+  --optimizer_args
+  "weight_decay=1e-04"
+  "betas=(0.9,0.999)"
+  "eps=1e-08"
+  "decouple=True"
+  "use_bias_correction=True"
+  "safeguard_warmup=True"
+  "beta3=None"
+)
+
+python blora_preflight.py "$SCRIPT" "${OPTIONS[@]}" "$@"
 read -r -a ACCELERATE_ARGS <<<"$BLORA_ACCELERATE_ARGS"
-accelerate launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" \
-  --pretrained_model_name_or_path="$BLORA_CHECKPOINT" \
-  --dataset_config="$DATASET" \
-  --output_dir="./_out/lora/sdxl/$PROJECT" \
-  --output_name="$PROJECT" \
-  --network_module=lycoris.kohya \
-  --network_args "preset=$BLORA_PRESET" \
-  --network_dim="$BLORA_RANK" \
-  --network_alpha="$BLORA_RANK" \
-  --network_train_unet_only \
-  --resolution=1024,1024 \
-  --enable_bucket \
-  --min_bucket_reso=512 \
-  --bucket_reso_steps=32 \
-  --random_crop \
-  --caption_extension=.txt \
-  --persistent_data_loader_workers \
-  --max_train_steps=3000 \
-  --save_every_n_steps=1000 \
-  --save_model_as=safetensors \
-  --mixed_precision=fp16 \
-  --no_half_vae \
-  --gradient_checkpointing \
-  --mem_eff_attn \
-  --prior_loss_weight=0 \
-  --max_grad_norm=1.0 \
-  --seed=0 \
-  --lr_scheduler=cosine \
-  --lr_warmup_steps=500 \
-  --learning_rate=1.0 \
-  --optimizer_type=prodigy \
-  --optimizer_args \
-  "weight_decay=1e-04" \
-  "betas=(0.9,0.999)" \
-  "eps=1e-08" \
-  "decouple=True" \
-  "use_bias_correction=True" \
-  "safeguard_warmup=True" \
-  "beta3=None" "$@"
+accelerate launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"

@@ -20,10 +20,11 @@ rem Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="
 
 rem ---- Launch (nothing below needs editing) ------------------------------------------------------
+rem A path copied from Explorer has quote marks, and a \ at its end would swallow the next one.
+set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:"=%"
+set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:\=/%"
 cd /d "%~dp0"
-set "SELF=%~nx0"
 set "PROJECT=%BLORA_NAME%_%BLORA_REVISION%"
-set "DATASET=./_in/lora/sdxl/%BLORA_NAME%/config.toml"
 set "SCRIPT=sdxl_train_network.py"
 if not exist "%SCRIPT%" set "SCRIPT=sd-scripts/sdxl_train_network.py"
 
@@ -32,33 +33,22 @@ if not exist "%SCRIPT%" (
   echo No sdxl_train_network.py in "%CD%" or its sd-scripts folder: copy the B-LoRA files into a kohya sd-scripts or kohya_ss folder.>&2
   goto finish
 )
-if "%BLORA_CHECKPOINT%"=="path/to/sd_xl_base_1.0.safetensors" (
-  echo The settings are not edited yet: set BLORA_CHECKPOINT at the top of "%SELF%" to your SDXL checkpoint.>&2
-  goto finish
-)
-if not exist "%BLORA_CHECKPOINT%" (
-  echo No checkpoint at "%BLORA_CHECKPOINT%": correct BLORA_CHECKPOINT at the top of "%SELF%".>&2
-  goto finish
-)
-if not exist "%DATASET%" (
-  echo No dataset config at "%DATASET%": write one there, or correct BLORA_NAME at the top of "%SELF%".>&2
-  goto finish
-)
 
-if exist "venv\Scripts\activate.bat" (
-  call "venv\Scripts\activate.bat"
-) else if exist ".venv\Scripts\activate.bat" (
-  call ".venv\Scripts\activate.bat"
-)
+set "VENV="
+if exist ".venv\Scripts\python.exe" set "VENV=%CD%\.venv"
+if exist "venv\Scripts\python.exe" set "VENV=%CD%\venv"
+if defined VENV set "VIRTUAL_ENV=%VENV%"
+if defined VENV set "PATH=%VENV%\Scripts;%PATH%"
+for %%I in (python.exe) do set "PYTHON=%%~$PATH:I"
 for %%I in (accelerate.exe) do set "ACCELERATE=%%~$PATH:I"
 if not defined ACCELERATE (
   echo No accelerate in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them.>&2
   goto finish
 )
 
-accelerate launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRIPT%" ^
+set OPTIONS=^
   --pretrained_model_name_or_path="%BLORA_CHECKPOINT%" ^
-  --dataset_config="%DATASET%" ^
+  --dataset_config="./_in/lora/sdxl/%BLORA_NAME%/config.toml" ^
   --output_dir="./_out/lora/sdxl/%PROJECT%" ^
   --output_name="%PROJECT%" ^
   --network_module=lycoris.kohya ^
@@ -66,7 +56,7 @@ accelerate launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRI
   --network_dim="%BLORA_RANK%" ^
   --network_alpha="%BLORA_RANK%" ^
   --network_train_unet_only ^
-  --resolution=1024,1024 ^
+  "--resolution=1024,1024" ^
   --enable_bucket ^
   --min_bucket_reso=512 ^
   --bucket_reso_steps=32 ^
@@ -95,7 +85,12 @@ accelerate launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRI
   "decouple=True" ^
   "use_bias_correction=False" ^
   "safeguard_warmup=True" ^
-  "beta3=None" %*
+  "beta3=None"
+
+"%PYTHON%" blora_preflight.py "%SCRIPT%" %OPTIONS% %*
+set "RC=%ERRORLEVEL%"
+if not "%RC%"=="0" goto finish
+"%ACCELERATE%" launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRIPT%" %OPTIONS% %*
 set "RC=%ERRORLEVEL%"
 
 :finish

@@ -23,10 +23,10 @@ mkdir -p "$KOHYA"
 install="$(grep -m 1 '^cp -r ' README.md)"
 echo "$install"
 eval "${install/<kohya folder>/\"\$KOHYA\"}"
-# In place of sd-scripts, a checkpoint and a dataset: the stand-in, an empty file, drawn pictures.
+# In place of sd-scripts, a checkpoint and a dataset: the stand-in, a toy, drawn pictures.
 cp tests/standin/*.py tests/data/sdxl_train_network_options.json "$KOHYA/"
 cd "$KOHYA"
-touch toy_sdxl.safetensors
+python make_checkpoint.py toy_sdxl.safetensors
 python make_dataset.py _in/lora/sdxl/demo
 
 say "Train content and style together"

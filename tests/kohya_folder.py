@@ -18,13 +18,17 @@ from pathlib import Path
 from cmd_runner import Call, Cmd, Finished, calls, native_path, windows_path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Not found by name: on Windows that would be the one of System32, which starts WSL.
+BASH = shutil.which("bash") or "bash"
 CHECKPOINT = "models/sd_xl_base_1.0.safetensors"
 SCRIPT = "sdxl_train_network.py"
+PROGRAMS = ("accelerate", "python")
 # One record a call, in the format of tests/windows/recorder.c.
 RECORDER = """#!/usr/bin/env bash
 mkdir -p "$RECORDER_LOG"
 printf '%s\\0' "$PWD" "$#" "$0" "$@" >"$RECORDER_LOG/$(ls "$RECORDER_LOG" | wc -l)"
-exit "${RECORDER_EXIT:-0}"
+code="RECORDER_EXIT_$(basename "$0")"
+exit "${!code:-${RECORDER_EXIT:-0}}"
 """
 
 
@@ -38,7 +42,7 @@ def install(kohya: Path) -> None:
     """Copy the bundle into the folder as the README says."""
     command = re.sub(r"<[^>]+>/$", '"$KOHYA"/', copy_command())
     subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "KOHYA": str(kohya)}, check=True
+        [BASH, "-c", command], cwd=ROOT, env={**os.environ, "KOHYA": str(kohya)}, check=True
     )
 
 
@@ -71,10 +75,12 @@ class Bash:
         (folder / program).write_text(RECORDER)
         (folder / program).chmod(0o755)
 
-    def make_venv(self, path: Path, program: str = "accelerate") -> Path:
-        """A real venv whose program is a recorder; hands back the folder of its programs."""
+    def make_venv(self, path: Path) -> Path:
+        """A real venv whose programs are recorders; hands back the folder they are in."""
         venv.EnvBuilder(symlinks=True).create(path)
-        self.install_recorder(path / "bin", program)
+        for program in PROGRAMS:
+            (path / "bin" / program).unlink(missing_ok=True)
+            self.install_recorder(path / "bin", program)
         return path / "bin"
 
     def path_variable(self, folder: Path) -> dict[str, str]:
@@ -122,10 +128,10 @@ class Bat:
     def install_recorder(self, folder: Path, program: str) -> None:
         self.cmd.install_recorder(folder / f"{program}.exe")
 
-    def make_venv(self, path: Path, program: str = "accelerate") -> Path:
-        """The part of a venv that a .bat meets: activate.bat, which puts Scripts on PATH."""
-        self.install_recorder(path / "Scripts", program)
-        (path / "Scripts/activate.bat").write_bytes(b'@set "PATH=%~dp0;%PATH%"\r\n')
+    def make_venv(self, path: Path) -> Path:
+        """The part of a venv that a .bat meets: its programs."""
+        for program in PROGRAMS:
+            self.install_recorder(path / "Scripts", program)
         return path / "Scripts"
 
     def path_variable(self, folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kohya_folder import ROOT
+from kohya_folder import BASH, ROOT
 from lora_files import change
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -36,7 +36,7 @@ class Demo:
 def demo(tmp_path_factory) -> Demo:
     kohya = tmp_path_factory.mktemp("demo") / "kohya & co (1)!"
     done = subprocess.run(
-        ["bash", "tests/demo.sh", kohya],
+        [BASH, "tests/demo.sh", kohya],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,7 +90,7 @@ def test_it_shows_the_command_the_progress_and_what_each_file_holds(demo):
 
 def test_a_folder_that_exists_is_not_touched(tmp_path):
     done = subprocess.run(
-        ["bash", "tests/demo.sh", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+        [BASH, "tests/demo.sh", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr == f'"{tmp_path}" exists already: name a folder that is not there yet.\n'

@@ -6,6 +6,7 @@ Every case runs both twins in a throw-away kohya folder whose accelerate records
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from dataclasses import dataclass, field
@@ -96,12 +97,15 @@ class Kohya:
         return self.shell.run(launcher, args, cwd or self.path, self.log, self.env)
 
     def argv(self, name: str, *args: str, cwd: Path | None = None) -> list[str]:
-        """The arguments of the one call that a launcher made, after `accelerate`."""
+        """What a launcher called accelerate with, after it called pre-flight with the same."""
         done, calls = self.launch(name, *args, cwd=cwd)
         assert (done.returncode, done.output) == (0, "")
-        [call] = calls
-        assert call.cwd == self.path
-        return call.argv[1:]
+        preflight, training = calls
+        assert preflight.cwd == training.cwd == self.path
+        argv = training.argv[1:]
+        script = next(i for i, arg in enumerate(argv) if arg.endswith("sdxl_train_network.py"))
+        assert preflight.argv[1:] == ["blora_preflight.py", *argv[script:]]
+        return argv
 
 
 @pytest.fixture
@@ -196,8 +200,9 @@ def test_any_folder_name_project_name_and_checkpoint_arrives_whole(shell, tmp_pa
     checkpoint.touch()
     env = {"BLORA_NAME": ODD, "BLORA_CHECKPOINT": shell.shown(checkpoint)}
     argv = Kohya(shell, path, tmp_path / "log", env).argv(name, cwd=tmp_path)
+    shown = shell.shown(checkpoint).replace("\\", "/")
     assert argv[3:7] == [
-        f"--pretrained_model_name_or_path={shell.shown(checkpoint)}",
+        f"--pretrained_model_name_or_path={shown}",
         f"--dataset_config=./_in/lora/sdxl/{ODD}/config.toml",
         f"--output_dir=./_out/lora/sdxl/{ODD}_1",
         f"--output_name={ODD}_1",
@@ -213,6 +218,23 @@ def options_after_names(name: str) -> list[str]:
     rest = [swapped.get(arg, arg) for arg in CLASSIC[4:]]
     rest.insert(rest.index("--save_model_as=safetensors") + 1, "--save_precision=fp16")
     return rest
+
+
+@pytest.mark.parametrize(
+    ("pasted", "given"),
+    [
+        ('"D:\\my models\\sdxl & co.safetensors"', "D:/my models/sdxl & co.safetensors"),
+        ("D:\\models\\sdxl\\", "D:/models/sdxl/"),
+    ],
+    ids=["with quote marks", "with a backslash at the end"],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_pasted_from_explorer_arrives_whole(cmd, tmp_path, name, pasted, given):
+    shell = Bat(cmd)
+    path = make_kohya(tmp_path / "kohya")
+    shell.make_venv(path / "venv")
+    argv = Kohya(shell, path, tmp_path / "log", {"BLORA_CHECKPOINT": pasted}).argv(name)
+    assert argv[3:5] == [f"--pretrained_model_name_or_path={given}", CLASSIC[1]]
 
 
 # ---- Where things are ----------------------------------------------------------------------------
@@ -235,8 +257,8 @@ def test_venv_is_used_then_dot_venv_then_the_active_environment(shell, tmp_path,
     programs = {name: shell.make_venv(path / name) for name in present}
     kohya = Kohya(shell, path, tmp_path / "log")
     kohya.env |= shell.path_variable(programs["active"])
-    _, [call] = kohya.launch("sdxl_blora_classic")
-    assert shell.program_folder(call) == programs[used]
+    _, calls = kohya.launch("sdxl_blora_classic")
+    assert [shell.program_folder(call) for call in calls] == [programs[used]] * 2
 
 
 # ---- Handing on ----------------------------------------------------------------------------------
@@ -270,9 +292,18 @@ def test_an_override_wins(kohya):
 @pytest.mark.parametrize("code", [0, 1, 7])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exit_code_of_the_training_is_the_launchers(kohya, name, code):
-    kohya.env["RECORDER_EXIT"] = str(code)
+    kohya.env["RECORDER_EXIT_accelerate"] = str(code)
     done, calls = kohya.launch(name)
-    assert (done.returncode, len(calls)) == (code, 1)
+    assert (done.returncode, len(calls)) == (code, 2)
+
+
+@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_trained_where_preflight_refuses(kohya, name, code):
+    kohya.env["RECORDER_EXIT_python"] = str(code)
+    done, calls = kohya.launch(name)
+    assert done.returncode == code
+    assert [call.argv[1] for call in calls] == ["blora_preflight.py"]
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
@@ -280,31 +311,11 @@ def test_the_exit_code_of_the_training_is_the_launchers(kohya, name, code):
 REFUSALS = {
     "no training script": (
         ["sdxl_train_network.py"],
-        {},
         'No sdxl_train_network.py in "{folder}" or its sd-scripts folder: copy the B-LoRA files '
         "into a kohya sd-scripts or kohya_ss folder.",
     ),
-    "settings not edited": (
-        [],
-        {"BLORA_CHECKPOINT": None},
-        "The settings are not edited yet: set BLORA_CHECKPOINT at the top of "
-        '"{launcher}" to your SDXL checkpoint.',
-    ),
-    "no checkpoint": (
-        [],
-        {"BLORA_CHECKPOINT": f"models/{ODD}.safetensors"},
-        f'No checkpoint at "models/{ODD}.safetensors": correct BLORA_CHECKPOINT at the top of '
-        '"{launcher}".',
-    ),
-    "no dataset config": (
-        [],
-        {"BLORA_NAME": ODD},
-        f'No dataset config at "./_in/lora/sdxl/{ODD}/config.toml": write one there, or correct '
-        'BLORA_NAME at the top of "{launcher}".',
-    ),
     "no accelerate": (
         ["venv"],
-        {},
         "No accelerate in venv, .venv or the active environment: install kohya's requirements, "
         "or activate the environment that has them.",
     ),
@@ -314,20 +325,12 @@ REFUSALS = {
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_refusal_is_one_sentence_and_exit_1_before_anything_starts(kohya, name, refusal):
-    missing, env, sentence = REFUSALS[refusal]
+    missing, sentence = REFUSALS[refusal]
     remove_files(kohya.path, *missing)
-    kohya.env = {k: v for k, v in (kohya.env | env).items() if v is not None}
     done, calls = kohya.launch(name)
-    launcher = f"{name}{kohya.shell.suffix}"
-    expected = sentence.format(folder=kohya.shell.shown(kohya.path), launcher=launcher)
+    expected = sentence.format(folder=kohya.shell.shown(kohya.path))
     assert done.output.splitlines() == [expected]
     assert (done.returncode, calls) == (1, [])
-
-
-def test_a_diffusers_folder_is_a_checkpoint(kohya):
-    (kohya.path / "models/sdxl").mkdir()
-    kohya.env["BLORA_CHECKPOINT"] = "models/sdxl"
-    assert "--pretrained_model_name_or_path=models/sdxl" in kohya.argv("sdxl_blora_classic")
 
 
 @pytest.mark.parametrize("code", [0, 7])
@@ -336,7 +339,7 @@ def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(cmd, tmp_path, na
     shell = Bat(cmd)
     path = make_kohya(tmp_path / ODD)
     shell.make_venv(path / "venv")
-    env = SETTINGS | {"RECORDER_EXIT": str(code)}
+    env = SETTINGS | {"RECORDER_EXIT_accelerate": str(code)}
     clicked = shell.double_click(path / f"{name}.bat", [], tmp_path / "log", env)
     assert "Press any key" in clicked.output
     assert clicked.returncode == code
@@ -358,7 +361,7 @@ def outline(path: Path) -> list[str]:
         ):
             name, default = setting[1] or setting[3], setting[2] or setting[4] or ""
             lines.append(f"{name} = {default}")
-        elif re.match(r'  (--|"\w+=)', line):
+        elif re.match(r'  ("?--|"\w+=)', line):
             lines.append(without_variables(line).strip(" \\^"))
         elif message := re.match(r"  (?:fail|echo) (.*\w.*\w.*\.)", line):
             lines.append(without_variables(message[1]).replace("\\", ""))
@@ -374,14 +377,29 @@ def without_variables(text: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_twins_read_as_the_same_file(name):
     sh, bat = (outline(ROOT / f"{name}{suffix}") for suffix in (".sh", ".bat"))
-    bash_only = ["shellcheck source=/dev/null"] * 2
     bat_only = [
-        "A double-click opens a window of its own that closes with the last line: hold it open."
+        "A path copied from Explorer has quote marks, and a \\ at its end would swallow the next "
+        "one.",
+        "A double-click opens a window of its own that closes with the last line: hold it open.",
     ]
-    assert [line for line in sh if line not in bash_only] == [
-        line for line in bat if line not in bat_only
+    assert sh == [line for line in bat if line not in bat_only]
+    assert len(sh) > 50
+
+
+@pytest.mark.parametrize("suffix", [".sh", ".bat"])
+def test_fast_is_classic_but_for_its_recipe_and_its_comments(suffix):
+    classic, fast = (
+        (ROOT / f"{name}{suffix}").read_text().replace(name, "NAME").splitlines() for name in NAMES
+    )
+    changed = [
+        line.strip(" ^\\")
+        for line in difflib.ndiff(classic, fast)
+        if line.startswith(("- ", "+ ")) and not line[2:].startswith(("# ", "rem "))
     ]
-    assert len(sh) >= 60
+    recipe = [f"- {old}" for old, _ in FAST_CHANGES if old] + [f"+ {n}" for _, n in FAST_CHANGES]
+    assert sorted(re.sub(r'["^\\]| +(?= )', "", line).replace("  ", " ") for line in changed) == (
+        sorted(recipe)
+    )
 
 
 @pytest.mark.parametrize("bat", sorted(path.name for path in ROOT.glob("*.bat")))

@@ -55,11 +55,11 @@ def text_encoder_modules(layers: str | list[int]) -> set[str]:
 
 
 @cache
-def trained(release: str) -> dict[str, dict]:
-    """What a LyCORIS release trains under each preset: see lycoris_modules.py."""
+def trained(release: str, *others: str) -> dict[str, dict]:
+    """What a LyCORIS release trains under each preset, or under others: see lycoris_modules.py."""
     folder = RELEASES / release
     env = {**os.environ, "PYTHONPATH": str(folder)}
-    presets = [f"lycoris_presets/{name}.toml" for name in PRESETS]
+    presets = others or [f"lycoris_presets/{name}.toml" for name in PRESETS]
     found = subprocess.run(
         [
             sys.executable,

@@ -13,15 +13,19 @@ from sdxl_train_network import build_parser as sd_scripts_parser
 from test_blora_bundle import BUNDLE, tracked
 from test_blora_launchers import FAST_CHANGES, outline
 
+import blora_preflight
 import blora_slicer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PLAN = ("base  ", "images  ", "training  ", "modules  ", "rank  ", "memory  ", "saves  ")
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
+# What programs print, among what people type.
+SHOWN = ("content of ", "-> ", "error: ", "This training:", *PLAN)
 COMMANDS = [
     line.strip()
     for language, block in BLOCKS
     for line in block.splitlines()
-    if not language and not line.startswith(("content of ", "-> "))
+    if not language and not line.strip().startswith(SHOWN)
 ]
 SETTINGS = [line for line in outline(ROOT / "sdxl_blora_classic.sh") if line.startswith("BLORA_")]
 
@@ -37,11 +41,24 @@ def check_launcher(command: list[str]) -> None:
         assert (ROOT / preset).is_file()
 
 
+def check_cmd(words: list[str]) -> None:
+    """A line for cmd.exe: a launcher, or a known setting."""
+    if words[0] == "set":
+        assert words[1].split("=")[0] in {line.split(" = ")[0] for line in SETTINGS}
+    else:
+        check_launcher(words)
+
+
 def check_slicer(command: list[str]) -> None:
     """Options that the slicer takes, and traits that it has."""
     args = blora_slicer.build_parser().parse_args(command[2:])
     known = blora_slicer.load_traits(args.traits_file)
     assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
+
+
+def check_preflight(command: list[str]) -> None:
+    """A command line that pre-flight takes."""
+    assert blora_preflight.build_parser().parse_args(command[2:]).options
 
 
 def check_pip(command: list[str]) -> None:
@@ -52,18 +69,24 @@ def check_pip(command: list[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_one_that_works(command):
+    if command.startswith(("copy ", "xcopy ")):
+        return  # run below, in cmd.exe
     words = shlex.split(command)
     if words[-1].startswith("tests/"):
         assert words == ["bash", words[1]]
         assert words[1] in ("tests/demo.sh", "tests/check.sh")
     elif any(word.startswith("./sdxl_") for word in words):
         check_launcher(words)
+    elif words[0].startswith("sdxl_") or words[0] == "set":
+        check_cmd(words)
+    elif words[:2] == ["python", "blora_preflight.py"]:
+        check_preflight(words)
     elif words[:2] == ["python", "blora_slicer.py"]:
         check_slicer(words)
     elif words[:2] == ["pip", "install"]:
         check_pip(words)
     else:
-        assert command == copy_command() or words[0] in ("copy", "xcopy")
+        assert command == copy_command()
 
 
 def test_the_windows_copy_commands_install_the_bundle(cmd, tmp_path):
@@ -116,3 +139,15 @@ def test_its_table_of_classic_against_fast_is_the_difference_between_them():
 def test_its_links_within_the_repository_lead_somewhere():
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", README):
         assert (ROOT / target).exists()
+
+
+def test_the_size_it_shows_is_that_of_the_file():
+    """Content has half of the two blocks' parameters, in fp32; the header is below 0.1 MB."""
+    layers = blora_preflight.trained_layers(
+        blora_preflight.load_preset(ROOT / "lycoris_presets/blora_content_style.toml")
+    )
+    content = [layer for name, layer in layers.items() if "_output_blocks_0_1_" in name]
+    size = 4 * sum(layer.parameters(1024) for layer in content)
+    assert (
+        f"-> model.safetensors: 80 modules, 240 tensors, rank 1024, {size / 1e6:.1f} MB" in README
+    )

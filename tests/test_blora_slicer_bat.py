@@ -21,7 +21,7 @@ def bat(cmd: Cmd) -> Bat:
 def kohya(bat: Bat, tmp_path: Path) -> Path:
     """A kohya folder with an odd name, whose venv has a python that records its call."""
     path = make_kohya(tmp_path / ODD / "kohya")
-    bat.make_venv(path / "venv", program="python")
+    bat.make_venv(path / "venv")
     return path
 
 
@@ -72,6 +72,24 @@ def test_files_with_options_are_the_command_line_of_the_slicer(bat, kohya, loras
     assert slicer_call(bat, kohya, *args) == ["--loras", *args]
 
 
+def test_a_file_that_is_not_there_is_handed_on_for_the_slicer_to_say_so(bat, kohya):
+    assert slicer_call(bat, kohya, "gone.safetensors") == ["--loras", "gone.safetensors"]
+
+
+def test_a_path_pasted_from_explorer_arrives_without_its_quote_marks(bat, kohya, loras):
+    assert slicer_call(bat, kohya, env={"BLORA_LORA": f'"{loras[0]}"'}) == ["--loras", loras[0]]
+
+
+def test_without_a_python_it_says_so_in_one_sentence(bat, tmp_path):
+    path = make_kohya(tmp_path / "kohya")
+    done, calls = bat.run(path / "blora_slicer.bat", [], path, tmp_path / "log", {})
+    assert done.output.splitlines() == [
+        "No python in venv, .venv or the active environment: install kohya's requirements, or "
+        "activate the environment that has them."
+    ]
+    assert (done.returncode, calls) == (1, [])
+
+
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_the_exit_code_of_the_slicer_is_its_own(bat, kohya, code):
     env = {"RECORDER_EXIT": str(code)}
@@ -82,7 +100,7 @@ def test_the_exit_code_of_the_slicer_is_its_own(bat, kohya, code):
 @pytest.mark.parametrize("venv", [".venv", "venv"])
 def test_it_uses_the_venv_of_its_folder(bat, tmp_path, venv):
     path = make_kohya(tmp_path / "kohya")
-    programs = bat.make_venv(path / venv, program="python")
+    programs = bat.make_venv(path / venv)
     _, [call] = bat.run(path / "blora_slicer.bat", [], tmp_path, tmp_path / "log", {})
     assert bat.program_folder(call) == programs
 

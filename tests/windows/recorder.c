@@ -4,7 +4,8 @@
  * Each call makes one new file, 0000, 0001, ..., in the folder named by the environment
  * variable RECORDER_LOG (made if it is not there). The file holds UTF-8 texts, each ended
  * by a NUL: the raw command line, the current directory, then every NAME=value of the
- * environment. The exit code is RECORDER_EXIT, or 0; 125 means that nothing was recorded.
+ * environment. The exit code is RECORDER_EXIT_ and the program's name (RECORDER_EXIT_python), or
+ * RECORDER_EXIT, or 0; 125 means that nothing was recorded.
  */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
@@ -49,10 +50,24 @@ static HANDLE new_record(const wchar_t *folder)
     return file;
 }
 
+/* The exit code that the test asks of this program, or of any. */
+static int exit_code(void)
+{
+    static wchar_t path[LONGEST_PATH], name[LONGEST_PATH], variable[LONGEST_PATH];
+    wchar_t code[16];
+    const DWORD size = sizeof code / sizeof *code;
+    GetModuleFileNameW(NULL, path, LONGEST_PATH);
+    _wsplitpath(path, NULL, NULL, name, NULL);
+    _snwprintf(variable, LONGEST_PATH - 1, L"RECORDER_EXIT_%ls", name);
+    if (!GetEnvironmentVariableW(variable, code, size)
+        && !GetEnvironmentVariableW(L"RECORDER_EXIT", code, size))
+        return 0;
+    return (int)wcstoul(code, NULL, 10);
+}
+
 int main(void)
 {
     static wchar_t folder[LONGEST_PATH], cwd[LONGEST_PATH];
-    wchar_t code[16];
     const wchar_t *entry = GetEnvironmentStringsW();
     HANDLE file;
 
@@ -70,7 +85,5 @@ int main(void)
         if (!put(file, entry))
             return fail("write the record");
     CloseHandle(file);
-    if (!GetEnvironmentVariableW(L"RECORDER_EXIT", code, sizeof code / sizeof *code))
-        return 0;
-    return (int)wcstoul(code, NULL, 10);
+    return exit_code();
 }

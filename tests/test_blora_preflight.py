@@ -1,0 +1,526 @@
+"""What blora_preflight.py finds before a training begins, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from kohya_folder import ROOT, install
+from make_checkpoint import main as make_checkpoint
+from make_dataset import main as make_dataset
+from safetensors.torch import save_file
+from test_blora_presets import LYCORIS, PRESETS, trained
+
+import blora_preflight
+import blora_slicer
+
+SDXL = json.loads((ROOT / "tests/data/sdxl_modules.json").read_text())
+CONFIG = "_in/lora/sdxl/my_project/config.toml"
+IMAGES = "_in/lora/sdxl/my_project/images"
+
+
+@pytest.fixture
+def kohya(tmp_path, monkeypatch) -> Path:
+    """A folder in which a training could begin; it is the working directory."""
+    install(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("sdxl_train_network.py").touch()
+    make_checkpoint(["sdxl.safetensors"])
+    make_dataset([str(Path(CONFIG).parent), "--images", "6", "--repeats", "2"])
+    return tmp_path
+
+
+OPTIONS = {
+    "pretrained_model_name_or_path": "sdxl.safetensors",
+    "dataset_config": CONFIG,
+    "output_dir": "_out",
+    "output_name": "my_project_1",
+    "network_module": "lycoris.kohya",
+    "network_args": ["preset=lycoris_presets/blora_content_style.toml"],
+    "network_dim": "64",
+    "network_alpha": "64",
+    "network_train_unet_only": True,
+    "resolution": "1024,1024",
+    "caption_extension": ".txt",
+    "max_train_steps": "3000",
+    "save_every_n_steps": "1000",
+    "mixed_precision": "fp16",
+    "optimizer_type": "prodigy",
+}
+
+
+def words(**changes: object) -> list[str]:
+    """A command line of OPTIONS; None leaves one out, True gives it without a value."""
+    line = []
+    for name, value in (OPTIONS | changes).items():
+        if value is True:
+            line.append(f"--{name}")
+        elif isinstance(value, list):
+            line += [f"--{name}", *value]
+        elif value is not None:
+            line.append(f"--{name}={value}")
+    return line
+
+
+def checked(capsys, **changes: object) -> dict:
+    """The JSON of a check, whose exit code says whether there were errors."""
+    code = blora_preflight.main(["--json", "sdxl_train_network.py", *words(**changes)])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    report = json.loads(captured.out)
+    assert code == (1 if report["errors"] else 0)
+    return report
+
+
+# ---- SDXL's own modules --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["unet", "te1", "te2"])
+def test_the_module_list_is_that_of_the_model(part):
+    layers = blora_preflight.sdxl_layers()[part]
+    leaves = {name: [x.kind, list(x.shape)] for name, x in layers.items() if x.is_leaf}
+    assert leaves == SDXL[part]
+
+
+def test_the_container_classes_are_those_of_the_model():
+    layers = blora_preflight.unet_layers()
+    ours = {name: layer.kind for name, layer in layers.items() if not layer.is_leaf}
+    plain = ("ModuleList", "Sequential")
+    theirs = {name: kind for name, kind in SDXL["containers"].items() if kind not in plain}
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+def test_the_module_list_is_that_of_diffusers_own_sdxl():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    theirs = {
+        blora_slicer.sgm_name(name.replace(".", "_")): (type(m).__name__, tuple(m.weight.shape))
+        for name, m in unet.named_modules()
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+    ours = {
+        name.replace(".", "_"): (layer.kind, layer.shape)
+        for name, layer in blora_preflight.unet_layers().items()
+        if layer.is_leaf
+    }
+    kinds = {"LoRACompatibleLinear": "Linear", "LoRACompatibleConv": "Conv2d"}
+    assert {n: (kinds.get(kind, kind), shape) for n, (kind, shape) in theirs.items()} == ours
+
+
+# ---- The preset ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_announces_the_modules_that_lycoris_trains(kohya, capsys, preset):
+    args = [f"preset=lycoris_presets/{preset}.toml"]
+    report = checked(capsys, network_args=args, network_train_unet_only=None)
+    modules = trained(LYCORIS[-1])[preset]
+    assert sorted(report["modules"]) == sorted(modules["unet"] + modules["text_encoders"])
+
+
+CUSTOM = {
+    "by class": 'unet_target_module = ["CrossAttention"]\nunet_target_name = []',
+    "feed-forward by class": 'unet_target_module = ["FeedForward"]\nunet_target_name = []',
+    "with convolutions": "enable_conv = true",
+    "without convolutions": "enable_conv = false",
+    "by glob": "use_fnmatch = true\nunet_target_module = []\n"
+    'unet_target_name = ["output_blocks.?.1*attn2.to_k"]',
+    "with exceptions": 'unet_target_module = ["CrossAttention"]\nunet_target_name = []\n'
+    "exclude_name = ['output_blocks.*', '.*attn1.*']",
+    "text by class": 'unet_target_module = []\nunet_target_name = ["out.2"]\n'
+    'text_encoder_target_module = ["CLIPMLP"]',
+    "one by its name": 'unet_target_module = []\nunet_target_name = ["time_embed.0"]',
+}
+
+
+@pytest.fixture(scope="module")
+def custom_presets(tmp_path_factory) -> list[Path]:
+    """The presets above as files."""
+    folder = tmp_path_factory.mktemp("presets")
+    for name, text in CUSTOM.items():
+        (folder / f"{name}.toml").write_text(text)
+    return sorted(folder.iterdir())
+
+
+def test_a_preset_of_ones_own_is_matched_as_lycoris_matches_it(kohya, capsys, custom_presets):
+    modules = trained(LYCORIS[-1], *map(str, custom_presets))
+    for path in custom_presets:
+        given = [f"preset={path}"]
+        report = checked(capsys, network_args=given, network_train_unet_only=None)
+        lycoris = modules[path.stem]["unet"] + modules[path.stem]["text_encoders"]
+        assert sorted(report["modules"]) == sorted(lycoris), path.stem
+
+
+# ---- The plan ------------------------------------------------------------------------------------
+
+
+def test_it_says_what_the_training_will_be(kohya, capsys):
+    code = blora_preflight.main(["sdxl_train_network.py", *words()])
+    captured = capsys.readouterr()
+    assert code == 0
+    lines = captured.out.splitlines()
+    assert lines[:7] == [
+        "This training:",
+        "  base      sdxl.safetensors (SDXL, 0.0 MB)",
+        "  images    6 with 6 captions, 12 an epoch with repeats",
+        "  training  3000 steps, 250 epochs, batch 1, fp16 mixed precision",
+        "  modules   160: 80 content (output_blocks.0.1), 80 style (output_blocks.1.1)",
+        "  rank      64, alpha 64: 28,180,480 parameters, 112.7 MB a file",
+        "  memory    112.7 MB weights, 112.7 MB gradients, 450.9 MB prodigy state, beside the "
+        "model itself",
+    ]
+    [saves] = lines[7:]
+    assert re.fullmatch(r"  saves     4 of 112\.7 MB in _out \([\d.]+ [GM]B free\)", saves)
+    assert captured.err == (
+        "warning: the preset's 176 text-encoder modules are left out, by "
+        "--network_train_unet_only\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "text"),
+    [
+        ({"network_dim": "1024"}, "rank", "1024, alpha 64: 450,887,680 parameters, 1.80 GB a file"),
+        ({"save_precision": "fp16"}, "rank", "64, alpha 64: 28,180,480 parameters, 56.4 MB a file"),
+        ({"optimizer_type": "AdamW8bit"}, "memory", "56.4 MB AdamW8bit state"),
+        ({"optimizer_type": "AdamW"}, "memory", "225.4 MB AdamW state"),
+        ({"optimizer_type": "Came"}, "memory", "unknown size Came state"),
+        ({"max_train_epochs": "2"}, "training", "24 steps, 2 epochs"),
+        ({"max_train_steps": "10"}, "training", "10 steps, 1 epochs"),
+        ({"max_train_steps": None}, "training", "1600 steps, 134 epochs"),
+        ({"save_every_n_steps": None}, "saves", "1 of 112.7 MB in _out"),
+        ({"save_every_n_epochs": "100"}, "saves", "6 of 112.7 MB in _out"),
+        ({"save_every_n_epochs": "1", "save_last_n_epochs": "2"}, "saves", "6 of 112.7 MB"),
+        ({"network_train_unet_only": None}, "modules", "80 content (output_blocks.0.1)"),
+    ],
+)
+def test_the_plan_follows_the_options(kohya, capsys, changes, line, text):
+    assert text in checked(capsys, **changes)["plan"][line]
+
+
+def test_an_override_is_judged_as_it_wins(kohya, capsys):
+    line = [*words(), "--network_dim", "8", "--network_args", "preset=own.toml"]
+    Path("own.toml").write_text('unet_target_name = ["out.2"]\nunet_target_module = []')
+    blora_preflight.main(["--json", "sdxl_train_network.py", *line])
+    report = json.loads(capsys.readouterr().out)
+    assert report["modules"][-1] == "lora_unet_out_2"
+    assert report["plan"]["rank"].startswith("8, alpha 64")
+
+
+def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(kohya, capsys):
+    assert not checked(capsys, network_dim="640")["notes"]
+    assert checked(capsys, network_dim="641")["notes"] == [
+        "at rank 641 the LoRA is larger than the matrix it changes in 120 of 160 modules"
+    ]
+
+
+def test_the_gui_passes_its_options_in_a_config_file(kohya, capsys):
+    path = Path("gui.toml")
+    lines = [
+        f"{name} = {'true' if value is True else json.dumps(value)}"
+        for name, value in OPTIONS.items()
+    ]
+    path.write_text("\n".join(lines))
+    line = ["--json", "sdxl_train_network.py", "--config_file", "gui.toml", "--network_dim=8"]
+    assert blora_preflight.main(line) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["modules"]) == 160
+    assert report["plan"]["rank"].startswith("8, alpha 64")
+
+
+def test_folders_with_repeats_are_a_dataset_too(kohya, capsys):
+    Path("train").mkdir()
+    Path(IMAGES).rename("train/3_sks cat")
+    report = checked(capsys, dataset_config=None, train_data_dir="train")
+    assert report["plan"]["images"] == "6 with 6 captions, 18 an epoch with repeats"
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+
+def edit_config(old: str, new: str) -> None:
+    path = Path(CONFIG)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def line_of(text: str) -> int:
+    lines = Path(CONFIG).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
+def sd15(path: str) -> None:
+    save_file({"cond_stage_model.transformer.x": torch.zeros(1)}, path)
+
+
+def cut_off(path: str) -> None:
+    Path(path).write_bytes(Path("sdxl.safetensors").read_bytes()[:-2])
+
+
+def broken(path: str) -> None:
+    Path(path).write_bytes(struct.pack("<Q", 4) + b"nope")
+
+
+CHECKPOINTS = {
+    "missing": (
+        lambda path: None,
+        'no checkpoint at "base.safetensors": correct BLORA_CHECKPOINT at the top of the launcher',
+    ),
+    "SD 1.5": (
+        sd15,
+        '"base.safetensors" is an SD 1.x checkpoint, not an SDXL checkpoint: give the one to train '
+        "on",
+    ),
+    "a LoRA": (
+        lambda path: save_file({"lora_unet_out_2.alpha": torch.zeros(1)}, path),
+        '"base.safetensors" is a LoRA, not an SDXL checkpoint: give the one to train on',
+    ),
+    "a refiner": (
+        lambda path: save_file({"conditioner.embedders.0.model.ln": torch.zeros(1)}, path),
+        '"base.safetensors" is an SDXL refiner, not an SDXL checkpoint: give the one to train on',
+    ),
+    "something else": (
+        lambda path: save_file({"x": torch.zeros(1)}, path),
+        '"base.safetensors" is something else, not an SDXL checkpoint: give the one to train on',
+    ),
+    "cut off": (
+        cut_off,
+        '"base.safetensors" is 2 bytes shorter than its header says: download it again',
+    ),
+    "cut off in the header": (
+        lambda path: Path(path).write_bytes(struct.pack("<Q", 99) + b"{"),
+        '"base.safetensors" is cut off or no safetensors file: download it again',
+    ),
+    "broken": (broken, '"base.safetensors" is no safetensors file: download it again'),
+    "empty": (
+        lambda path: Path(path).touch(),
+        '"base.safetensors" is cut off or no safetensors file: download it again',
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_checkpoint_that_is_not_a_whole_sdxl_is_an_error(kohya, capsys, checkpoint):
+    make, sentence = CHECKPOINTS[checkpoint]
+    make("base.safetensors")
+    report = checked(capsys, pretrained_model_name_or_path="base.safetensors")
+    assert report["errors"] == [sentence]
+
+
+def test_settings_that_are_not_edited_yet_are_an_error(kohya, capsys):
+    given = "path/to/sd_xl_base_1.0.safetensors"
+    assert given in Path("sdxl_blora_classic.sh").read_text()
+    assert checked(capsys, pretrained_model_name_or_path=given)["errors"] == [
+        "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to your "
+        "SDXL checkpoint"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "note"),
+    [
+        ("model", '"model" is a folder, taken for a diffusers model and not looked into'),
+        (
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            '"stabilityai/stable-diffusion-xl-base-1.0" is no file here, taken for a model of the '
+            "Hugging Face hub",
+        ),
+        ("old.ckpt", '"old.ckpt" is no .safetensors file and was not looked into'),
+    ],
+)
+def test_what_cannot_be_looked_into_passes_with_a_note(kohya, capsys, given, note):
+    Path("model").mkdir()
+    Path("old.ckpt").touch()
+    report = checked(capsys, pretrained_model_name_or_path=given)
+    assert (report["errors"], report["notes"]) == ([], [note])
+
+
+def test_a_v_prediction_model_without_its_options_is_a_warning(kohya, capsys):
+    names = [*blora_preflight.SDXL_KEYS, "v_pred"]
+    save_file({name: torch.zeros(1) for name in names}, "v.safetensors")
+    given = {"pretrained_model_name_or_path": "v.safetensors"}
+    sentence = '"v.safetensors" says it predicts v: add --v_parameterization --zero_terminal_snr'
+    assert sentence in checked(capsys, **given)["warnings"]
+    assert sentence not in checked(capsys, **given, v_parameterization=True)["warnings"]
+
+
+def no_config(_kohya):
+    Path(CONFIG).unlink()
+
+
+def no_toml(_kohya):
+    Path(CONFIG).write_text("[general\n")
+
+
+def no_images(_kohya):
+    for path in Path(IMAGES).glob("*.png"):
+        path.unlink()
+
+
+DATASETS = {
+    "no config": (no_config, f'no dataset config at "{CONFIG}": write one there, or correct'),
+    "no TOML": (no_toml, f'the dataset config "{CONFIG}" is not valid TOML ('),
+    "no tables": (
+        lambda _: Path(CONFIG).write_text("datasets = 3"),
+        f'the dataset config "{CONFIG}" is not of the form [[datasets]], [[datasets.subsets]]',
+    ),
+    "no subsets": (
+        lambda _: Path(CONFIG).write_text("[[datasets]]\nresolution = 1024"),
+        f'"{CONFIG}" names no folder of images: add one',
+    ),
+    "no folder": (
+        lambda _: Path(IMAGES).rename("elsewhere"),
+        f'no folder of images at "{IMAGES}": correct image_dir in "{CONFIG}"',
+    ),
+    "no images": (no_images, f'"{IMAGES}" holds no images: put some there, or correct image_dir'),
+}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_dataset_that_cannot_be_trained_on_is_an_error(kohya, capsys, dataset):
+    spoil, sentence = DATASETS[dataset]
+    spoil(kohya)
+    [error] = checked(capsys)["errors"]
+    assert error.startswith(sentence)
+
+
+def test_missing_captions_are_counted_and_the_first_named(kohya, capsys):
+    for path in sorted(Path(IMAGES).glob("*.txt"))[:5]:
+        path.unlink()
+    names = [path.name for path in sorted(Path(IMAGES).glob("*.png"))[:3]]
+    warning = f'5 of 6 images in "{IMAGES}" have no .txt caption: {", ".join(names)} and 2 more'
+    report = checked(capsys)
+    assert warning in report["warnings"]
+    assert report["errors"] == []
+
+
+@pytest.mark.parametrize(
+    ("cache", "setting"),
+    [
+        ("cache_latents", "random_crop = true"),
+        ("cache_latents_to_disk", "color_aug = true"),
+        ("cache_text_encoder_outputs", "shuffle_caption = true"),
+        ("cache_text_encoder_outputs", "caption_dropout_rate = 0.1"),
+    ],
+)
+def test_a_setting_that_contradicts_a_cache_is_an_error_with_its_line(
+    kohya, capsys, cache, setting
+):
+    edit_config("num_repeats", f"{setting}\nnum_repeats")
+    name = setting.split()[0]
+    assert checked(capsys, **{cache: True})["errors"] == [
+        f'--{cache} does not go with {name} in "{CONFIG}" line {line_of(setting)}: change that '
+        "line, or leave the option out"
+    ]
+    assert checked(capsys)["errors"] == []
+
+
+def test_options_that_contradict_each_other_are_an_error(kohya, capsys):
+    report = checked(capsys, cache_latents=True, random_crop=True)
+    assert report["errors"] == [
+        "--cache_latents does not go with --random_crop: leave one of them out"
+    ]
+    report = checked(capsys, cache_text_encoder_outputs=True, network_train_unet_only=None)
+    assert report["errors"] == [
+        "--cache_text_encoder_outputs needs --network_train_unet_only: add it"
+    ]
+
+
+PRESET_ERRORS = {
+    "missing": (None, 'no preset at "own.toml": write one there, or correct the path'),
+    "an unknown key": (
+        "dora_wd = true",
+        'the preset "own.toml" has keys that LyCORIS refuses (dora_wd): remove them; dora_wd and '
+        "the like are given as --network_args",
+    ),
+    "no list": (
+        'unet_target_name = "a"',
+        'unet_target_name in the preset "own.toml" is not a list of texts: correct it',
+    ),
+    "nothing selected": (
+        "unet_target_module = []\nunet_target_name = []\ntext_encoder_target_module = []",
+        'the preset "own.toml" selects no module of SDXL: correct its names',
+    ),
+    "text alone": (
+        "unet_target_module = []\nunet_target_name = []",
+        'the preset "own.toml" selects no module of SDXL: correct its names',
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", PRESET_ERRORS)
+def test_a_preset_that_lycoris_would_refuse_is_an_error(kohya, capsys, preset):
+    text, sentence = PRESET_ERRORS[preset]
+    if text is not None:
+        Path("own.toml").write_text(text)
+    assert checked(capsys, network_args=["preset=own.toml"])["errors"] == [sentence]
+
+
+def test_a_package_that_is_missing_is_an_error(kohya, capsys):
+    [error] = checked(capsys, optimizer_type="Lion")["errors"]
+    assert error.startswith("this Python (")
+    assert error.endswith(") has no lion_pytorch: pip install lion-pytorch")
+
+
+def test_a_lycoris_that_is_not_tested_is_a_warning(kohya, capsys, monkeypatch):
+    monkeypatch.setattr(blora_preflight, "LYCORIS_TESTED", ("1.0",))
+    assert "LyCORIS 4.1.3 is not one of the tested ones, 1.0" in checked(capsys)["warnings"]
+
+
+def test_the_tested_lycoris_releases_are_the_tested_ones():
+    assert list(blora_preflight.LYCORIS_TESTED) == LYCORIS
+
+
+def test_saves_that_do_not_fit_on_the_disk_are_an_error(kohya, capsys):
+    [error] = checked(capsys, network_dim="100000000")["errors"]
+    assert error.startswith("4 saves of 176128.00 GB do not fit into the ")
+    assert error.endswith(f'free at "{kohya}": make room, or raise --save_every_n_steps')
+
+
+def test_a_missing_training_script_is_an_error(kohya, capsys):
+    blora_preflight.main(["--json", "gone.py", *words()])
+    assert json.loads(capsys.readouterr().out)["errors"] == [
+        'no training script at "gone.py": run this in a kohya sd-scripts or kohya_ss folder'
+    ]
+
+
+def test_an_option_that_is_no_number_is_an_error(kohya, capsys):
+    errors = checked(capsys, network_dim="many")["errors"]
+    assert errors == ["--network_dim=many is not a number: correct it"]
+
+
+def test_errors_come_first_and_alone(kohya, capsys):
+    Path(CONFIG).unlink()
+    assert blora_preflight.main(["sdxl_train_network.py", *words()]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[0].startswith("error: no dataset config at")
+
+
+def test_it_loads_neither_torch_nor_lycoris(kohya):
+    code = (
+        "import sys, blora_preflight\n"
+        "assert blora_preflight.main(['sdxl_train_network.py', *sys.argv[1:]]) == 0\n"
+        "sys.exit(bool({'torch', 'lycoris', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words()], cwd=kohya, check=False)
+    assert done.returncode == 0
