@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -34,8 +35,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
@@ -189,14 +192,15 @@ class Module:
     def rank(self) -> int | None:
         """None where the algorithm has none."""
         for suffix in self.algorithm.rank:
-            if suffix in self.tensors:
+            if suffix in self.tensors and self.tensors[suffix].shape:
                 return self.tensors[suffix].shape[0]
         return None
 
     @property
     def alpha(self) -> float | None:
         """As stored; None where it is not, which means the rank."""
-        return scalar(self.tensors[ALPHA]) if ALPHA in self.tensors else None
+        alpha = self.tensors.get(ALPHA)
+        return scalar(alpha) if alpha and math.prod(alpha.shape) else None
 
     @property
     def scale(self) -> float:
@@ -299,7 +303,8 @@ DIFFUSERS_RESNET = {
 # Keys with dots in the layer's name, as PEFT, diffusers and the original B-LoRA write them.
 COMPONENTS = {
     "unet.unet.": "unet", "unet.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2",
-    "down_blocks.": "unet", "mid_block.": "unet", "up_blocks.": "unet",
+    "down_blocks.": "unet", "mid_block.": "unet", "up_blocks.": "unet", "conv_in.": "unet",
+    "conv_out.": "unet", "time_embedding.": "unet", "add_embedding.": "unet",
 }  # fmt: skip
 DOTTED_SUFFIXES = {
     LORA_DOWN: re.compile(
@@ -353,6 +358,8 @@ def split_dotted(key: str) -> tuple[str, str] | None:
                     layer += "_0"
                 elif component != "unet":
                     layer = OLD_PROJECTION.sub(r"self_attn_\1_proj", layer)
+                    # transformers 5 has no text_model between the encoder and its layers.
+                    layer = re.sub(r"^(?=encoder_layers_|final_layer_norm)", "text_model_", layer)
                 return f"lora_{component}_{layer}", suffix
     return None
 
@@ -402,7 +409,7 @@ def parse_traits(text: str, source: Path) -> dict[str, Trait]:
     """All traits of a traits file, by name."""
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SliceError(f"{source} is not valid JSON ({error}): correct it there") from error
     if not isinstance(entries, dict):
         raise SliceError(f"{source} holds no traits: its JSON must be one object of traits by name")
@@ -459,6 +466,25 @@ def load_traits(path: Path) -> dict[str, Trait]:
     return parse_traits(text, path)
 
 
+@contextmanager
+def no_numpy_yet() -> Iterator[None]:
+    """Keep the safetensors library from loading numpy, which takes longer than a small cut.
+
+    It imports it to open a file, but uses it only for tensors. Should it be used later after all,
+    the module that it was given hands everything on to the real one.
+    """
+    if "numpy" in sys.modules:
+        yield
+        return
+    later = ModuleType("numpy")
+    later.__getattr__ = lambda name: getattr(importlib.import_module("numpy"), name)
+    sys.modules["numpy"] = later
+    try:
+        yield
+    finally:
+        del sys.modules["numpy"]
+
+
 def read_header(path: Path, option: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file and its metadata, not the tensors' bytes.
 
@@ -466,10 +492,10 @@ def read_header(path: Path, option: str) -> tuple[dict[str, Entry], dict[str, st
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise SliceError(f"no file at {path}: correct {option}")
     try:
-        with safe_open(path, framework="np"):
+        if not path.is_file():
+            raise SliceError(f"no file at {path}: correct {option}")
+        with no_numpy_yet(), safe_open(path, framework="np"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -483,6 +509,12 @@ def read_header(path: Path, option: str) -> tuple[dict[str, Entry], dict[str, st
         raise SliceError(f"cannot read {path} ({printable(str(error))})") from error
     metadata = header.pop("__metadata__", None) or {}
     data = 8 + length
+    # The library also takes a tensor that is written as a list.
+    fields = ("dtype", "shape", "data_offsets")
+    header = {
+        key: value if isinstance(value, dict) else dict(zip(fields, value, strict=True))
+        for key, value in header.items()
+    }
     entries = {
         key: Entry(
             path, value["dtype"], tuple(value["shape"]), *(data + o for o in value["data_offsets"])
@@ -504,22 +536,27 @@ def peft_alphas(metadata: dict[str, str], path: Path) -> dict[str, dict[str, Any
             }
             for prefix, component in list(COMPONENTS.items())[1:4]
         }
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise SliceError(f"cannot read lora_adapter_metadata of {path} ({error})") from error
 
 
 def with_peft_alpha(module: Module, settings: dict[str, dict[str, Any]]) -> Module:
     """The module with the alpha that PEFT's settings give it, where its tensors have none."""
     own = settings.get(module.name.split("_")[1], {})
-    if module.alpha is not None or module.rank is None or "lora_alpha" not in own:
+    if "lora_alpha" not in own or module.rank is None or module.alpha is not None:
         return module
-    alpha = own["lora_alpha"]
-    for pattern, other in (own.get("alpha_pattern") or {}).items():
+    alpha, patterns = own["lora_alpha"], own.get("alpha_pattern")
+    for pattern, other in (patterns if isinstance(patterns, dict) else {}).items():
         if module.name.endswith(sgm_name(pattern.replace(".", "_"))):
             alpha = other
-    if own.get("use_rslora"):
-        alpha *= math.sqrt(module.rank)
-    return module if alpha == module.rank else with_alpha(module, float(alpha))
+    try:
+        alpha = float(alpha) * (math.sqrt(module.rank) if own.get("use_rslora") else 1)
+        struct.pack("<f", alpha)
+    except (TypeError, ValueError, OverflowError):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise SliceError(f"lora_adapter_metadata gives {module.name} an alpha that is no number")
+    return module if alpha == module.rank else with_alpha(module, alpha)
 
 
 def with_alpha(module: Module, alpha: float) -> Module:
@@ -543,8 +580,8 @@ def read_lora(path: Path) -> Lora:
         if suffix in tensors:
             raise SliceError(f"{path} holds {name}.{suffix} twice, under two names: keep one")
         shape = entry.shape
-        if suffix == DORA and len(shape) == 1:  # PEFT's: one number for each output
-            shape = (*shape, 1)
+        if suffix == DORA and "magnitude" in key:  # PEFT's, of [out] or [1, out, 1, 1]: by row
+            shape = (math.prod(shape), 1, *shape[2:])
         tensors[suffix] = Tensor(entry.dtype, shape, entry)
     if not modules:
         holds = first_few(sorted(entries)) or "no tensor at all"
@@ -572,6 +609,15 @@ def decode(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     if dtype == "BF16":
         wide = np.frombuffer(data, dtype="<u2").astype("<u4") << 16
         return wide.view("<f4").reshape(shape)
+    if dtype == "F8_E5M2":  # the upper half of fp16
+        wide = (np.frombuffer(data, "u1").astype("<u2") << 8).view("<f2")
+        return wide.astype("f4").reshape(shape)
+    if dtype == "F8_E4M3":
+        bits = np.frombuffer(data, "u1").astype("<u4")
+        # As fp16 with the exponent's bias 8 lower; all bits set is NaN, and there is no inf.
+        half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).astype("<u2").view("<f2")
+        wide = half.astype("f4") * 256
+        return np.where(bits & 0x7F == 0x7F, np.float32("nan"), wide).reshape(shape)
     if dtype not in NUMPY:
         raise SliceError(f"values of type {dtype} can be copied, but not changed: cut at 1.0")
     stored = np.frombuffer(data, dtype=NUMPY[dtype]).reshape(shape)
@@ -592,7 +638,8 @@ def encode(values: np.ndarray, dtype: str) -> bytes:
 
 
 def read_bytes(entry: Entry) -> bytes:
-    with entry.path.open("rb") as file:
+    # Unbuffered: an alpha is 2 bytes, and a buffer reads thousands.
+    with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.start)
         return file.read(entry.stop - entry.start)
 
@@ -613,15 +660,33 @@ def scalar(tensor: Tensor) -> float:
     formats = {"F16": "<e", "F32": "<f", "F64": "<d"}
     if tensor.is_copy and tensor.dtype in formats and tensor.size == FLOATS[tensor.dtype]:
         return struct.unpack(formats[tensor.dtype], read_bytes(tensor.entry))[0]
+    if tensor.dtype == "C64":
+        return math.nan
     return float(values(tensor).reshape(-1)[0])
 
 
 # ---- Strength ------------------------------------------------------------------------------------
 
 
+def as_fp32(number: float) -> float:
+    """The nearest number that fp32 holds; inf where it is too large."""
+    try:
+        return struct.unpack("<f", struct.pack("<f", number))[0]
+    except OverflowError:
+        return math.inf
+
+
+def fp32_holds(number: float) -> bool:
+    """Whether a number is finite, as fp32 too."""
+    return math.isfinite(as_fp32(number))
+
+
 def multiply(module: Module, factor: float, suffixes: Iterable[str]) -> Module:
     """The module with these tensors multiplied, computed when they are written."""
     changed = {}
+    if not fp32_holds(factor):
+        raise SliceError(f"{module.name} would be multiplied by {factor:g}, which is no number "
+                         "that fp32 can hold: correct --alphas, or the LoRA's alpha")  # fmt: skip
     for suffix in suffixes:
         if suffix in module.tensors:
             tensor = module.tensors[suffix]
@@ -679,6 +744,12 @@ def bake_dora(module: Module, strength: float, weight: Entry) -> Module:
     """
     np = numpy()
     scale = module.tensors[DORA]
+    misfit = SliceError(
+        f"{module.name} does not fit its weight in {weight.path}: give the checkpoint that the "
+        "LoRA was trained on, or cut it at 1.0"
+    )
+    if scale.dtype not in FLOATS or not scale.shape or LORA_DOWN not in module.tensors:
+        raise misfit
     axis = 0 if scale.shape[0] != 1 else 1
     factor = LORA_UP if axis == 0 else LORA_DOWN
 
@@ -687,20 +758,26 @@ def bake_dora(module: Module, strength: float, weight: Entry) -> Module:
         return np.sqrt(np.square(matrix).sum(axis=others, keepdims=True))
 
     def solve() -> tuple[np.ndarray, np.ndarray]:
-        base = stored_values(weight)
-        trained = base + lora_change(module, base.shape)
-        length = norm(trained)
-        c = values(scale).reshape(length.shape) / length
+        try:
+            base = stored_values(weight)
+            trained = base + lora_change(module, base.shape)
+            length = norm(trained)
+            c = values(scale).reshape(length.shape) / length
+        except (IndexError, ValueError, TypeError) as error:
+            raise misfit from error
         k = (1 - strength) + strength * c
         wanted = (1 - strength) * base + strength * c * trained
-        if not (np.isfinite(c).all() and k.all()):
+        if not (np.isfinite(c).all() and np.isfinite(norm(wanted)).all() and k.all()):
             raise SliceError(f"{module.name} is a DoRA that cannot be cut at {strength:g}: use 1.0")
         return strength * c / k, norm(wanted) * np.sign(k)
 
     def new_factor() -> np.ndarray:
         old = values(module.tensors[factor])
         along = [-1 if index == axis else 1 for index in range(old.ndim)]
-        return old * solve()[0].reshape(along)
+        by = solve()[0].reshape(along)
+        if by.size != old.shape[axis]:
+            raise misfit
+        return old * by
 
     changed = {
         factor: replace(module.tensors[factor], make=new_factor, entry=None),
@@ -723,6 +800,27 @@ OPEN_CLIP_LAYERS = {
 }
 
 
+def open_clip_weights(key: str, entry: Entry) -> dict[str, Entry]:
+    """The second text encoder's layers that a checkpoint's key holds, by kohya's module name."""
+    found = OPEN_CLIP.fullmatch(key)
+    if not found:
+        return {}
+    start = f"lora_te2_text_model_encoder_layers_{found[1]}_"
+    if found[2] in OPEN_CLIP_LAYERS:
+        return {start + OPEN_CLIP_LAYERS[found[2]]: entry}
+    if found[2] != "attn.in_proj_weight" or not entry.shape:
+        return {}
+    # q, k and v, one upon the other
+    third = (entry.stop - entry.start) // 3
+    rows = (entry.shape[0] // 3, *entry.shape[1:])
+    return {
+        f"{start}self_attn_{projection}_proj": replace(
+            entry, shape=rows, start=entry.start + i * third, stop=entry.start + (i + 1) * third
+        )
+        for i, projection in enumerate("qkv")
+    }
+
+
 def checkpoint_weights(path: Path) -> dict[str, Entry]:
     """Where an SDXL checkpoint holds the weight of each layer, by kohya's module name."""
     weights = {}
@@ -731,17 +829,7 @@ def checkpoint_weights(path: Path) -> dict[str, Entry]:
             if key.startswith(prefix) and key.endswith(".weight"):
                 layer = key[len(prefix) : -len(".weight")]
                 weights[ours + layer.replace(".", "_")] = entry
-        if found := OPEN_CLIP.fullmatch(key):
-            start = f"lora_te2_text_model_encoder_layers_{found[1]}_"
-            if found[2] in OPEN_CLIP_LAYERS:
-                weights[start + OPEN_CLIP_LAYERS[found[2]]] = entry
-            elif found[2] == "attn.in_proj_weight":  # q, k and v, one upon the other
-                third = (entry.stop - entry.start) // 3
-                rows = (entry.shape[0] // 3, *entry.shape[1:])
-                for index, projection in enumerate("qkv"):
-                    at = entry.start + index * third
-                    part = replace(entry, shape=rows, start=at, stop=at + third)
-                    weights[f"{start}self_attn_{projection}_proj"] = part
+        weights |= open_clip_weights(key, entry)
     return weights
 
 
@@ -781,14 +869,17 @@ def with_common_alpha(modules: list[Module]) -> list[Module]:
     diffusers scales all U-Net modules by the alpha it meets most, over each one's own rank. The
     ratio goes into lora_up; modules that have the common alpha already stay as they are.
     """
-    loras = [module for module in modules if module.algorithm.name == "LoRA"]
+    loras = [module for module in modules if module.algorithm.name == "LoRA" and module.rank]
     if len({module.alpha for module in loras}) < 2:
         return modules
-    common = Counter(module.alpha or float(module.rank) for module in loras).most_common(1)[0][0]
+    most = Counter(module.alpha or float(module.rank) for module in loras).most_common(1)[0][0]
+    common = as_fp32(most)  # it is stored as that
 
     def unified(module: Module) -> Module:
-        if module.algorithm.name != "LoRA" or module.alpha == common:
+        if module.algorithm.name != "LoRA" or not module.rank or module.alpha == common:
             return module
+        if not fp32_holds(common) or not fp32_holds(module.alpha or 0):
+            raise SliceError(f"{module.name} has an alpha that is no number that fp32 can hold")
         ratio = (module.alpha or module.rank) / common
         return with_alpha(multiply(module, ratio, [LORA_UP]), common)
 
@@ -858,7 +949,7 @@ def json_object(text: str | None) -> dict[str, Any]:
     """A metadata value that should be a JSON object; anything else is an empty one."""
     try:
         value = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -920,12 +1011,18 @@ def build_metadata(slices: list[Slice], modules: list[Module], output: Path) -> 
 
 def fitting(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
     """The metadata less its longest entries, until the header is one that programs read."""
-    metadata = dict(metadata)
-    while metadata and len(header_bytes(tensors, metadata)) >= LONGEST_HEADER:
-        longest = max(metadata, key=lambda key: len(metadata[key]))
-        note(f"note: {printable(longest)} is left out, it makes the header too long")
-        del metadata[longest]
-    return metadata
+    sizes = {key: len(header_bytes({}, {key: value})) for key, value in metadata.items()}
+    over = len(header_bytes(tensors, metadata)) - LONGEST_HEADER
+    dropped = []
+    for key in sorted(sizes, key=lambda key: -sizes[key]):
+        if over < 0:
+            break
+        dropped.append(key)
+        over -= sizes[key] - len(header_bytes({}, {"": ""}))
+    if dropped:
+        note(f"note: left out, as the header would be too long: {first_few(dropped)}")
+    left_out = set(dropped)
+    return {key: value for key, value in metadata.items() if key not in left_out}
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -950,7 +1047,7 @@ def header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         offsets = [offset, offset + tensor.size]
         header[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
         offset += tensor.size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -958,11 +1055,13 @@ def header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 def rounded(key: str, tensor: Tensor) -> bytes:
     """The bytes of a tensor whose values change; one that becomes inf on the way is refused."""
     np = numpy()
-    exact = values(tensor)
-    data = encode(exact, tensor.dtype)
-    largest = float(np.fmax.reduce(np.abs(exact), axis=None, initial=0))
+    with np.errstate(all="ignore"):  # what becomes inf is told below; the rest is the LoRA's own
+        exact = values(tensor)
+        data = encode(exact, tensor.dtype)
+        largest = float(np.fmax.reduce(np.abs(exact), axis=None, initial=0))
     if largest >= OVERFLOW.get(tensor.dtype, math.inf):
-        became = np.isinf(decode(data, tensor.dtype, tensor.shape)) & np.isfinite(exact)
+        before = np.float32(0) if tensor.make else stored_values(tensor.entry).reshape(exact.shape)
+        became = np.isinf(decode(data, tensor.dtype, exact.shape)) & np.isfinite(before)
         if became.any():
             raise SliceError(
                 f"{key} has values that {tensor.dtype} cannot hold: lower --alphas, or use "
@@ -1043,20 +1142,33 @@ def write_lora(modules: list[Module], metadata: dict[str, str], output: Path) ->
     except OSError as error:
         raise SliceError(f"cannot write {output} ({error})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def check_output(output: Path, inputs: Iterable[Path]) -> None:
     """Refuse an output that cannot be written, or that is one of the inputs."""
-    if output.suffix != ".safetensors":
-        raise SliceError(f"the output {output} must end in .safetensors: change --output_path")
-    if not output.parent.is_dir():
-        raise SliceError(f"no folder {output.parent} to write to: make it or change --output_path")
-    if output.is_dir():
-        raise SliceError(f"the output {output} is a folder: name a file in --output_path")
-    for path in inputs:
-        if output.exists() and path.exists() and output.samefile(path):
-            raise SliceError(f"the output {output} is one of the inputs: change --output_path")
+    try:
+        if output.suffix != ".safetensors":
+            raise SliceError(f"the output {output} must end in .safetensors: change --output_path")
+        if not output.parent.is_dir():
+            raise SliceError(
+                f"no folder {output.parent} to write to: make it or change --output_path"
+            )
+        if output.is_dir():
+            raise SliceError(f"the output {output} is a folder: name a file in --output_path")
+        same = output.exists() and any(is_same(output, path) for path in inputs)
+    except OSError as error:
+        raise SliceError(f"cannot write {output} ({error}): change --output_path") from error
+    if same:
+        raise SliceError(f"the output {output} is one of the inputs: change --output_path")
+
+
+def is_same(output: Path, path: Path) -> bool:
+    """Whether both are one file; an input that cannot be looked at is told of when it is read."""
+    with suppress(OSError):
+        return path.exists() and output.samefile(path)
+    return False
 
 
 # ---- Inspecting ----------------------------------------------------------------------------------
@@ -1149,15 +1261,21 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
     The change of a DoRA is that of its factors: what its scale adds depends on the base model.
     """
     np = numpy()
-    known = {s: values(t) for s, t in module.tensors.items() if t.dtype in FLOATS or s == ALPHA}
+    known = {
+        suffix: values(tensor)
+        for suffix, tensor in module.tensors.items()
+        if tensor.dtype in FLOATS or (suffix == ALPHA and tensor.dtype != "C64")
+    }
     broken = [f"{module.name}.{s}" for s, v in known.items() if not np.isfinite(v).all()]
     complete = len(known) == len(module.tensors) and module.algorithm.name in NORMS
     if broken or not complete:
         return None, broken
     try:
-        return NORMS[module.algorithm.name](known) * abs(module.scale), broken
-    except (KeyError, ValueError):  # a factor is missing, or they do not fit
+        with np.errstate(all="ignore"):
+            norm = NORMS[module.algorithm.name](known) * abs(module.scale)
+    except (KeyError, ValueError, IndexError):  # a factor is missing, or they do not fit
         return None, broken
+    return norm if math.isfinite(norm) else None, broken
 
 
 def table_row(
@@ -1166,7 +1284,8 @@ def table_row(
     """The line for these modules of one block."""
     tensors = [tensor for module in modules for tensor in module.tensors.values()]
     found = [norms[module.name] for module in modules]
-    square = None if None in found else sum(norm**2 for norm in found)
+    change = None if None in found else math.hypot(*found)
+    change = None if change is None or math.isinf(change) else change
     wide = [tensor.dtype for tensor in tensors if tensor.shape] or [t.dtype for t in tensors]
     return Row(
         block=key[0],
@@ -1174,11 +1293,11 @@ def table_row(
         modules=len(modules),
         algorithm=", ".join(dict.fromkeys(module.label for module in modules)),
         ranks=sorted({module.rank for module in modules} - {None}),
-        alphas=sorted({module.alpha for module in modules} - {None}),
+        alphas=sorted({a for m in modules if (a := m.alpha) is not None and math.isfinite(a)}),
         dtype=", ".join(dict.fromkeys(wide)),
         bytes=sum(tensor.size for tensor in tensors),
-        change=None if square is None else math.sqrt(square),
-        share=None if square is None or not total else square / total,
+        change=change,
+        share=None if change is None or not total else (change / total) ** 2,
     )
 
 
@@ -1210,7 +1329,7 @@ def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
         groups.setdefault((block_of(name), ", ".join(traits) or "-"), []).append(module)
         norms[name], not_finite = measure(module)
         broken += not_finite
-    total = sum(norm**2 for norm in norms.values() if norm)
+    total = math.hypot(*(norm for norm in norms.values() if norm))
     rows = [table_row(key, modules, norms, total) for key, modules in groups.items()]
     return {
         "file": str(lora.path),
@@ -1282,7 +1401,7 @@ def strength(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not fp32_holds(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
@@ -1394,14 +1513,21 @@ def main(argv: list[str] | None = None) -> int:
     check_usage(parser, args)
     try:
         run_inspect(args) if args.inspect else run_cut(args)
+        sys.stdout.flush()
     except SliceError as error:
         note(f"error: {error}")
         return 1
     except ModuleNotFoundError as error:
         note(f"error: no {error.name} in this Python ({sys.executable}): activate kohya's venv")
         return 1
+    except OSError as error:  # the disk or the program behind stdout takes no more
+        # Python would try to write what is left when it ends, and complain once more.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        note(f"error: cannot go on ({error})")
+        return 1
     except KeyboardInterrupt:
-        note("error: stopped, nothing was written")
+        note("error: stopped before it was done")
         return 1
     return 0
 

@@ -1,0 +1,120 @@
+"""The change a LoRA module makes to its layer, in float64, from the published formulas alone.
+
+A module is a dict of its tensors by suffix. Formulas: LoRA (arXiv 2106.09685), LoHa (FedPara,
+2108.06098), LoKr and LoCon (LyCORIS, 2309.14859), (IA)3 (2205.05638), GLoRA (2306.07967), DoRA
+(2402.09353). A tucker core is a kernel in the middle: out and in only meet its two ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Module = dict[str, Tensor]
+
+# The tensors whose first axis is the rank, of which a module has one at least, or no rank.
+RANK_FIRST = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2.weight")
+
+
+def read_modules(path: Path) -> dict[str, Module]:
+    """The modules of a file in kohya's names, as they are stored."""
+    modules: dict[str, Module] = {}
+    for key, tensor in load_file(path).items():
+        name, _, suffix = key.partition(".")
+        modules.setdefault(name, {})[suffix] = tensor
+    return modules
+
+
+def alpha_over_rank(module: Module) -> float:
+    """1 where there is no rank; an alpha of 0, or none, means the rank."""
+    rank = next((len(module[suffix]) for suffix in RANK_FIRST if suffix in module), None)
+    if rank is None or "alpha" not in module:
+        return 1.0
+    return (float(module["alpha"]) or rank) / rank
+
+
+def tucker(core: Tensor, out_factor: Tensor, in_factor: Tensor) -> Tensor:
+    """A core [r, s, kernel] between factors [r, out] and [s, in]."""
+    return torch.einsum("rs...,ro,si->oi...", core, out_factor, in_factor)
+
+
+def lora_change(m: Module) -> Tensor:
+    up, down = m["lora_up.weight"].flatten(1), m["lora_down.weight"]
+    if "lora_mid.weight" in m:
+        return tucker(m["lora_mid.weight"], up.T, down.flatten(1))
+    return torch.einsum("or,r...->o...", up, down)
+
+
+def loha_change(m: Module) -> Tensor:
+    if "hada_t1" in m:
+        halves = [tucker(m[f"hada_t{i}"], m[f"hada_w{i}_a"], m[f"hada_w{i}_b"]) for i in (1, 2)]
+    else:
+        halves = [m[f"hada_w{i}_a"] @ m[f"hada_w{i}_b"] for i in (1, 2)]
+    return halves[0] * halves[1]
+
+
+def lokr_change(m: Module) -> Tensor:
+    small = m["lokr_w1"] if "lokr_w1" in m else m["lokr_w1_a"] @ m["lokr_w1_b"]
+    if "lokr_w2" in m:
+        large = m["lokr_w2"]
+    elif "lokr_t2" in m:
+        large = tucker(m["lokr_t2"], m["lokr_w2_a"], m["lokr_w2_b"])
+    else:
+        large = torch.einsum("or,r...->o...", m["lokr_w2_a"], m["lokr_w2_b"])
+    small = small.reshape(*small.shape, *[1] * (large.dim() - 2))
+    return torch.kron(small, large.contiguous())
+
+
+def glora_change(m: Module, base: Tensor) -> Tensor:
+    """W A + B, where A = a1 a2 and B = b1 b2."""
+    a = m["a1.weight"].flatten(1) @ m["a2.weight"].flatten(1)
+    b = torch.einsum("or,r...->o...", m["b1.weight"].flatten(1), m["b2.weight"])
+    return torch.einsum("oj...,ji->oi...", base, a) + b
+
+
+def ia3_change(m: Module, base: Tensor) -> Tensor:
+    """Each output, or each input, of W times a number."""
+    axis = 1 if m["on_input"] else 0
+    shape = [-1 if index == axis else 1 for index in range(base.dim())]
+    return base * m["weight"].reshape(shape)
+
+
+def weight_change(module: Module, base: Tensor | None = None) -> Tensor:
+    """What is added to the weight, a DoRA's scale left aside; two kinds depend on the weight."""
+    m = {suffix: tensor.double() for suffix, tensor in module.items()}
+    base = None if base is None else base.double()
+    if "diff" in m or "w_norm" in m:
+        return m["diff"] if "diff" in m else m["w_norm"]
+    if "on_input" in m:
+        return ia3_change(m, base)
+    if "b2.weight" in m:
+        return alpha_over_rank(m) * glora_change(m, base)
+    for marker, formula in (("lora_", lora_change), ("hada_", loha_change), ("lokr_", lokr_change)):
+        if any(suffix.startswith(marker) for suffix in m):
+            return alpha_over_rank(m) * formula(m)
+    raise ValueError(f"no formula for {sorted(m)}")
+
+
+def bias_change(module: Module) -> Tensor | None:
+    """What is added to the bias, where the module changes it."""
+    found = [module[suffix].double() for suffix in ("diff_b", "b_norm") if suffix in module]
+    return found[0] if found else None
+
+
+def final_weight(module: Module, base: Tensor) -> Tensor:
+    """The weight with its change; a DoRA gives each row, or column, the length it stores."""
+    base = base.double()
+    changed = base + weight_change(module, base).reshape(base.shape)
+    if "dora_scale" not in module:
+        return changed
+    length = module["dora_scale"].double()
+    axis = 0 if length.shape[0] != 1 else 1
+    others = [index for index in range(base.dim()) if index != axis]
+    return (
+        changed
+        / changed.square().sum(others, keepdim=True).sqrt()
+        * length.reshape([-1 if index == axis else 1 for index in range(base.dim())])
+    )
