@@ -344,8 +344,8 @@ def sgm_name(name: str) -> str:
     return name
 
 
-def split_dotted(key: str) -> tuple[str, str] | None:
-    """(layer, suffix) of a key with dots in the layer's name, the layer with underscores."""
+def dotted_parts(key: str) -> tuple[str, str, str] | None:
+    """(component, layer, suffix) of a key with dots in the layer's name, the layer as it is."""
     key = key.removeprefix("base_model.model.")
     for prefix, component in COMPONENTS.items():
         if not key.startswith(prefix):
@@ -353,15 +353,24 @@ def split_dotted(key: str) -> tuple[str, str] | None:
         for suffix, pattern in DOTTED_SUFFIXES.items():
             if found := pattern.search(key):
                 start = len(prefix) if prefix.startswith(("unet.", "text_")) else 0
-                layer = key[start : found.start()].replace(".processor.", ".").replace(".", "_")
-                if component == "unet" and layer.endswith("_to_out"):
-                    layer += "_0"
-                elif component != "unet":
-                    layer = OLD_PROJECTION.sub(r"self_attn_\1_proj", layer)
-                    # transformers 5 has no text_model between the encoder and its layers.
-                    layer = re.sub(r"^(?=encoder_layers_|final_layer_norm)", "text_model_", layer)
-                return f"lora_{component}_{layer}", suffix
+                return component, key[start : found.start()], suffix
     return None
+
+
+def split_dotted(key: str) -> tuple[str, str] | None:
+    """(module, suffix) of a key with dots in the layer's name, the module with underscores."""
+    parts = dotted_parts(key)
+    if parts is None:
+        return None
+    component, layer, suffix = parts
+    layer = layer.replace(".processor.", ".").replace(".", "_")
+    if component == "unet":
+        layer = re.sub("_to_out$", "_to_out_0", layer)
+    else:
+        layer = OLD_PROJECTION.sub(r"self_attn_\1_proj", layer)
+        # transformers 5 has no text_model between the encoder and its layers.
+        layer = re.sub("^(?=encoder_layers_|final_layer_norm)", "text_model_", layer)
+    return f"lora_{component}_{layer}", suffix
 
 
 def place(key: str) -> tuple[str, str] | None:
@@ -540,19 +549,24 @@ def peft_alphas(metadata: dict[str, str], path: Path) -> dict[str, dict[str, Any
         raise SliceError(f"cannot read lora_adapter_metadata of {path} ({error})") from error
 
 
-def with_peft_alpha(module: Module, settings: dict[str, dict[str, Any]]) -> Module:
-    """The module with the alpha that PEFT's settings give it, where its tensors have none."""
-    own = settings.get(module.name.split("_")[1], {})
-    if "lora_alpha" not in own or module.rank is None or module.alpha is not None:
-        return module
+def peft_alpha(own: dict[str, Any], layer: str, rank: int) -> float:
+    """A layer's alpha by PEFT's settings: the first pattern that is the end of its name."""
     alpha, patterns = own["lora_alpha"], own.get("alpha_pattern")
     for pattern, other in (patterns if isinstance(patterns, dict) else {}).items():
-        if module.name.endswith(sgm_name(pattern.replace(".", "_"))):
+        if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = other
+            break
+    return float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1)
+
+
+def with_peft_alpha(module: Module, layer: str, settings: dict[str, dict[str, Any]]) -> Module:
+    """The module with the alpha that PEFT's settings give it, where its tensors have none."""
+    own = settings.get(module.name.split("_")[1], {})
+    if "lora_alpha" not in own or not module.rank or module.alpha is not None:
+        return module
     try:
-        alpha = float(alpha) * (math.sqrt(module.rank) if own.get("use_rslora") else 1)
-        struct.pack("<f", alpha)
-    except (TypeError, ValueError, OverflowError):
+        alpha = as_fp32(peft_alpha(own, layer, module.rank))
+    except (TypeError, ValueError, OverflowError, re.error):
         alpha = math.nan
     if not math.isfinite(alpha):
         raise SliceError(f"lora_adapter_metadata gives {module.name} an alpha that is no number")
@@ -569,6 +583,7 @@ def read_lora(path: Path) -> Lora:
     """A LoRA file of any naming, as modules with kohya's names."""
     entries, metadata = read_header(path, "--loras")
     modules: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, str] = {}  # modules by the names that PEFT's patterns are about
     unplaced = []
     for key, entry in entries.items():
         placed = place(key)
@@ -576,6 +591,8 @@ def read_lora(path: Path) -> Lora:
             unplaced.append(key)
             continue
         name, suffix = placed
+        if parts := dotted_parts(key):
+            layers[name] = parts[1]
         tensors = modules.setdefault(name, {})
         if suffix in tensors:
             raise SliceError(f"{path} holds {name}.{suffix} twice, under two names: keep one")
@@ -588,7 +605,8 @@ def read_lora(path: Path) -> Lora:
         raise SliceError(f"{path} is no SDXL LoRA: it holds {holds}")
     settings = peft_alphas(metadata, path)
     loaded = {
-        name: with_peft_alpha(Module(name, modules[name]), settings) for name in sorted(modules)
+        name: with_peft_alpha(Module(name, modules[name]), layers.get(name, ""), settings)
+        for name in sorted(modules)
     }
     return Lora(path, loaded, metadata, tuple(unplaced))
 
@@ -867,13 +885,14 @@ def with_common_alpha(modules: list[Module]) -> list[Module]:
     """The same changes under one alpha, where the LoRA modules have several, or some have none.
 
     diffusers scales all U-Net modules by the alpha it meets most, over each one's own rank. The
-    ratio goes into lora_up; modules that have the common alpha already stay as they are.
+    smallest becomes the common one: then each lora_up takes a ratio above 1, where a smaller one
+    would push fp16 into its subnormal numbers. Modules that have it already stay as they are.
     """
     loras = [module for module in modules if module.algorithm.name == "LoRA" and module.rank]
     if len({module.alpha for module in loras}) < 2:
         return modules
-    most = Counter(module.alpha or float(module.rank) for module in loras).most_common(1)[0][0]
-    common = as_fp32(most)  # it is stored as that
+    smallest = min((module.alpha or float(module.rank) for module in loras), key=abs)
+    common = as_fp32(smallest)  # it is stored as that
 
     def unified(module: Module) -> Module:
         if module.algorithm.name != "LoRA" or not module.rank or module.alpha == common:

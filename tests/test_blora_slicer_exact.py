@@ -540,10 +540,10 @@ def combine(tmp_path: Path, content: list[Module], style: list[Module]) -> tuple
 
 
 ONE_ALPHA = [
-    # alphas of the content, of the style, and the common one; None means the rank, which is 2
-    ([4.0, 4.0, 4.0], [1.0], 4.0),
-    ([0.3, 1.0, 1.0], [1.0, 0.3], 1.0),
-    ([None, None], [1.0], 2.0),
+    # alphas of the content, of the style, and the smallest of all; None means the rank, which is 2
+    ([4.0, 4.0, 4.0], [1.0], 1.0),
+    ([0.3, 1.0, 1.0], [1.0, 0.3], 0.3),
+    ([None, None], [1.0], 1.0),
     ([1.0, 1.0], [None], 1.0),
     ([0.0, 0.0], [8.0], 2.0),
     ([None, 0.0], [2.0, 2.0], 2.0),

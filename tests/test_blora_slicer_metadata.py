@@ -83,7 +83,7 @@ def test_no_metadata_writes_none_at_all(lora, output):
         ({"rank": 2, "alpha": 2.0}, "2", "2"),
         ({"rank": 3, "alpha": 2.0}, "Dynamic", "2"),
         # under one alpha, which is why it is not dynamic
-        ({"rank": 3, "alpha": 1.0}, "Dynamic", "2"),
+        ({"rank": 3, "alpha": 1.0}, "Dynamic", "1"),
     ],
 )
 def test_rank_and_alpha_are_true_or_dynamic(lora, tmp_path, output, other, dim, alpha):
