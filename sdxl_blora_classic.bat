@@ -1,5 +1,5 @@
 @echo off
-rem Trains content and style of an SDXL B-LoRA together, with the settings of the B-LoRA trainer.
+rem Trains content and style of an SDXL B-LoRA together, with the original bundle's settings.
 rem Edit the settings below, or better a copy of this file, and run it.
 rem Options given to it are handed on last and win: sdxl_blora_classic --max_train_steps=10
 setlocal EnableExtensions DisableDelayedExpansion

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains content and style of an SDXL B-LoRA together, with the settings of the B-LoRA trainer.
+# Trains content and style of an SDXL B-LoRA together, with the original bundle's settings.
 # Edit the settings below, or better a copy of this file, and run it.
 # Options given to it are handed on last and win: sdxl_blora_classic --max_train_steps=10
 set -euo pipefail

@@ -1,6 +1,6 @@
 @echo off
-rem Trains content and style of an SDXL B-LoRA together, in less time than classic: latents are
-rem cached, attention is torch's own, no warm-up, no bias correction; the file is half as large.
+rem Trains content and style of an SDXL B-LoRA together, as classic but for five settings: latents
+rem are cached, attention is torch's own, no warm-up, no bias correction, and files in fp16.
 rem Edit the settings below, or better a copy of this file, and run it.
 rem Options given to it are handed on last and win: sdxl_blora_fast --max_train_steps=10
 setlocal EnableExtensions DisableDelayedExpansion

@@ -119,7 +119,7 @@ def kohya(shell, tmp_path) -> Kohya:
 # ---- The recipes ---------------------------------------------------------------------------------
 
 
-def test_classic_passes_exactly_the_recipe_of_the_b_lora_trainer(kohya):
+def test_classic_passes_exactly_the_original_bundles_recipe(kohya):
     assert kohya.argv("sdxl_blora_classic") == [
         "launch",
         "--num_cpu_threads_per_process=8",
