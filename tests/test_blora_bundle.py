@@ -8,6 +8,7 @@ import subprocess
 from kohya_folder import ROOT, install
 
 BUNDLE = [
+    "blora_dataset.toml",
     "blora_preflight.py",
     "blora_slicer.bat",
     "blora_slicer.py",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
-import toml
 from kohya_folder import ROOT, copy_command
 from sdxl_train_network import build_parser as sd_scripts_parser
 from test_blora_bundle import BUNDLE, tracked
@@ -67,26 +68,34 @@ def check_pip(command: list[str]) -> None:
     assert all(re.search(rf"^{package}==", pinned, re.MULTILINE) for package in command[2:])
 
 
+def check_copied(command: list[str]) -> None:
+    """The install command, which every test of a launcher runs."""
+    assert shlex.join(command) == shlex.join(shlex.split(copy_command()))
+
+
+def check_script(command: list[str]) -> None:
+    """A script of ours; both are run, one by the other's tests and one by you right now."""
+    assert command in (["bash", "tests/demo.sh"], ["bash", "tests/check.sh"])
+
+
+CHECKS = {
+    r"x?copy ": None,  # run below, in cmd.exe
+    r"cp blora_dataset\.toml ": None,  # tests/test_blora_docs.py loads that file
+    r"cp -r ": check_copied,
+    r"bash ": check_script,
+    r"(BLORA_.*)?\./sdxl_": check_launcher,
+    r"sdxl_|set ": check_cmd,
+    r"python blora_preflight\.py ": check_preflight,
+    r"python blora_slicer\.py ": check_slicer,
+    r"pip install ": check_pip,
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_one_that_works(command):
-    if command.startswith(("copy ", "xcopy ")):
-        return  # run below, in cmd.exe
-    words = shlex.split(command)
-    if words[-1].startswith("tests/"):
-        assert words == ["bash", words[1]]
-        assert words[1] in ("tests/demo.sh", "tests/check.sh")
-    elif any(word.startswith("./sdxl_") for word in words):
-        check_launcher(words)
-    elif words[0].startswith("sdxl_") or words[0] == "set":
-        check_cmd(words)
-    elif words[:2] == ["python", "blora_preflight.py"]:
-        check_preflight(words)
-    elif words[:2] == ["python", "blora_slicer.py"]:
-        check_slicer(words)
-    elif words[:2] == ["pip", "install"]:
-        check_pip(words)
-    else:
-        assert command == copy_command()
+    [check] = [check for start, check in CHECKS.items() if re.match(start, command)]
+    if check:
+        check(shlex.split(command))
 
 
 def test_the_windows_copy_commands_install_the_bundle(cmd, tmp_path):
@@ -107,11 +116,6 @@ def test_the_windows_copy_commands_install_the_bundle(cmd, tmp_path):
     assert len(list((kohya / "lycoris_presets").iterdir())) == 5
 
 
-def test_the_dataset_config_is_valid_toml_with_an_image_folder():
-    [config] = [toml.loads(block) for language, block in BLOCKS if language == "toml"]
-    assert config["datasets"][0]["subsets"][0]["image_dir"].startswith("_in/lora/sdxl/my_project/")
-
-
 def test_every_option_trait_preset_and_setting_is_in_it():
     parser = blora_slicer.build_parser()
     options = [o for action in parser._actions for o in action.option_strings if o != "--help"]
@@ -129,6 +133,22 @@ def test_every_setting_is_in_it_with_its_default(setting):
     assert f"| `{name}` | {shown.get(default, f'`{default}`')} |" in README
 
 
+def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
+    for path in (ROOT / "lycoris_presets").iterdir():
+        layers = blora_preflight.trained_layers(blora_preflight.load_preset(path))
+        unet = sum(x.parameters(1) for name, x in layers.items() if "_unet_" in name)
+        text = sum(x.parameters(1) for name, x in layers.items() if "_te" in name)
+        [row] = [line for line in README.splitlines() if line.startswith(f"| `{path.stem}` |")]
+        told = [int(number.replace(",", "")) for number in re.findall(r"\d{2,3},\d{3}", row)]
+        assert told == ([unet, text] if "clip" in path.stem else [unet])
+
+
+def test_the_options_page_is_what_the_programs_print():
+    command = [sys.executable, ROOT / "docs/write_options.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_its_table_of_classic_against_fast_is_the_difference_between_them():
     table = README.split("### Classic and fast")[1].split("###")[0]
     rows = [re.findall(r"`([^`]+)`", row) for row in table.splitlines() if row.startswith("| ")]
@@ -137,7 +157,8 @@ def test_its_table_of_classic_against_fast_is_the_difference_between_them():
 
 
 def test_its_links_within_the_repository_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", README):
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", README)
+    for target in targets + re.findall(r'src="([^"]+)"', README):
         assert (ROOT / target).exists()
 
 
@@ -149,5 +170,6 @@ def test_the_size_it_shows_is_that_of_the_file():
     content = [layer for name, layer in layers.items() if "_output_blocks_0_1_" in name]
     size = 4 * sum(layer.parameters(1024) for layer in content)
     assert (
-        f"-> model.safetensors: 80 modules, 240 tensors, rank 1024, {size / 1e6:.1f} MB" in README
+        f"-> my_content.safetensors: 80 modules, 240 tensors, rank 1024, {size / 1e6:.1f} MB"
+        in README
     )

@@ -1,0 +1,352 @@
+"""The pages in docs/ tell the truth, and the sample dataset config is one that works."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sdxl_train_network
+import torch
+from kohya_folder import ROOT, install
+from make_checkpoint import main as make_checkpoint
+from make_dataset import draw
+from safetensors.torch import save_file
+from test_blora_launchers import outline
+from test_blora_readme import check_cmd, check_launcher, check_preflight, check_slicer
+
+import blora_preflight
+import blora_slicer
+
+CONFIG = "_in/lora/sdxl/my_project/config.toml"
+LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
+NAMES = ("recipes", "own_blocks", "what_loads_where", "when_something_fails")
+PAGES = {
+    name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8").replace("\r\n", "\n")
+    for name in NAMES
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The page's code blocks of a language; "" has what is typed and what is printed."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    return [text for of, text in found if of == language]
+
+
+TYPED = re.compile(r"(BLORA_\w+=\S+ )*\./sdxl_|sdxl_|set |python ")
+COMMANDS = [
+    (page, line)
+    for page in NAMES
+    for block in blocks(page, "")
+    for line in block.splitlines()
+    if TYPED.match(line)
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_command_is_one_that_works(page, command, tmp_path, monkeypatch):
+    shutil.copyfile(ROOT / "blora_traits.json", tmp_path / "blora_traits.json")
+    for text in blocks("recipes", "json"):
+        (tmp_path / "my_traits.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    if "middle" in words:
+        return  # run below, with the trait that the page adds
+    if words[:2] == ["python", "blora_slicer.py"]:
+        check_slicer(words)
+    elif words[:2] == ["python", "blora_preflight.py"]:
+        check_preflight(words)
+        sdxl_train_network.build_parser().parse_args(words[3:])
+    elif words[0] == "set" or words[0].startswith("sdxl_"):
+        check_cmd(words)
+    else:
+        check_launcher(words)
+
+
+def test_what_is_shown_beside_commands_is_what_programs_print():
+    printed = ("  modules ", "  rank ", "error: ", "middle of ", "-> ")
+    for page in NAMES:
+        for line in "".join(blocks(page, "")).splitlines():
+            assert TYPED.match(line) or line.startswith(printed), line
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_an_optimizer_comes_with_arguments_of_its_own(page):
+    for where, command in COMMANDS:
+        if where == page and "--optimizer_type" in command:
+            assert "--optimizer_args" in command
+
+
+def anchors(text: str) -> set[str]:
+    """A page's headings, as GitHub turns them into links."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_its_links_within_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)]+)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        file = ROOT / "docs" / path
+        assert file.is_file()
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_the_presets_settings_and_options_that_it_names_exist(page):
+    text = PAGES[page]
+    settings = {line.split(" = ")[0] for line in outline(ROOT / "sdxl_blora_fast.sh")}
+    assert set(re.findall(r"BLORA_[A-Z_]+", text)) <= settings
+    presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
+    assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout)_\w+", text)) <= presets
+    known = {o for p in parsers() for action in p._actions for o in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) <= known
+
+
+def parsers():
+    """The command lines that the pages speak of."""
+    return (
+        blora_slicer.build_parser(),
+        blora_preflight.build_parser(),
+        sdxl_train_network.build_parser(),
+    )
+
+
+# ---- The sample dataset config -------------------------------------------------------------------
+
+
+@pytest.fixture
+def kohya(tmp_path, monkeypatch) -> Path:
+    """A folder as the README sets it up, with one picture; it is the working directory."""
+    install(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("sdxl_train_network.py").touch()
+    Path("models").mkdir()
+    make_checkpoint(["models/sd_xl_base_1.0.safetensors"])
+    images = Path(CONFIG).parent / "images"
+    images.mkdir(parents=True)
+    draw(0, 64).save(images / "hero.png")
+    shutil.copyfile(ROOT / "blora_dataset.toml", CONFIG)
+    return tmp_path
+
+
+def run(command: str) -> subprocess.CompletedProcess:
+    """A command of a page, in the folder, by this Python."""
+    words = shlex.split(command)
+    assert words[0] == "python"
+    return subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
+
+
+def test_the_sample_dataset_config_loads(kohya):
+    parser = sdxl_train_network.build_parser()
+    args = parser.parse_args([f"--dataset_config={CONFIG}", "--caption_extension=.txt"])
+    [dataset] = sdxl_train_network.load_datasets(args)
+    [subset] = dataset.subsets
+    assert (dataset.resolution, dataset.batch_size, subset.repeats) == ((1024, 1024), 1, 1)
+    assert [caption for _, caption in subset.pairs] == ["A [v]"]
+    (subset.image_dir / "hero.txt").write_text("a knight")
+    [dataset] = sdxl_train_network.load_datasets(args)
+    assert [caption for _, caption in dataset.subsets[0].pairs] == ["a knight"]
+
+
+@pytest.mark.parametrize(
+    "caches", [[], ["--cache_latents", "--cache_text_encoder_outputs"]], ids=["plain", "caches"]
+)
+def test_preflight_accepts_the_sample_dataset_config(kohya, capsys, caches):
+    options = [f"--dataset_config={CONFIG}", "--network_module=lycoris.kohya"]
+    options += ["--pretrained_model_name_or_path=models/sd_xl_base_1.0.safetensors"]
+    options += ["--network_args", "preset=lycoris_presets/blora_content_style.toml"]
+    options += ["--network_train_unet_only", "--network_dim=4"]
+    assert blora_preflight.main(["--json", "sdxl_train_network.py", *options, *caches]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not [w for w in report["warnings"] if "text-encoder modules are left out" not in w]
+    assert report["plan"]["images"].startswith("1 with 0 captions")
+
+
+def test_the_sample_dataset_config_has_the_launchers_paths():
+    text = (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
+    assert CONFIG in text
+    assert f'"{Path(CONFIG).parent.as_posix()}/images"' in text
+
+
+# ---- Your own blocks -----------------------------------------------------------------------------
+
+
+def test_the_table_of_blocks_is_that_of_the_model():
+    rows = {}
+    for name, layer in blora_preflight.unet_layers().items():
+        if found := re.match(r"(.+)\.transformer_blocks\.\d+\.attn[12]\.to_", name):
+            modules, parameters = rows.get(found[1], (0, 0))
+            rows[found[1]] = modules + 1, parameters + layer.parameters(1)
+    told = re.findall(r"^\| `([a-z]+_.*?)` \| (.+)$", PAGES["own_blocks"], re.MULTILINE)
+    assert [block for block, _ in told] == list(rows)
+    for block, rest in told:
+        trait = f"lora_unet_{block.replace('.', '_')}_"
+        assert rest == f"`{trait}` | {rows[block][0]} | {rows[block][1]:,} |"
+
+
+def add_own_blocks(kohya: Path) -> None:
+    """The preset and the trait, written as the page says."""
+    [preset], [trait] = blocks("own_blocks", "toml"), blocks("own_blocks", "json")
+    (kohya / "my_middle.toml").write_text(preset)
+    traits = json.loads((kohya / "blora_traits.json").read_text()) | json.loads(f"{{{trait}}}")
+    (kohya / "blora_traits.json").write_text(json.dumps(traits))
+
+
+def own_commands() -> tuple[str, str, list[str]]:
+    """The page's pre-flight, its cut, and all that the page shows programs to say."""
+    lines = "".join(blocks("own_blocks", "")).splitlines()
+    [preflight] = [line for line in lines if line.startswith("python blora_preflight.py")]
+    [cut] = [line for line in lines if line.startswith("python blora_slicer.py")]
+    return preflight, cut, [line for line in lines if not TYPED.match(line)]
+
+
+def test_preflight_shows_what_the_pages_preset_selects(kohya):
+    add_own_blocks(kohya)
+    preflight, _, shown = own_commands()
+    done = run(preflight)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = [line for line in shown if line.startswith("  ")]
+    assert len(told) == 2
+    assert set(told) <= set(done.stdout.splitlines())
+
+
+def test_without_the_trait_preflight_names_the_block_alone(kohya):
+    add_own_blocks(kohya)
+    shutil.copyfile(ROOT / "blora_traits.json", kohya / "blora_traits.json")
+    assert "`80 in middle_block.1`" in PAGES["own_blocks"]
+    assert ": 80 in middle_block.1, 80 style" in run(own_commands()[0]).stdout
+
+
+def test_a_preset_that_fits_nothing_is_refused_as_shown(kohya):
+    add_own_blocks(kohya)
+    text = Path("my_middle.toml").read_text()
+    Path("my_middle.toml").write_text(text.replace("_block", "_blok"))
+    preflight, _, shown = own_commands()
+    done = run(preflight)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [line for line in shown if line.startswith("error: ")]
+
+
+def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
+    add_own_blocks(kohya)
+    _, cut, shown = own_commands()
+    layers = blora_preflight.trained_layers(blora_preflight.load_preset(Path("my_middle.toml")))
+    tensors = {}
+    for name, layer in layers.items():
+        outputs, inputs = layer.shape
+        tensors[f"{name}.lora_down.weight"] = torch.zeros(64, inputs, dtype=torch.float16)
+        tensors[f"{name}.lora_up.weight"] = torch.zeros(outputs, 64, dtype=torch.float16)
+        tensors[f"{name}.alpha"] = torch.tensor(64.0, dtype=torch.float16)
+    Path(LORA).parent.mkdir(parents=True)
+    save_file(tensors, LORA)
+    done = run(cut)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [s for s in shown if s.startswith(("middle of", "->"))]
+    kept, _ = blora_slicer.read_header(Path("my_middle.safetensors"), "")
+    assert {key.split(".")[0] for key in kept} == {n for n in layers if "_middle_block_1_" in n}
+
+
+# ---- Recipes -------------------------------------------------------------------------------------
+
+
+def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
+    layers = blora_preflight.trained_layers(
+        blora_preflight.load_preset(ROOT / "lycoris_presets/blora_content_style.toml")
+    )
+    unet = [layer for name, layer in layers.items() if name.startswith("lora_unet_")]
+
+    def gigabytes(rank: int, optimizer: str) -> float:
+        state = blora_preflight.matching(blora_preflight.OPTIMIZER_STATE, optimizer)
+        return sum(4 * layer.parameters(rank) * (2 + state) for layer in unet) / 1e9
+
+    small, large = gigabytes(64, "AdamW8bit"), gigabytes(1024, "prodigy")
+    text = re.sub(r"\s+", " ", PAGES["recipes"])
+    assert f"take {small:.2f} GB at rank 64 with AdamW8bit" in text
+    assert f"{large:.1f} GB at rank 1024 with Prodigy" in text
+    assert f"takes {large:.1f} GB" in PAGES["when_something_fails"]
+
+
+def test_the_recipe_for_one_image_is_the_papers():
+    section = PAGES["recipes"].split("## One image")[1]
+    [command] = re.findall(r"^BLORA_RANK=64 .*$", section.split("##")[0], re.MULTILINE)
+    args = sdxl_train_network.build_parser().parse_args(shlex.split(command)[2:])
+    assert (args.learning_rate, args.lr_scheduler, args.max_train_steps) == (5e-5, "constant", 1000)
+    assert (args.optimizer_type, args.optimizer_args) == ("AdamW8bit", ["weight_decay=1e-04"])
+
+
+def test_optimizer_arguments_are_cleared_by_an_empty_list():
+    line = ["--optimizer_args", "decouple=True", "--optimizer_args", "--max_train_steps=1"]
+    assert sdxl_train_network.build_parser().parse_args(line).optimizer_args == []
+
+
+# ---- When something fails ------------------------------------------------------------------------
+
+
+def quoted(section: str) -> list[str]:
+    """The messages that a section of the page is about."""
+    text = PAGES["when_something_fails"].split(f"\n## {section}\n")[1].split("\n## ")[0]
+    found = re.findall(r"^- (?:``(.+)``|`(.+)`)$", text, re.MULTILINE)
+    return [double or single for double, single in found]
+
+
+def templates(*sources: Path) -> list[str]:
+    """Every text in the sources, with "..." for what is filled in."""
+    found = []
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "..." for p in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def bare(message: str) -> str:
+    """The sentence without the word before it."""
+    return re.sub(r"^(error|warning|note): ", "", message)
+
+
+TEXTS = map(bare, templates(*ROOT.glob("blora_*.py")))
+OURS = [
+    ".+".join(map(re.escape, text.split("...")))
+    for text in TEXTS
+    if len(text.replace("...", "")) >= 20
+]
+
+
+@pytest.mark.parametrize("message", [*quoted("Pre-flight"), *quoted("Slicer")])
+def test_a_message_of_ours_is_one_that_the_programs_have(message):
+    assert any(re.fullmatch(pattern, bare(message)) for pattern in OURS)
+
+
+@pytest.mark.parametrize("message", [m for m in quoted("Launchers") if m != "Permission denied"])
+@pytest.mark.parametrize("name", ["sdxl_blora_classic", "sdxl_blora_fast"])
+def test_a_message_of_the_launchers_is_in_both_twins(message, name):
+    text = (ROOT / f"{name}.sh").read_text().replace(r"\"$PWD\"", '"..."')
+    assert f'fail "{message}"' in text
+    text = (ROOT / f"{name}.bat").read_text().replace("%CD%", "...")
+    assert f"echo {message}>&2" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "package"), [("LyCORIS", "lycoris"), ("accelerate", "accelerate")]
+)
+def test_a_message_of_a_package_is_one_that_it_has(section, package):
+    python = ("ModuleNotFoundError: ", "subprocess.", "LycorisNetworkKohya.")  # Python's own words
+    folder = Path(importlib.util.find_spec(package).origin).parent
+    names = ("kohya.py", "utils/preset.py", "accelerator.py", "commands/launch.py")
+    texts = templates(*(folder / name for name in names if (folder / name).is_file()))
+    messages = [m for m in quoted(section) if not m.startswith(python)]
+    assert messages
+    for message in messages:
+        parts = [part.strip() for part in message.split("...") if part.strip(" .")]
+        assert any(all(part in text for part in parts) for text in texts), message
