@@ -1,0 +1,129 @@
+"""Print as JSON what sd-scripts and LyCORIS make of command lines, and of LoRA files.
+
+  echo '{"command_lines": {"NAME": [...]}, "continue": {"FILE": "NAME"}, "from_file": ["FILE"]}' |
+    KOHYA_PYTHON kohya_probe.py KOHYA_ROOT
+
+Run it in a kohya folder with the bundle. A command line is read by sd-scripts' own parser, and its
+network is built by LyCORIS on sd-scripts' own SDXL, whose weights are not set. A file is loaded in
+both ways that LyCORIS has, into the network of a command line and alone, and compared with what is
+then held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_random_sdxl import import_models, models_on_meta
+from safetensors.torch import load_file
+from torch import nn
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options as sdxl_train_network.py has them when it begins to train."""
+    import sdxl_train_network
+    from library import sdxl_train_util, train_util
+
+    parser = sdxl_train_network.setup_parser()
+    # It reads --config_file off the command line itself.
+    sys.argv = ["sdxl_train_network.py", *argv]
+    args = parser.parse_args(argv)
+    train_util.verify_command_line_training_args(args)
+    args = train_util.read_config_from_file(args, parser)
+    train_util.verify_training_args(args)
+    sdxl_train_util.verify_sdxl_training_args(args)
+    return args
+
+
+def fresh_lycoris() -> Any:
+    """lycoris.kohya as a new process has it: presets of before must not show."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "lycoris"]:
+        del sys.modules[name]
+    import lycoris.kohya
+
+    return lycoris.kohya
+
+
+def unset_models(sdxl: Any) -> list[nn.Module]:
+    """sd-scripts' own models with weights of any value, because DoRA looks at them.
+
+    Memory that nobody writes to is not used: they cost less than 1 GB.
+    """
+    return [model.half().to_empty(device="cpu") for model in models_on_meta(sdxl)]
+
+
+def modules_of(network: nn.Module) -> list[str]:
+    """The modules a file of the network would hold."""
+    return sorted({name.split(".")[0] for name in network.state_dict()})
+
+
+def build(sdxl: Any, args: argparse.Namespace, device: str) -> nn.Module:
+    """The network that sd-scripts trains with these options, applied to SDXL."""
+    te1, te2, vae, unet = unset_models(sdxl)
+    options = dict(item.split("=", 1) for item in args.network_args)
+    options |= {"dropout": args.network_dropout, "neuron_dropout": args.network_dropout}
+    with torch.device(device):
+        network = fresh_lycoris().create_network(
+            1.0, args.network_dim, args.network_alpha, vae, [te1, te2], unet, **options
+        )
+    network.apply_to([te1, te2], unet, not args.network_train_unet_only, True)
+    return network
+
+
+def continued(sdxl: Any, path: Path, args: argparse.Namespace) -> nn.Module:
+    """The network of these options with the file in it, as sd-scripts has --network_weights."""
+    network = build(sdxl, args, "cpu")
+    network.load_weights(str(path))
+    return network
+
+
+def from_file(sdxl: Any, path: Path) -> nn.Module:
+    """The network that LyCORIS makes of the file alone, as sd-scripts has --dim_from_weights."""
+    te1, te2, vae, unet = unset_models(sdxl)
+    network, _ = fresh_lycoris().create_network_from_weights(1.0, str(path), vae, [te1, te2], unet)
+    network.apply_to([te1, te2], unet, True, True)
+    return network
+
+
+def compared(network: nn.Module, path: Path) -> dict[str, list[str]]:
+    """The network's modules, and the tensors of the file that it does not hold as they are."""
+    held, tensors = network.state_dict(), load_file(path)
+    differing = [
+        name
+        for name, tensor in tensors.items()
+        if name not in held
+        or held[name].numel() != tensor.numel()
+        or not torch.equal(held[name].float().flatten(), tensor.float().flatten())
+    ]
+    return {"modules": modules_of(network), "differing": differing}
+
+
+def main(argv: list[str]) -> int:
+    """Answer the question on stdin; what the libraries say goes to stderr."""
+    question = json.load(sys.stdin)
+    with contextlib.redirect_stdout(sys.stderr):
+        sdxl = import_models(Path(argv[0]))
+        parsed = {name: parse(line) for name, line in question["command_lines"].items()}
+        answer = {
+            "options": {name: vars(args) for name, args in parsed.items()},
+            "modules": {n: modules_of(build(sdxl, args, "meta")) for n, args in parsed.items()},
+            "continued": {
+                file: compared(continued(sdxl, Path(file), parsed[name]), Path(file))
+                for file, name in question["continue"].items()
+            },
+            "from_file": {
+                file: compared(from_file(sdxl, Path(file)), Path(file))
+                for file in question["from_file"]
+            },
+        }
+    print(json.dumps(answer, default=str))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,441 @@
+"""The launchers, presets and slicer on a real sd-scripts checkout, with real LyCORIS.
+
+  KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
+    .venv/bin/python -m pytest tests/test_blora_real_kohya.py
+
+takes a minute: sd-scripts' own parser and LyCORIS on sd-scripts' own SDXL. With BLORA_E2E=1 each
+recipe also trains two steps of a full-size SDXL with random weights on the CPU, which takes minutes
+a recipe and 16 GB of memory; BLORA_RANDOM_SDXL names a folder that tests/make_random_sdxl.py
+filled, or is to fill. The checkout is only read: the bundle goes into a copy of its tracked files.
+
+KOHYA_PYTHON needs kohya's requirements, lycoris_lora and prodigyopt; BLORA_E2E open_clip_torch too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kohya_folder import ROOT, SCRIPT, Bash, install
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_blora_presets import (
+    CONTENT,
+    EXPECTED,
+    STYLE,
+    block_modules,
+    text_encoder_modules,
+)
+
+KOHYA_ROOT, KOHYA_PYTHON = os.environ.get("KOHYA_ROOT"), os.environ.get("KOHYA_PYTHON")
+if not (KOHYA_ROOT and KOHYA_PYTHON):
+    pytest.skip(
+        "NOT RUN on a real sd-scripts: set KOHYA_ROOT to a checkout and KOHYA_PYTHON to its python",
+        allow_module_level=True,
+    )
+# Commands run in other folders. A venv's python must stay the link that it is.
+KOHYA_ROOT, KOHYA_PYTHON = str(Path(KOHYA_ROOT).absolute()), str(Path(KOHYA_PYTHON).absolute())
+
+e2e = pytest.mark.skipif(
+    os.environ.get("BLORA_E2E") != "1",
+    reason="NOT RUN: BLORA_E2E=1 trains a full-size SDXL on the CPU, minutes a recipe",
+)
+TESTS = ROOT / "tests"
+NAME = "demo"
+DORA = ["dora_wd=True", "wd_on_output=False"]
+
+
+def preset(name: str) -> str:
+    return f"preset=lycoris_presets/{name}.toml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How somebody starts a training: a launcher, and options given to it."""
+
+    launcher: str
+    overrides: tuple[str, ...] = ()
+    # Whether the line --network_train_unet_only is deleted, in a copy of the launcher.
+    text_encoders: bool = False
+
+
+CLASSIC, FAST = "sdxl_blora_classic", "sdxl_blora_fast"
+RECIPES = {
+    "classic": Recipe(CLASSIC),
+    "fast": Recipe(FAST),
+    "classic, ten steps": Recipe(CLASSIC, ("--max_train_steps=10",)),
+    "fast, ten steps": Recipe(FAST, ("--max_train_steps=10",)),
+    "fast, DoRA": Recipe(FAST, ("--network_args", preset("bdora_content_style_clip"), *DORA)),
+    "classic, DoRA": Recipe(CLASSIC, ("--network_args", preset("bdora_content_style_clip"), *DORA)),
+    "fast, DoRA and clip": Recipe(
+        FAST, ("--network_args", preset("bdora_content_style_clip"), *DORA), text_encoders=True
+    ),
+}
+for preset_name in EXPECTED:
+    override = ("--network_args", preset(preset_name))
+    RECIPES[f"classic, {preset_name}"] = Recipe(CLASSIC, override)
+    RECIPES[f"fast, {preset_name}, text encoders"] = Recipe(FAST, override, text_encoders=True)
+
+
+def expected_modules(recipe: Recipe) -> set[str]:
+    """The modules of the recipe's preset, by its definition in test_blora_presets.py."""
+    network_args = [item for item in recipe.overrides if item.startswith("preset=")]
+    blocks, layers = EXPECTED[Path(network_args[0]).stem if network_args else "blora_content_style"]
+    modules = set().union(*map(block_modules, blocks))
+    return modules | text_encoder_modules(layers) if recipe.text_encoders else modules
+
+
+# ---- A kohya folder ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kohya:
+    """A copy of the checkout with the bundle in it, a dataset and a checkpoint."""
+
+    path: Path
+    bin: Path
+    checkpoint: Path
+
+    def python(self, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run kohya's Python in the folder."""
+        return subprocess.run(
+            [KOHYA_PYTHON, *args],
+            cwd=self.path,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            **options,
+        )
+
+    def launcher(self, recipe: Recipe) -> Path:
+        """The launcher, or a copy without --network_train_unet_only as the README describes."""
+        original = self.path / f"{recipe.launcher}.sh"
+        if not recipe.text_encoders:
+            return original
+        copied = self.path / f"my_{original.name}"
+        shutil.copy(original, copied)
+        lines = original.read_text().splitlines(keepends=True)
+        left = [line for line in lines if "--network_train_unet_only" not in line]
+        assert len(left) == len(lines) - 1
+        copied.write_text("".join(left))
+        return copied
+
+    def settings(self, folder: Path) -> dict[str, str]:
+        """The settings of the launchers, with the folder's programs found first."""
+        return {
+            **Bash().path_variable(folder),
+            "BLORA_NAME": NAME,
+            "BLORA_CHECKPOINT": str(self.checkpoint),
+        }
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answers of kohya_probe.py."""
+        question = {"command_lines": {}, "continue": {}, "from_file": [], **question}
+        probe = self.python(
+            TESTS / "kohya_probe.py", self.path, input=json.dumps(question), check=True
+        )
+        return json.loads(probe.stdout)
+
+
+def make_copy(path: Path) -> None:
+    """The tracked files of the checkout, as far as they are there, and the bundle."""
+    listed = subprocess.run(
+        ["git", "-C", KOHYA_ROOT, "ls-files", "-z"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    for name in listed.stdout.split("\0")[:-1]:
+        if (source := Path(KOHYA_ROOT, name)).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, path / name)
+    install(path)
+
+
+@pytest.fixture(scope="module")
+def kohya(tmp_path_factory) -> Kohya:
+    """The copy, with six drawings and a checkpoint that is SDXL's by its names alone."""
+    path = tmp_path_factory.mktemp("real") / "sd-scripts"
+    make_copy(path)
+    programs = path.with_name("bin")
+    Bash().install_recorder(programs, "accelerate")
+    (programs / "python").write_text(f'#!/bin/sh\nexec "{KOHYA_PYTHON}" "$@"\n')
+    (programs / "python").chmod(0o755)
+    made = Kohya(path, programs, path.with_name("sdxl.safetensors"))
+    made.python(TESTS / "standin/make_checkpoint.py", made.checkpoint, check=True)
+    made.python(TESTS / "standin/make_dataset.py", f"_in/lora/sdxl/{NAME}", check=True)
+    return made
+
+
+# ---- Seconds: what sd-scripts and LyCORIS make of the command line -------------------------------
+
+
+@dataclass(frozen=True)
+class Real:
+    """What the launchers pass, and what sd-scripts and LyCORIS make of it."""
+
+    command_lines: dict[str, list[str]]
+    answer: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def real(kohya, tmp_path_factory) -> Real:
+    """Every recipe, started by the real launcher, as far as accelerate."""
+    command_lines = {}
+    for name, recipe in RECIPES.items():
+        log = tmp_path_factory.mktemp("log")
+        done, calls = Bash().run(
+            kohya.launcher(recipe), recipe.overrides, kohya.path, log, kohya.settings(kohya.bin)
+        )
+        assert done.returncode == 0, done.output
+        [call] = calls
+        command_lines[name] = call.argv[call.argv.index(SCRIPT) + 1 :]
+    return Real(command_lines, kohya.ask(command_lines=command_lines))
+
+
+def given(command_line: list[str]) -> dict[str, list[str]]:
+    """The options of a command line with their values; the last of a name wins."""
+    options: dict[str, list[str]] = {}
+    for word in command_line:
+        if word.startswith("--"):
+            name, *value = word[2:].split("=", 1)
+            options[name] = last = value
+        else:
+            last.append(word)
+    return options
+
+
+def as_text(value: Any) -> list[str]:
+    """A parsed value as it was typed: a switch has no value."""
+    if value is True:
+        return []
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def same(read: list[str], typed: list[str]) -> bool:
+    """Whether an option was read as it was typed: sd-scripts makes numbers and paths of some."""
+    try:
+        return read == typed or [float(v) for v in read] == [float(v) for v in typed]
+    except ValueError:
+        return [Path(v) for v in read] == [Path(v) for v in typed]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sd_scripts_reads_every_option_of_the_launcher_as_it_was_given(real, recipe):
+    parsed = real.answer["options"][recipe]
+    for name, values in given(real.command_lines[recipe]).items():
+        assert same(as_text(parsed[name]), values), name
+
+
+def test_sd_scripts_reads_an_override_in_place_of_the_recipe(real):
+    options = real.answer["options"]
+    assert options["classic"]["max_train_steps"] == 3000
+    assert options["classic, ten steps"]["max_train_steps"] == 10
+    assert options["fast"]["network_args"] == [preset("blora_content_style")]
+    assert options["fast, DoRA"]["network_args"] == [preset("bdora_content_style_clip"), *DORA]
+    assert options["fast, DoRA"]["network_train_unet_only"] is True
+    assert options["fast, DoRA and clip"]["network_train_unet_only"] is False
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_lycoris_builds_the_modules_preflight_announced_on_sd_scripts_own_sdxl(kohya, real, recipe):
+    done = kohya.python("blora_preflight.py", "--json", SCRIPT, *real.command_lines[recipe])
+    announced = json.loads(done.stdout)
+    assert (done.returncode, announced["errors"]) == (0, [])
+    built = real.answer["modules"][recipe]
+    assert sorted(announced["modules"]) == built
+    assert set(built) == expected_modules(RECIPES[recipe])
+
+
+# ---- Minutes: two steps of a full-size SDXL ------------------------------------------------------
+
+SIZE = 256
+RANK = 8
+ACCELERATE = "--cpu --num_processes=1 --num_machines=1 --mixed_precision=bf16 --dynamo_backend=no"
+# What a CPU cannot do, and what makes the run short. fp16 mixed precision needs a GPU.
+SHORT = (
+    "--mixed_precision=bf16",
+    "--max_train_steps=2",
+    "--lr_warmup_steps=0",
+    f"--min_bucket_reso={SIZE}",
+    "--max_data_loader_n_workers=1",
+)
+TRAINED = ["classic", "fast", "fast, DoRA", "fast, DoRA and clip"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended: its recipe, what it printed, and its file."""
+
+    kohya: Kohya
+    name: str
+    printed: str
+    file: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.name]
+
+    @property
+    def is_dora(self) -> bool:
+        return "dora_wd=True" in self.recipe.overrides
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.file)
+
+    @cached_property
+    def modules(self) -> set[str]:
+        return {name.split(".")[0] for name in self.tensors}
+
+
+@pytest.fixture(scope="module")
+def random_sdxl(tmp_path_factory) -> Path:
+    """The folder of make_random_sdxl.py, filled where it is not yet."""
+    folder = Path(os.environ.get("BLORA_RANDOM_SDXL") or tmp_path_factory.mktemp("random_sdxl"))
+    if not (folder / "random_sdxl.safetensors").exists():
+        made = [TESTS / "make_random_sdxl.py", "--kohya", KOHYA_ROOT, "--out", folder]
+        subprocess.run([KOHYA_PYTHON, *made], check=True)
+    return folder.resolve()
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def run(request, kohya, random_sdxl, tmp_path_factory) -> Run:
+    """A recipe, trained by the real launcher, accelerate, sd-scripts, LyCORIS and Prodigy."""
+    recipe = RECIPES[request.param]
+    revision = str(TRAINED.index(request.param))
+    dataset = kohya.path / f"_in/lora/sdxl/{NAME}"
+    shutil.rmtree(dataset)
+    options = ["--images=3", f"--size={SIZE}", "--repeats=1"]
+    kohya.python(TESTS / "standin/make_dataset.py", dataset, *options, check=True)
+    env = {
+        **kohya.settings(Path(KOHYA_PYTHON).parent),
+        "BLORA_CHECKPOINT": str(random_sdxl / "random_sdxl.safetensors"),
+        "BLORA_REVISION": revision,
+        "BLORA_RANK": str(RANK),
+        "BLORA_ACCELERATE_ARGS": ACCELERATE,
+        "HF_HUB_OFFLINE": "1",
+    }
+    overrides = [*recipe.overrides, *SHORT, f"--tokenizer_cache_dir={random_sdxl / 'tokenizers'}"]
+    done, _ = Bash().run(
+        kohya.launcher(recipe), overrides, kohya.path, tmp_path_factory.mktemp("log"), env
+    )
+    print(done.output)
+    assert done.returncode == 0, done.output
+    name = f"{NAME}_{revision}"
+    file = kohya.path / f"_out/lora/sdxl/{name}/{name}.safetensors"
+    return Run(kohya, request.param, done.output, file)
+
+
+@e2e
+def test_the_training_saves_one_file_with_every_module_that_was_announced(run):
+    assert [path.name for path in run.file.parent.iterdir()] == [run.file.name]
+    assert run.modules == expected_modules(run.recipe)
+    parts = ["alpha", "lora_down.weight", "lora_up.weight"]
+    if run.is_dora:
+        parts.insert(1, "dora_scale")
+    assert sorted(run.tensors) == sorted(f"{m}.{part}" for m in run.modules for part in parts)
+
+
+@e2e
+def test_every_module_has_moved_from_where_it_began(run):
+    assert all(tensor.isfinite().all() for tensor in run.tensors.values())
+    # LoRA begins with lora_up at zero.
+    assert all(run.tensors[f"{module}.lora_up.weight"].any() for module in run.modules)
+
+
+@e2e
+def test_the_file_has_the_shapes_and_the_precision_of_its_recipe(run):
+    dtype = torch.float16 if run.recipe.launcher == FAST else torch.float32
+    assert {tensor.dtype for tensor in run.tensors.values()} == {dtype}
+    for module in run.modules:
+        down, up = (run.tensors[f"{module}.lora_{end}.weight"] for end in ("down", "up"))
+        assert len(down) == up.shape[1] == run.tensors[f"{module}.alpha"] == RANK
+        scale = run.tensors.get(f"{module}.dora_scale")
+        assert scale is None or scale.shape == (1, down.shape[1])
+
+
+@e2e
+def test_the_file_is_as_large_as_preflight_said(run):
+    [told] = re.findall(r"([\d.]+) MB a file", run.printed)
+    # Beside the numbers a file holds their names and the metadata.
+    assert float(told) * 1e6 < run.file.stat().st_size < float(told) * 1.03e6 + 5e4
+
+
+@e2e
+def test_the_metadata_says_what_was_trained(run):
+    with safe_open(run.file, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["ss_output_name"] == run.file.stem
+    assert metadata["ss_network_module"] == "lycoris.kohya"
+    assert metadata["ss_network_dim"] == str(RANK)
+    assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == "2"
+    assert metadata["ss_optimizer"].startswith("prodigyopt.prodigy.Prodigy")
+
+
+def inspect(run: Run, path: Path) -> dict[str, Any]:
+    """What blora_slicer.py says of a file, run by kohya's Python."""
+    done = run.kohya.python("blora_slicer.py", "--inspect", "--json", "--loras", path, check=True)
+    return json.loads(done.stdout)
+
+
+@e2e
+def test_inspect_shows_its_blocks_and_nothing_broken(run):
+    [shown] = inspect(run, run.file)
+    assert (shown["modules"], shown["not_finite"], shown["unplaced"]) == (len(run.modules), [], [])
+    blocks = {block["block"]: block for block in shown["blocks"]}
+    text_encoders = ["te1", "te2"] if run.recipe.text_encoders else []
+    assert sorted(blocks) == ["output_blocks.0.1", "output_blocks.1.1", *text_encoders]
+    assert [blocks[f"output_blocks.{n}.1"]["trait"] for n in (0, 1)] == ["content", "style"]
+    algorithm = "DoRA" if run.is_dora else "LoRA"
+    for block in blocks.values():
+        assert (block["algorithm"], block["ranks"], block["alphas"]) == (algorithm, [RANK], [RANK])
+        assert block["change"] > 0
+
+
+@pytest.fixture(scope="module")
+def slices(run) -> dict[str, Path]:
+    """The content and the style of the file, cut by the real slicer."""
+    output = run.file.with_name("cut.safetensors")
+    traits = ["--traits", "content", "style", "--not_combined", "--output_path", output]
+    run.kohya.python("blora_slicer.py", "--loras", run.file, *traits, check=True)
+    return {trait: run.file.with_name(f"cut_{trait}.safetensors") for trait in ("content", "style")}
+
+
+@e2e
+@pytest.mark.parametrize(("trait", "block"), [("content", CONTENT), ("style", STYLE)])
+def test_a_slice_holds_its_block_bit_for_bit(run, slices, trait, block):
+    kept = load_file(slices[trait])
+    assert {name.split(".")[0] for name in kept} == block_modules(block)
+    assert sorted(kept) == sorted(n for n in run.tensors if n.split(".")[0] in block_modules(block))
+    for name, tensor in kept.items():
+        assert tensor.dtype == run.tensors[name].dtype
+        assert torch.equal(tensor, run.tensors[name])
+
+
+@e2e
+def test_a_training_can_go_on_from_the_file_and_from_its_slices(run, slices, real):
+    line = [*real.command_lines[run.name], f"--network_dim={RANK}", f"--network_alpha={RANK}"]
+    files = [str(path) for path in (run.file, *slices.values())]
+    answer = run.kohya.ask(command_lines={"it": line}, **{"continue": dict.fromkeys(files, "it")})
+    for file in files:
+        assert set(answer["continued"][file]["modules"]) == run.modules
+        assert answer["continued"][file]["differing"] == []
+
+
+@e2e
+def test_lycoris_makes_a_network_of_the_file_and_of_its_slices_alone(run, slices):
+    if run.is_dora:
+        pytest.skip("LyCORIS takes every DoRA it makes of a file for one with wd_on_output=True")
+    files = [str(path) for path in (run.file, *slices.values())]
+    made = run.kohya.ask(from_file=files)["from_file"]
+    expected = [run.modules, block_modules(CONTENT), block_modules(STYLE)]
+    assert [set(made[file]["modules"]) for file in files] == expected
+    assert [made[file]["differing"] for file in files] == [[], [], []]
