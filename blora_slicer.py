@@ -1006,7 +1006,7 @@ def build_metadata(slices: list[Slice], modules: list[Module], output: Path) -> 
     loras = list({piece.lora.path: piece.lora for piece in slices}.values())
     metadata = join_metadata(loras)
     cuts = ", ".join(f"{describe(piece.cut)} at {piece.cut.strength:g}" for piece in slices)
-    comment = metadata.get("ss_training_comment", "")
+    comment = metadata.get("ss_training_comment", "None")  # sd-scripts' word for none
     loras_only = [module for module in modules if module.rank]
     numbers = {
         "ss_network_dim": {float(module.rank) for module in loras_only},
@@ -1020,7 +1020,7 @@ def build_metadata(slices: list[Slice], modules: list[Module], output: Path) -> 
         "ss_base_model_version": "sdxl_base_v1-0",  # without it A1111 takes it for SD1
         **metadata,
         "ss_output_name": output.stem,
-        "ss_training_comment": f"{cuts}; {comment}" if comment else cuts,
+        "ss_training_comment": cuts if comment in ("", "None") else f"{cuts}; {comment}",
         "modelspec.title": output.stem,
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.merged_from": ", ".join(titles),

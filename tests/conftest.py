@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 from cmd_runner import Cmd, MissingToolsError, cmd_session, find_tools
 
+# No test has anything on the hub; diffusers and transformers read this when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 
 @pytest.fixture(scope="session")
 def cmd() -> Iterator[Cmd]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import blora_slicer
-
-# Nothing here is on the hub, and nothing may be fetched from it.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 TRANSFORMER = "transformer_blocks.0"
 # Layers in kohya's sgm names, and where diffusers' pipeline has them.
@@ -53,11 +49,8 @@ TRAITS = {
 @pytest.fixture(scope="module")
 def pipeline():
     """SDXL's pipeline with few and narrow layers, all where SDXL has them."""
-    from diffusers import (
-        EulerDiscreteScheduler,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers_sdxl import sdxl_unet
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
@@ -71,20 +64,7 @@ def pipeline():
         bos_token_id=0,
         eos_token_id=1,
     )
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(2, 4, 8),
-        cross_attention_dim=64,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=80,
-    )
+    unet = sdxl_unet((32, 64, 128), (2, 4, 8), 64, time_ids=8, embedding=80, sample_size=32)
     return StableDiffusionXLPipeline(
         vae=None,
         text_encoder=CLIPTextModel(text),

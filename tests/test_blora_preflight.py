@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers_sdxl import sdxl_unet_without_weights
 from kohya_folder import ROOT, install
 from make_checkpoint import main as make_checkpoint
 from make_dataset import main as make_dataset
@@ -98,19 +98,7 @@ def test_the_container_classes_are_those_of_the_model():
 
 
 def test_the_module_list_is_that_of_diffusers_own_sdxl():
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+    unet = sdxl_unet_without_weights()
     theirs = {
         blora_slicer.sgm_name(name.replace(".", "_")): (type(m).__name__, tuple(m.weight.shape))
         for name, m in unet.named_modules()

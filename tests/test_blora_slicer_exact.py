@@ -371,26 +371,6 @@ def test_two_loras_of_any_namings_join_into_the_change_of_both(namings, ranks, a
         assert_scaled(result[layer], source, cut[not layer.startswith("lora_unet_")])
 
 
-def diffusers_unet() -> nn.Module:
-    """SDXL's U-Net as diffusers builds it, without weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-
-
 DOTTED = ["unet.{}.lora_A.weight", "unet.{}.lora.down.weight", "unet.unet.{}.lora.down.weight"]
 DOTTED += ["base_model.model.unet.{}.lora_A.weight", "base_model.model.{}.lora_A.weight"]
 
@@ -401,7 +381,9 @@ def test_every_layer_of_diffusers_unet_maps_to_its_own_layer_of_sdxl_in_sgm_name
     }
     found: dict[str, list[int]] = {}
     norms = set()
-    for name, layer in diffusers_unet().named_modules():
+    from diffusers_sdxl import sdxl_unet_without_weights
+
+    for name, layer in sdxl_unet_without_weights().named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
             continue
         key = f"lora_unet_{name.replace('.', '_')}"

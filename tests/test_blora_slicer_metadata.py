@@ -52,11 +52,12 @@ def test_the_sources_metadata_is_kept_and_the_slice_says_what_it_is(lora, output
     assert len(metadata["modelspec.date"]) == len("2026-01-31T12:34:56")
 
 
-def test_a_comment_of_the_source_stands_behind_the_cut(tmp_path, output):
+@pytest.mark.parametrize(("comment", "behind"), [("of my cat", "; of my cat"), ("None", "")])
+def test_a_comment_of_the_source_stands_behind_the_cut(tmp_path, output, comment, behind):
     tensors = blora_modules(CONTENT)
-    lora = write(tmp_path / "a.safetensors", tensors, {"ss_training_comment": "of my cat"})
+    lora = write(tmp_path / "a.safetensors", tensors, {"ss_training_comment": comment})
     metadata = cut(output, lora)
-    assert metadata["ss_training_comment"] == "content of a.safetensors at 1; of my cat"
+    assert metadata["ss_training_comment"] == f"content of a.safetensors at 1{behind}"
 
 
 def test_a_source_without_metadata_gives_a_slice_that_is_known_as_sdxl(tmp_path, output):
