@@ -31,7 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from blora_slicer import Trait, block_of, first_few, load_traits, printable
+from blora_slicer import SliceError, Trait, block_of, first_few, load_traits, printable
 
 HERE = Path(__file__).resolve().parent
 PLACEHOLDER = "path/to/sd_xl_base_1.0.safetensors"  # what the launchers hold before they are edited
@@ -205,10 +205,11 @@ class Options:
     given: dict[str, list[str]]
 
     def has(self, name: str) -> bool:
-        return name in self.given
+        """Whether it is given; the GUI writes what is not as an empty text."""
+        return self.given.get(name, [""]) != [""]
 
     def text(self, name: str, default: str = "") -> str:
-        return (self.given.get(name) or [default])[-1]
+        return (self.given.get(name) or [""])[-1] or default
 
     def number(self, name: str, default: float) -> float:
         try:
@@ -691,7 +692,11 @@ def check_preset(options: Options, report: Report) -> dict[str, Layer]:
     if not modules:
         raise PreflightError(f'the preset "{given}" selects no module of SDXL: correct its names')
     report.modules = list(modules)
-    known = load_traits(HERE / "blora_traits.json")
+    try:
+        known = load_traits(HERE / "blora_traits.json")
+    except SliceError as error:  # the training does without
+        report.warnings.append(str(error))
+        known = {}
     report.plan["modules"] = f"{len(modules)}: {count_by_trait(list(modules), known)}"
     return modules
 

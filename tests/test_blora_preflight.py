@@ -226,7 +226,8 @@ def test_the_gui_passes_its_options_in_a_config_file(kohya, capsys):
         f"{name} = {'true' if value is True else json.dumps(value)}"
         for name, value in OPTIONS.items()
     ]
-    path.write_text("\n".join(lines))
+    empty = ['train_data_dir = ""', 'save_last_n_epochs = ""', "cache_latents = false"]
+    path.write_text("\n".join(lines + empty))
     line = ["--json", "sdxl_train_network.py", "--config_file", "gui.toml", "--network_dim=8"]
     assert blora_preflight.main(line) == 0
     report = json.loads(capsys.readouterr().out)
@@ -461,6 +462,18 @@ def test_a_preset_that_lycoris_would_refuse_is_an_error(kohya, capsys, preset):
     if text is not None:
         Path("own.toml").write_text(text)
     assert checked(capsys, network_args=["preset=own.toml"])["errors"] == [sentence]
+
+
+def test_a_broken_traits_file_is_a_warning_and_the_modules_are_told_without_it(
+    kohya, capsys, monkeypatch
+):
+    monkeypatch.setattr(blora_preflight, "HERE", kohya)
+    Path("blora_traits.json").write_text("{")
+    report = checked(capsys)
+    assert report["errors"] == []
+    assert report["warnings"][-1].startswith(f"{kohya / 'blora_traits.json'} is not valid JSON (")
+    told = "160: 80 in output_blocks.0.1, 80 in output_blocks.1.1"
+    assert report["plan"]["modules"] == told
 
 
 def test_a_package_that_is_missing_is_an_error(kohya, capsys):
