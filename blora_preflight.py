@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import glob
 import importlib.util
 import json
 import math
@@ -198,6 +199,25 @@ def sdxl_layers() -> dict[str, dict[str, Layer]]:
 # ---- Options of the training ---------------------------------------------------------------------
 
 
+def as_number(name: str, value: object) -> float:
+    """A setting's value as a finite number, refused by the setting's name."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise PreflightError(f"{name}={printable(str(value))} is not a number: correct it")
+    return number
+
+
+def as_whole(name: str, value: object, least: int = 1) -> int:
+    """A setting's value as a whole number that is not too small."""
+    number = int(as_number(name, value))
+    if number < least:
+        raise PreflightError(f"{name}={printable(str(value))} is below {least}: correct it")
+    return number
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line of the training, as argparse would read it: the last value wins."""
@@ -212,11 +232,14 @@ class Options:
         return (self.given.get(name) or [""])[-1] or default
 
     def number(self, name: str, default: float) -> float:
-        try:
-            return float(self.text(name, str(default)))
-        except ValueError as error:
-            value = printable(self.text(name))
-            raise PreflightError(f"--{name}={value} is not a number: correct it") from error
+        return as_number(f"--{name}", self.text(name, str(default)))
+
+    def whole(self, name: str, default: int, least: int = 1) -> int:
+        return as_whole(f"--{name}", self.text(name, str(default)), least)
+
+    def is_on(self, name: str) -> bool:
+        """Whether a switch is given, or a number other than 0."""
+        return self.has(name) and (not self.text(name) or self.number(name, 0) != 0)
 
     def pairs(self, name: str) -> dict[str, str]:
         """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
@@ -240,6 +263,8 @@ def with_config_file(options: Options) -> Options:
     """The options with those of --config_file under them, which is how the GUI passes all."""
     if not options.has("config_file"):
         return options
+    if not options.text("config_file"):
+        raise PreflightError("--config_file names no file: add it")
     path = Path(options.text("config_file"))
     if path.suffix != ".toml":
         path = path.with_name(path.name + ".toml")
@@ -351,6 +376,7 @@ def read_header(path: Path) -> dict[str, Any]:
         try:
             header = json.loads(file.read(length))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+            missing = 8 + length + max(ends, default=0) - size
         except (
             ValueError,
             KeyError,
@@ -360,7 +386,6 @@ def read_header(path: Path) -> dict[str, Any]:
             RecursionError,
         ) as error:
             raise PreflightError(f'"{path}" is no safetensors file: download it again') from error
-    missing = 8 + length + max(ends, default=0) - size
     if missing:
         told = f"{missing:,} bytes shorter" if missing > 0 else f"{-missing:,} bytes longer"
         raise PreflightError(f'"{path}" is {told} than its header says: download it again')
@@ -427,12 +452,15 @@ class Subset:
     batch_size: int
     images: tuple[Path, ...]
 
-    def captioned(self, extension: str) -> int:
-        return sum(image.with_suffix(extension).is_file() for image in self.images)
-
 
 def load_subsets(options: Options, report: Report) -> list[Subset]:
-    """The image folders, by --dataset_config or, as the GUI passes them, --train_data_dir."""
+    """The image folders, by --dataset_config or, as the GUI passes them, --train_data_dir.
+
+    A folder that is missing or empty is passed over, as sd-scripts does, while others have images.
+    """
+    if any(options.has(name) for name in ("in_json", "dataset_class")):
+        report.notes.append("the images are not given by folders, and were not looked into")
+        return []
     if options.has("dataset_config"):
         path = Path(options.text("dataset_config"))
         config = load_config(path)
@@ -441,16 +469,21 @@ def load_subsets(options: Options, report: Report) -> list[Subset]:
         config = {"datasets": [{"subsets": folders_with_repeats(path)}]}
     else:
         raise PreflightError("there are no images: give --dataset_config")
-    general = config.get("general", {})
-    subsets = []
-    for dataset in config.get("datasets", []):
-        if not any("resolution" in t for t in (dataset, general)) and not options.has("resolution"):
-            report.errors.append(f'"{path}" has a dataset without a resolution: add one')
-        for subset in dataset.get("subsets", []):
-            settings = {**general, **dataset, **subset}
-            found = load_subset(settings, options, path, report)
-            subsets += [found] if found else []
-    if not subsets and not report.errors:
+    tables = [
+        {**config.get("general", {}), **dataset, **subset}
+        for dataset in config.get("datasets", [])
+        for subset in dataset.get("subsets", [])
+    ]
+    if any("resolution" not in table for table in tables) and not options.has("resolution"):
+        report.errors.append(f'"{path}" has a dataset without a resolution: add one')
+    looked_into = [table for table in tables if "metadata_file" not in table]
+    if len(looked_into) < len(tables):
+        report.notes.append("subsets with a metadata_file were not looked into")
+    found = [load_subset(settings, options, path) for settings in looked_into]
+    subsets = [subset for subset in found if isinstance(subset, Subset)]
+    problems = [subset for subset in found if isinstance(subset, str)]
+    (report.warnings if subsets else report.errors).extend(problems)
+    if not tables:
         raise PreflightError(f'"{path}" names no folder of images: add one')
     return subsets
 
@@ -485,37 +518,34 @@ def folders_with_repeats(path: Path) -> list[dict[str, Any]]:
     """Folders named N_words in a folder, as --train_data_dir has them."""
     if not path.is_dir():
         raise PreflightError(f'no folder of images at "{path}": correct --train_data_dir')
-    named = [(re.match(r"(\d+)_?(.*)", folder.name), folder) for folder in sorted(path.iterdir())]
+    named = [(re.fullmatch(r"(\d+)(_.*)?", folder.name), folder) for folder in path.iterdir()]
     return [
-        {"image_dir": str(folder), "num_repeats": int(name[1]), "class_tokens": name[2]}
-        for name, folder in named
-        if name and folder.is_dir()
+        {"image_dir": str(folder), "num_repeats": int(name[1]), "class_tokens": name[2] or ""}
+        for name, folder in sorted(named, key=lambda item: item[1])
+        if name and int(name[1]) and folder.is_dir()
     ]
 
 
-def load_subset(
-    settings: dict[str, Any], options: Options, path: Path, report: Report
-) -> Subset | None:
-    """One folder and its images; None, with the error said, where there are none."""
+def load_subset(settings: dict[str, Any], options: Options, path: Path) -> Subset | str:
+    """One folder and its images, or a sentence on why there are none."""
     if "image_dir" not in settings:
-        if "metadata_file" not in settings:
-            report.errors.append(f'"{path}" has a subset without an image_dir: add one')
-        return None
+        return f'"{path}" has a subset without an image_dir: add one'
     folder = Path(str(settings["image_dir"]))
     if not folder.is_dir():
-        report.errors.append(f'no folder of images at "{folder}": correct image_dir in "{path}"')
-        return None
+        return f'no folder of images at "{folder}": correct image_dir in "{path}"'
     images = tuple(file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGES)
     if not images:
-        report.errors.append(f'"{folder}" holds no images: put some there, or correct image_dir')
-        return None
-    return Subset(
-        folder=folder,
-        settings=settings,
-        repeats=int(settings.get("num_repeats", 1)),
-        batch_size=int(settings.get("batch_size", options.number("train_batch_size", 1))),
-        images=images,
-    )
+        return f'"{folder}" holds no images: put some there, or correct image_dir'
+    repeats = as_whole("num_repeats", settings.get("num_repeats", 1), least=0)
+    if not repeats:
+        return f'"{folder}" has num_repeats = 0 and is passed over: give it 1'
+    batch_size = settings.get("batch_size", options.text("train_batch_size", "1"))
+    return Subset(folder, settings, repeats, as_whole("batch_size", batch_size), images)
+
+
+def caption_of(image: Path, extension: str) -> Path:
+    """The caption file of an image; the extension is put behind its name as it is."""
+    return Path(str(image.parent / image.stem) + extension)
 
 
 def check_captions(subsets: list[Subset], options: Options, report: Report) -> int:
@@ -524,9 +554,8 @@ def check_captions(subsets: list[Subset], options: Options, report: Report) -> i
     total = 0
     for subset in subsets:
         extension = str(subset.settings.get("caption_extension", default))
-        found = subset.captioned(extension)
-        total += found
-        missing = [i for i in subset.images if not i.with_suffix(extension).is_file()]
+        missing = [i for i in subset.images if not caption_of(i, extension).is_file()]
+        total += len(subset.images) - len(missing)
         if missing and not subset.settings.get("class_tokens"):
             report.warnings.append(
                 f'{len(missing)} of {len(subset.images)} images in "{subset.folder}" have no '
@@ -554,8 +583,9 @@ def check_caches(subsets: list[Subset], options: Options, report: Report) -> Non
         if not options.has(cache):
             continue
         for name in changing:
-            on_line = options.has(name) and options.text(name, "1") not in ("0", "0.0")
-            if on_line:
+            # What the config says of a subset goes before the command line.
+            silent = any(name not in subset.settings for subset in subsets)
+            if silent and options.is_on(name):
                 report.errors.append(f"--{cache} does not go with --{name}: leave one of them out")
             if any(subset.settings.get(name) for subset in subsets):
                 report.errors.append(
@@ -570,10 +600,9 @@ def place_of(name: str, options: Options) -> str:
     """Where a setting stands in the dataset config: "config.toml line 3"."""
     path = Path(options.text("dataset_config"))
     lines = path.read_text(encoding="utf-8").splitlines()
-    numbers = [
-        str(i) for i, line in enumerate(lines, 1) if re.match(rf"\s*\"?{name}\"?\s*[=:]", line)
-    ]
-    return f'"{path}" line {" and ".join(numbers)}'
+    setting = re.compile(rf"\s*\"?{name}\"?\s*[=:]\s*(?!false|0\b(?!\.[1-9]))")
+    numbers = [str(i) for i, line in enumerate(lines, 1) if setting.match(line)]
+    return f'"{path}"' + (f" line {' and '.join(numbers)}" if numbers else "")
 
 
 # ---- The preset ----------------------------------------------------------------------------------
@@ -681,7 +710,10 @@ def check_preset(options: Options, report: Report) -> dict[str, Layer]:
     if given in BUILT_IN_PRESETS:
         report.notes.append(f'"{given}" is a preset of LyCORIS itself and was not looked into')
         return {}
-    modules = trained_layers(load_preset(Path(given)))
+    preset = load_preset(Path(given))
+    modules = trained_layers(preset)
+    if options.has("network_train_text_encoder_only"):
+        modules = {name: layer for name, layer in modules.items() if name.startswith("lora_te")}
     text = [module for module in modules if module.startswith("lora_te")]
     if text and options.has("network_train_unet_only"):
         report.warnings.append(
@@ -698,6 +730,9 @@ def check_preset(options: Options, report: Report) -> dict[str, Layer]:
         report.warnings.append(str(error))
         known = {}
     report.plan["modules"] = f"{len(modules)}: {count_by_trait(list(modules), known)}"
+    if any(preset.get(key) for key in ("module_algo_map", "name_algo_map")):
+        report.notes.append("the preset gives modules settings of their own: no size can be told")
+        return {}
     return modules
 
 
@@ -735,18 +770,21 @@ def gigabytes(size: float) -> str:
 
 
 def plan_length(subsets: list[Subset], options: Options, report: Report) -> Length:
-    """Images, steps and epochs, as sd-scripts counts them for one process."""
+    """Images, steps and epochs of one process, as if each folder filled its own batches.
+
+    sd-scripts sorts images into buckets by shape first, so its epochs can be somewhat longer.
+    """
     images = sum(len(subset.images) for subset in subsets)
     repeated = sum(len(subset.images) * subset.repeats for subset in subsets)
     captions = check_captions(subsets, options, report)
     report.plan["images"] = f"{images} with {captions} captions, {repeated} an epoch with repeats"
     batches = sum(math.ceil(len(s.images) * s.repeats / s.batch_size) for s in subsets)
-    accumulation = options.number("gradient_accumulation_steps", 1)
+    accumulation = options.whole("gradient_accumulation_steps", 1)
     per_epoch = max(1, math.ceil(batches / accumulation))
     if options.has("max_train_epochs"):
-        steps = int(options.number("max_train_epochs", 1)) * per_epoch
+        steps = options.whole("max_train_epochs", 1) * per_epoch
     else:
-        steps = int(options.number("max_train_steps", DEFAULT_STEPS))
+        steps = options.whole("max_train_steps", DEFAULT_STEPS)
     length = Length(steps, math.ceil(steps / per_epoch))
     batch = "/".join(str(size) for size in sorted({subset.batch_size for subset in subsets}))
     report.plan["training"] = (
@@ -758,23 +796,27 @@ def plan_length(subsets: list[Subset], options: Options, report: Report) -> Leng
 
 def plan_size(modules: dict[str, Layer], options: Options, report: Report) -> float | None:
     """Rank, parameters and memory; the size of a saved file, or None where it cannot be told."""
-    rank = int(options.number("network_dim", 4))
+    rank = options.whole("network_dim", 4)
     alpha = options.number("network_alpha", 1)
     network = options.pairs("network_args")
     report.plan["rank"] = f"{rank}, alpha {alpha:g}"
-    if network.get("algo", "lora").lower() not in ("lora", "locon", "dylora"):
+    plain = network.get("algo", "lora").lower() in ("lora", "locon", "dylora")
+    if not plain or "conv_dim" in network:
         return None
     parameters = sum(layer.parameters(rank) for layer in modules.values())
-    if network.get("dora_wd", "").lower() in ("true", "1", "yes"):
-        axis = 0 if network.get("wd_on_output", "true").lower() in ("true", "1", "yes") else 1
+    # LyCORIS takes every word but "false" for true.
+    if network.get("dora_wd", "false").lower() != "false":
+        axis = 0 if network.get("wd_on_output", "true").lower() != "false" else 1
         parameters += sum(layer.shape[axis] for layer in modules.values())
+    trained = 2 if options.has("full_fp16") or options.has("full_bf16") else 4  # bytes a number
     optimizer = options.text("optimizer_type", "AdamW")
     state = matching(OPTIMIZER_STATE, optimizer)
-    told = f"{gigabytes(4 * parameters * state)}" if state is not None else "unknown size"
-    size = parameters * BYTES.get(options.text("save_precision", "float"), 4)
+    told = f"{gigabytes(trained * parameters * state)}" if state is not None else "unknown size"
+    size = parameters * BYTES.get(options.text("save_precision"), trained)
     report.plan["rank"] += f": {parameters:,} parameters, {gigabytes(size)} a file"
     report.plan["memory"] = (
-        f"{gigabytes(4 * parameters)} weights, {gigabytes(4 * parameters)} gradients, {told} "
+        f"{gigabytes(trained * parameters)} weights, {gigabytes(trained * parameters)} gradients, "
+        f"{told} "
         f"{printable(optimizer)} state, beside the model itself"
     )
     # Where rank (in + out) passes in x out, full matrices would be smaller and could do more.
@@ -795,7 +837,9 @@ def check_disk(length: Length, size: float, options: Options, report: Report) ->
     )
     free, saves = shutil.disk_usage(folder).free, saved_files(length, options)
     report.plan["saves"] = f"{saves} of {gigabytes(size)} in {output} ({gigabytes(free)} free)"
-    if saves * size > free:
+    earlier = output.glob(f"{glob.escape(options.text('output_name', 'last'))}*.safetensors")
+    overwritten = sum(file.stat().st_size for file in earlier)
+    if saves * size > free + overwritten:
         report.errors.append(
             f"{saves} saves of {gigabytes(size)} do not fit into the {gigabytes(free)} free at "
             f'"{folder}": make room, or raise --save_every_n_steps'
@@ -814,13 +858,15 @@ def check(script: Path, words: list[str]) -> Report:
             return step(*args)
         except PreflightError as error:
             report.errors.append(str(error))
-            return None
+        except OSError as error:
+            report.errors.append(f"cannot look at everything ({printable(str(error))}): correct it")
+        return None
 
     check_script(script, report)
     options = attempt(with_config_file, parse_options(words))
     if options is None:
         return report
-    check_packages(options, report)
+    attempt(check_packages, options, report)
     attempt(check_checkpoint, options, report)
     subsets = attempt(load_subsets, options, report)
     length = None
@@ -830,7 +876,7 @@ def check(script: Path, words: list[str]) -> Report:
     modules = attempt(check_preset, options, report)
     size = attempt(plan_size, modules, options, report) if modules else None
     if length and size:
-        check_disk(length, size, options, report)
+        attempt(check_disk, length, size, options, report)
     return report
 
 
@@ -865,7 +911,10 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
-    report = check(args.script, args.options)
+    words = [str(args.script), *args.options]
+    # The GUI prints the whole line, with accelerate and its options before the script.
+    start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
+    report = check(Path(words[start]), words[start + 1 :])
     if args.json:
         print(json.dumps(asdict(report), indent=2))
     else:

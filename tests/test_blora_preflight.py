@@ -434,6 +434,118 @@ def test_options_that_contradict_each_other_are_an_error(kohya, capsys):
     ]
 
 
+def test_what_the_config_says_goes_before_the_command_line(kohya, capsys):
+    edit_config("num_repeats", "random_crop = false\nnum_repeats")
+    assert checked(capsys, cache_latents=True, random_crop=True)["errors"] == []
+
+
+@pytest.mark.parametrize("value", ["0", "0.0", "0.00"])
+def test_a_dropout_of_0_contradicts_no_cache(kohya, capsys, value):
+    given = {"cache_text_encoder_outputs": True, "caption_dropout_rate": value}
+    assert checked(capsys, **given)["errors"] == []
+
+
+def test_a_folder_among_others_may_be_missing_or_empty(kohya, capsys):
+    Path("empty").mkdir()
+    more = "".join(
+        f'[[datasets.subsets]]\nimage_dir = "{folder}"\n' for folder in ("gone", "empty")
+    )
+    Path(CONFIG).write_text(Path(CONFIG).read_text() + more)
+    report = checked(capsys)
+    assert report["errors"] == []
+    assert [w for w in report["warnings"] if "text-encoder" not in w] == [
+        f'no folder of images at "gone": correct image_dir in "{CONFIG}"',
+        '"empty" holds no images: put some there, or correct image_dir',
+    ]
+    assert report["plan"]["images"].startswith("6 with 6 captions")
+
+
+def test_a_caption_extension_is_put_behind_the_name_as_it_is(kohya, capsys):
+    for path in Path(IMAGES).glob("*.txt"):
+        path.rename(f"{path.with_suffix('')}_a.txt")
+    edit_config('caption_extension = ".txt"', 'caption_extension = "_a.txt"')
+    assert checked(capsys)["plan"]["images"].startswith("6 with 6 captions")
+
+
+def test_subsets_with_a_metadata_file_pass_with_a_note(kohya, capsys):
+    edit_config("num_repeats", 'metadata_file = "meta.json"\nnum_repeats')
+    report = checked(capsys)
+    assert report["errors"] == []
+    assert report["notes"] == ["subsets with a metadata_file were not looked into"]
+
+
+def test_files_that_will_be_written_over_count_as_free(kohya, capsys, monkeypatch):
+    Path("_out").mkdir()
+    free = blora_preflight.shutil.disk_usage(".")._replace(free=400_000_000)
+    monkeypatch.setattr(blora_preflight.shutil, "disk_usage", lambda folder: free)
+    [error] = checked(capsys)["errors"]
+    assert error.startswith("4 saves of 112.7 MB do not fit into the 400.0 MB free at ")
+    with Path("_out/my_project_1-step00001000.safetensors").open("wb") as file:
+        file.truncate(112_000_000)
+    assert checked(capsys)["errors"] == []
+
+
+def test_the_gui_prints_the_line_with_accelerate_before_the_script(kohya, capsys):
+    line = ["accelerate", "launch", "--num_processes", "1", "sdxl_train_network.py", *words()]
+    assert blora_preflight.main(["--json", *line]) == 0
+    assert len(json.loads(capsys.readouterr().out)["modules"]) == 160
+
+
+ODD_LINES = {
+    "--network_dim=0 is below 1: correct it": {"network_dim": "0"},
+    "--network_dim=inf is not a number: correct it": {"network_dim": "inf"},
+    "--max_train_steps=nan is not a number: correct it": {"max_train_steps": "nan"},
+    "--gradient_accumulation_steps=0 is below 1: correct it": {"gradient_accumulation_steps": "0"},
+    "batch_size=0 is below 1: correct it": {"train_batch_size": "0"},
+    "--config_file names no file: add it": {"config_file": True},
+}
+
+
+@pytest.mark.parametrize("sentence", ODD_LINES)
+def test_a_number_that_cannot_be_is_an_error(kohya, capsys, sentence):
+    edit_config("batch_size = 1\n", "")
+    assert checked(capsys, **ODD_LINES[sentence])["errors"] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("batch_size = 1", "batch_size = [1]", "batch_size=[1] is not a number: correct it"),
+        ("num_repeats = 2", 'num_repeats = "two"', "num_repeats=two is not a number: correct it"),
+    ],
+)
+def test_a_number_of_the_config_that_is_none_is_an_error(kohya, capsys, old, new, sentence):
+    edit_config(old, new)
+    assert checked(capsys)["errors"] == [sentence]
+
+
+def test_a_name_that_is_too_long_is_an_error_and_no_traceback(kohya, capsys):
+    [error] = checked(capsys, pretrained_model_name_or_path="x" * 300 + ".safetensors")["errors"]
+    assert error.startswith("cannot look at everything (")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "text"),
+    [
+        ({"full_bf16": True}, "rank", "56.4 MB a file"),
+        ({"full_bf16": True}, "memory", "56.4 MB weights, 56.4 MB gradients, 225.4 MB prodigy"),
+        ({"gradient_accumulation_steps": "4", "max_train_epochs": "2"}, "training", "6 steps"),
+        (
+            {"network_args": [*OPTIONS["network_args"], "dora_wd=True"]},
+            "rank",
+            f"{28_180_480 + 160 * 1280:,} parameters",
+        ),
+        (
+            {"network_args": [*OPTIONS["network_args"], "dora_wd=True", "wd_on_output=False"]},
+            "rank",
+            f"{28_180_480 + 120 * 1280 + 40 * 2048:,} parameters",
+        ),
+    ],
+)
+def test_sizes_follow_precision_and_dora(kohya, capsys, changes, line, text):
+    assert text in checked(capsys, **changes)["plan"][line]
+
+
 PRESET_ERRORS = {
     "missing": (None, 'no preset at "own.toml": write one there, or correct the path'),
     "an unknown key": (

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLAN = ("base  ", "images  ", "training  ", "modules  ", "rank  ", "memory  ", "saves  ")
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
 # What programs print, among what people type.
-SHOWN = ("content of ", "-> ", "error: ", "This training:", *PLAN)
+SHOWN = ("content of ", "-> ", "error: ", "warning: ", "This training:", *PLAN)
 COMMANDS = [
     line.strip()
     for language, block in BLOCKS
