@@ -8,18 +8,19 @@ seconds on a CPU, with no checkpoint and no sd-scripts. Its own code throughout.
 
 Real: every option of sd-scripts with its type (an unknown one is an error), the dataset config,
 your images and captions, accelerate with any number of processes, the network module (LyCORIS,
-called as sd-scripts calls it), Prodigy and AdamW, warm-up and cosine, gradient clipping and
-accumulation, mixed precision, the names, tensors and metadata of the files it saves. A step is
-saved whenever save_every_n_steps divides it, the last one included, as sd-scripts does.
+called as sd-scripts calls it), going on from a file, gradient checkpointing of the U-Net, Prodigy
+and AdamW, warm-up and cosine, gradient clipping and accumulation, mixed precision, the names,
+tensors and metadata of the files it saves. A step is saved whenever save_every_n_steps divides it,
+the last one included, as sd-scripts does.
 
 Not real: the U-Net, the text encoders, the tokens (hashed words) and the latents (the image
 averaged over 8 x 8 pixels, and its luminance). The checkpoint named must exist; it is not read.
 
 Ignored, with every option of theirs: buckets (each image is resized to the dataset's resolution,
 rounded down to a multiple of 32), crops, flips and colour augmentation, caption shuffling and
-dropout, regularisation and validation sets, the VAE, caches, attention and memory savers, fp8
-and full fp16/bf16, noise offsets and loss variants, sample images, logs, saved states, removal
-of old files, uploads. Refused, because they change what is trained: the options in REFUSED.
+dropout, regularisation and validation sets, the VAE, caches, kinds of attention, fp8 and full
+fp16/bf16, noise offsets and loss variants, sample images, logs, saved states, removal of old files,
+uploads. Refused, because they change what is trained: the options in REFUSED.
 
 Needs sdxl_train_network_options.json beside this file, or in ../data where the tests keep it.
 """
@@ -59,9 +60,8 @@ POOL = 8  # pixels a side that become one latent, as in SDXL's VAE
 MULTIPLE = 32  # the U-Net halves the latents twice
 
 REFUSED = (
-    "config_file", "dataset_class", "network_weights", "dim_from_weights", "base_weights",
-    "resume", "initial_step", "initial_epoch", "deepspeed", "lr_scheduler_type",
-    "save_n_epoch_ratio", "scale_weight_norms",
+    "config_file", "dataset_class", "base_weights", "resume", "initial_step", "initial_epoch",
+    "deepspeed", "lr_scheduler_type", "save_n_epoch_ratio", "scale_weight_norms",
 )  # fmt: skip
 
 TOY_SEED = 0  # of the toy's weights: they are a checkpoint, so no option changes them
@@ -317,20 +317,27 @@ def build_network(models: Models, args: argparse.Namespace) -> nn.Module:
         module = importlib.import_module(args.network_module)
     except ImportError as error:
         raise StandInError(f"--network_module={args.network_module}: {error}") from error
-    network = module.create_network(
-        1.0,
-        args.network_dim,
-        args.network_alpha,
-        None,  # the VAE
-        models.text_encoders,
-        models.unet,
-        neuron_dropout=args.network_dropout,
-        **network_kwargs(args),
-    )
+    trained = (None, models.text_encoders, models.unet)  # None is the VAE
+    if args.dim_from_weights:
+        given = split_pairs("network_args", args.network_args)
+        network, _ = module.create_network_from_weights(1, args.network_weights, *trained, **given)
+    else:
+        rank, alpha, dropout = args.network_dim, args.network_alpha, args.network_dropout
+        network = module.create_network(
+            1.0, rank, alpha, *trained, neuron_dropout=dropout, **network_kwargs(args)
+        )
     train_text_encoders = not args.network_train_unet_only
-    train_unet = not args.network_train_text_encoder_only
-    network.apply_to(models.text_encoders, models.unet, train_text_encoders, train_unet)
+    network.apply_to(models.text_encoders, models.unet, train_text_encoders, trains_unet(args))
+    if args.network_weights:
+        network.load_weights(args.network_weights)
+    if args.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     return network
+
+
+def trains_unet(args: argparse.Namespace) -> bool:
+    return not args.network_train_text_encoder_only
 
 
 def trained_parameters(network: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -417,10 +424,18 @@ def signal_share() -> Tensor:
     return torch.cumprod(1 - betas, dim=0).float()
 
 
-def predict_noise(models: Models, batch: dict[str, Tensor], noisy: Tensor, times: Tensor) -> Tensor:
-    (context1, _), (context2, pooled) = (encode(batch["tokens"]) for encode in models.text_encoders)
+def predict_noise(run: Run, batch: dict[str, Tensor], noisy: Tensor, times: Tensor) -> Tensor:
+    """The answer of the U-Net, whose inputs require gradients wherever sd-scripts' do."""
+    train_text_encoders = not run.args.network_train_unet_only
+    with torch.set_grad_enabled(train_text_encoders):
+        encoded = (encode(batch["tokens"]) for encode in run.models.text_encoders)
+        (context1, _), (context2, pooled) = encoded
+    if run.args.gradient_checkpointing:
+        for tensor in (*noisy, context1, context2, pooled):
+            tensor.requires_grad_(True)
+    noisy.requires_grad_(trains_unet(run.args))
     context = torch.cat([context1, context2], dim=-1)
-    return models.unet(noisy, times, context, pooled, batch["sizes"])
+    return run.models.unet(noisy, times, context, pooled, batch["sizes"])
 
 
 def batch_loss(run: Run, batch: dict[str, Tensor]) -> Tensor:
@@ -430,7 +445,7 @@ def batch_loss(run: Run, batch: dict[str, Tensor]) -> Tensor:
     share = signal_share().to(latents.device)[times][:, None, None, None]
     noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
     with run.accelerator.autocast():
-        predicted = predict_noise(run.models, batch, noisy, times)
+        predicted = predict_noise(run, batch, noisy, times)
     return nn.functional.mse_loss(predicted.float(), noise)
 
 
@@ -459,6 +474,7 @@ def train_batch(run: Run, batch: dict[str, Tensor]) -> float:
 
 def train(run: Run) -> None:
     bare = run.accelerator.unwrap_model(run.network)
+    run.models.unet.train(run.args.gradient_checkpointing)  # else it stays in eval mode
     bare.prepare_grad_etc(run.models.text_encoders, run.models.unet)
     hidden = not run.accelerator.is_local_main_process
     progress = tqdm(total=run.steps, desc="steps", disable=hidden)

@@ -3,7 +3,8 @@
 The U-Net has SDXL's 794 Linear and Conv2d layers and the text encoders have their 72 and 193,
 each under its real name and inside containers of the real class, so that what a LyCORIS preset
 selects here is what it selects in SDXL. Only the widths differ: 8, 16 and 32 channels where
-SDXL has 320, 640 and 1280. The weights are random; they follow `torch.manual_seed`.
+SDXL has 320, 640 and 1280. The weights are random; they follow `torch.manual_seed`. Gradient
+checkpointing has sd-scripts' rules: the same modules, only in training, use_reentrant=True.
 
 A random network gives some answer where it should name the noise, so its loss starts well above
 1. Training can take that answer back: the loss falls towards 1, and there is nothing more to
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # U-Net: (channels, transformer blocks in each Transformer2DModel) of its three levels
 LEVELS = ((8, 0), (16, 2), (32, 10))
@@ -79,7 +81,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 # ---- U-Net ----------------------------------------------------------------------------------
 
 
-class ResnetBlock2D(nn.Module):
+class Checkpointed(nn.Module):
+    """A module that can compute its activations a second time in place of keeping them."""
+
+    gradient_checkpointing = False
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.training and self.gradient_checkpointing:
+            return checkpoint(self.forward_body, *inputs, use_reentrant=True)
+        return self.forward_body(*inputs)
+
+
+class ResnetBlock2D(Checkpointed):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.in_layers = nn.Sequential(
@@ -95,7 +108,7 @@ class ResnetBlock2D(nn.Module):
         same = inputs == outputs
         self.skip_connection = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward_body(self, x: Tensor, emb: Tensor) -> Tensor:
         hidden = self.in_layers(x) + self.emb_layers(emb)[..., None, None]
         return self.skip_connection(x) + self.out_layers(hidden)
 
@@ -133,7 +146,7 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-class BasicTransformerBlock(nn.Module):
+class BasicTransformerBlock(Checkpointed):
     def __init__(self, width: int):
         super().__init__()
         self.attn1 = CrossAttention(width, width)
@@ -141,7 +154,7 @@ class BasicTransformerBlock(nn.Module):
         self.attn2 = CrossAttention(width, CONTEXT_WIDTH)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward_body(self, x: Tensor, context: Tensor) -> Tensor:
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
         x = x + self.attn2(self.norm2(x), context)
@@ -163,21 +176,21 @@ class Transformer2DModel(nn.Module):
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Downsample2D(nn.Module):
+class Downsample2D(Checkpointed):
     def __init__(self, width: int):
         super().__init__()
         self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_body(self, x: Tensor) -> Tensor:
         return self.op(x)
 
 
-class Upsample2D(nn.Module):
+class Upsample2D(Checkpointed):
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_body(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -246,6 +259,11 @@ class ToyUNet(nn.Module):
                 nn.Conv2d(first, LATENT_CHANNELS, 3, padding=1),
             ]
         )
+
+    def enable_gradient_checkpointing(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Checkpointed):
+                module.gradient_checkpointing = True
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor
