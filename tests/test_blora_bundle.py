@@ -9,6 +9,7 @@ from kohya_folder import ROOT, install
 
 BUNDLE = [
     "blora_dataset.toml",
+    "blora_network.py",
     "blora_preflight.py",
     "blora_slicer.bat",
     "blora_slicer.py",
@@ -41,7 +42,7 @@ def test_nothing_that_is_copied_takes_a_name_of_a_kohya_folder():
     assert all("blora" in name or name == "lycoris_presets" for name in BUNDLE)
 
 
-def test_the_scripts_have_their_run_bits():
+def test_what_is_run_has_its_run_bit_and_what_is_imported_has_none():
     listing = subprocess.run(
         ["git", "ls-files", "--stage", "*.sh", ".ci/run", "blora_*.py"],
         cwd=ROOT,
@@ -49,7 +50,9 @@ def test_the_scripts_have_their_run_bits():
         text=True,
         check=True,
     )
-    assert {line.split()[0] for line in listing.stdout.splitlines()} == {"100755"}
+    for mode, _, _, name in (line.split() for line in listing.stdout.splitlines()):
+        is_run = not name.endswith(".py") or (ROOT / name).read_text().startswith("#!")
+        assert mode == ("100755" if is_run else "100644"), name
 
 
 def test_git_delivers_bat_files_with_windows_line_ends_and_scripts_with_unix_ones():

@@ -1,0 +1,260 @@
+"""Print as JSON what a training step gives under one network module or another.
+
+  echo '{"steps": {"A": {"module": "blora_network", "args": {"preset": "FILE"}}}, "layers": {}}' |
+    PYTHONPATH=<a LyCORIS release>:<the bundle> python network_probe.py [KOHYA_ROOT]
+
+A step is one forward and one backward pass through the stand-in's toy SDXL, prepared and called as
+sd-scripts prepares and calls its own. With KOHYA_ROOT it is sd-scripts' own U-Net, a tenth as wide.
+A layer is one layer of LyCORIS, in its default form and with bypass_mode, against float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import logging
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TIME = torch.tensor([500])
+SIDE = 16  # latents
+
+
+def fresh(name: str) -> Any:
+    """A module as a new process has it: LyCORIS keeps the preset of before in its class."""
+    for known in [n for n in sys.modules if n.split(".")[0] in ("lycoris", "blora_network")]:
+        del sys.modules[known]
+    logging.getLogger("LyCORIS").handlers.clear()
+    return importlib.import_module(name)
+
+
+# ---- Steps ---------------------------------------------------------------------------------------
+
+
+class Toy:
+    """The stand-in's models, with prompts of two words."""
+
+    def __init__(self) -> None:
+        import toy_sdxl
+
+        self.unet, self.text_encoders = toy_sdxl.make_unet(), toy_sdxl.make_text_encoders()
+        self.tokens = torch.tensor([toy_sdxl.tokenize("sks circle")])
+        self.sizes = torch.tensor([[64, 64, 0, 0, 64, 64]])
+
+    def wrap(self) -> None:
+        """Make it a U-Net that is built in another way."""
+        self.unet = Wrapped(self.unet)
+
+    def conditions(self) -> list[Tensor]:
+        (context1, _), (context2, pooled) = (t(self.tokens) for t in self.text_encoders)
+        return [context1, context2, pooled]
+
+    def call(self, unet: nn.Module, noisy: Tensor, conditions: list[Tensor]) -> Tensor:
+        context1, context2, pooled = conditions
+        return unet(noisy, TIME, torch.cat([context1, context2], dim=-1), pooled, self.sizes)
+
+
+class Wrapped(nn.Module):
+    """A U-Net whose blocks are not where sd-scripts has them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.enable_gradient_checkpointing = inner.enable_gradient_checkpointing
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.inner(*inputs)
+
+
+class Kohya:
+    """sd-scripts' own U-Net with 32 channels where SDXL has 320; no text encoders."""
+
+    text_encoders: tuple[nn.Module, ...] = ()
+
+    def __init__(self, root: Path) -> None:
+        sys.path.insert(0, str(root))
+        from library import sdxl_original_unet
+
+        sdxl_original_unet.MODEL_CHANNELS = 32
+        sdxl_original_unet.TIME_EMBED_DIM = 128
+        sdxl_original_unet.ADM_IN_CHANNELS = 96
+        self.unet = sdxl_original_unet.SdxlUNet2DConditionModel()
+        self.unet.set_use_sdpa(True)
+
+    def conditions(self) -> list[Tensor]:
+        return [torch.randn(1, 77, 2048), torch.randn(1, 96)]
+
+    def call(self, unet: nn.Module, noisy: Tensor, conditions: list[Tensor]) -> Tensor:
+        return unet(noisy, TIME, *conditions)
+
+
+def build_network(models: Toy | Kohya, case: dict[str, Any]) -> nn.Module:
+    """The network as sd-scripts makes it, with every number of it set: lora_up begins at zero."""
+    module = fresh(case["module"])
+    place = (None, list(models.text_encoders), models.unet)
+    network = module.create_network(
+        1.0, 4, 2, *place, neuron_dropout=None, dropout=None, **case.get("args", {})
+    )
+    network.apply_to(*place[1:], case.get("text_encoders", False), True)
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+def watch(unet: nn.Module, seen: set[str]) -> None:
+    """Note the layers whose output requires a gradient, by their place in the lists of blocks."""
+    blocks = [(f"input_blocks.{n}", block) for n, block in enumerate(unet.input_blocks)]
+    blocks += [("middle_block", unet.middle_block)]
+    blocks += [(f"output_blocks.{n}", block) for n, block in enumerate(unet.output_blocks)]
+    for name, block in [*blocks, ("out", unet.out)]:
+        for number, layer in enumerate(block):
+
+            def note(_layer: nn.Module, _inputs: Any, output: Tensor, place: str) -> None:
+                if output.requires_grad:
+                    seen.add(place)
+
+            place = f"{name}.{number}"
+            layer.register_forward_hook(lambda *args, place=place: note(*args, place))
+
+
+def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
+    """One step of sd-scripts' train_network.py, from create_network to the backward pass."""
+    unet, checkpointing = models.unet, case.get("checkpointing", False)
+    trains_text = case.get("text_encoders", False)
+    network = build_network(models, case)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    for model in (unet, *models.text_encoders):
+        model.requires_grad_(False)
+    unet.train(checkpointing)
+    called = torch.compile(unet, backend="eager") if case.get("compile") else unet
+    network.prepare_grad_etc(list(models.text_encoders), called)
+    network.train()
+    reached: set[str] = set()
+    if not (case.get("compile") or case.get("wrapped")):
+        watch(unet, reached)
+
+    torch.manual_seed(2)
+    noisy = torch.randn(1, 4, SIDE, SIDE)
+    with torch.set_grad_enabled(trains_text):
+        conditions = models.conditions()
+    if checkpointing:
+        conditions = [condition.requires_grad_(True) for condition in conditions]
+    if not case.get("compile"):  # which would compile all of it twice
+        with torch.no_grad():  # as sampling does between two steps
+            models.call(called, noisy, conditions)
+    predicted = models.call(called, noisy.requires_grad_(True), conditions)
+    predicted.square().mean().backward()
+    return {
+        "output": digest({"output": predicted}),
+        "gradients": digest({name: p.grad for name, p in network.named_parameters()}),
+        "without_gradient": [n for n, p in network.named_parameters() if p.grad is None],
+        "zero": [
+            n for n, p in network.named_parameters() if p.grad is not None and not p.grad.any()
+        ],
+        "reached": sorted(reached),
+        "checkpointed": sum(getattr(m, "gradient_checkpointing", False) for m in unet.modules()),
+        "modules": len(network.unet_loras) + len(network.text_encoder_loras),
+    }
+
+
+def digest(tensors: dict[str, Tensor | None]) -> str:
+    """The sha256 of every name and every byte."""
+    summed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        summed.update(name.encode())
+        if tensor is not None:
+            summed.update(tensor.detach().numpy().tobytes())
+    return summed.hexdigest()
+
+
+def told(case: dict[str, Any], kohya: Path | None) -> dict[str, Any]:
+    """A step on models of its own, and what the network logged; or how it was refused."""
+    torch.manual_seed(0)
+    models = Kohya(kohya) if kohya else Toy()
+    if case.get("wrapped"):
+        models.wrap()
+    said = io.StringIO()
+    with redirect_stdout(said):  # LyCORIS logs there
+        try:
+            answer = step(models, case)
+        except SystemExit as refused:
+            answer = {"refused": refused.code}
+    stop = [line for line in said.getvalue().splitlines() if "early stop" in line]
+    return answer | {"log": [line.split(": ", 1)[1] for line in stop]}
+
+
+# ---- Layers --------------------------------------------------------------------------------------
+
+
+def layer(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Relative errors of a layer's output and of the gradients of lora_down, lora_up and its input.
+
+    In its default form and with bypass_mode, and how far the two are apart. `change` is how large
+    up @ down is beside the weight. In 16 bits the layer runs as it does in a mixed-precision
+    training: its weight and input are in 16 bits, the LoRA in 32, under autocast.
+    """
+    locon = fresh("lycoris.modules.locon").LoConModule
+    torch.manual_seed(0)
+    inputs, outputs, rank = case["inputs"], case["outputs"], case["rank"]
+    dtype = getattr(torch, case["dtype"])
+    linear = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+    linear.weight.normal_(std=inputs**-0.5)
+    linear.to(dtype)
+    x, down, up = (
+        torch.randn(64, inputs).to(dtype),
+        torch.randn(rank, inputs),
+        torch.randn(outputs, rank),
+    )
+    scale = case["alpha"] / rank
+    up *= case["change"] * linear.weight.float().norm() / ((up @ down).norm() * scale)
+    seed = torch.randn(64, outputs).to(dtype)
+
+    wide = [t.double().requires_grad_() for t in (down, up, x)]
+    exact = wide[2] @ (linear.weight.double() + wide[1] @ wide[0] * scale).T
+    exact.backward(seed.double())
+    truth = [exact.detach(), *(t.grad for t in wide)]
+
+    found = {}
+    for name, bypass in (("default", False), ("bypass", True)):
+        module = locon("m", linear, 1.0, rank, case["alpha"], bypass_mode=bypass)
+        factors = module.lora_down.weight, module.lora_up.weight
+        factors[0].data, factors[1].data = down.clone(), up.clone()
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = module(given)
+        output.backward(seed.to(output.dtype))
+        found[name] = [output.detach(), *(factor.grad for factor in factors), given.grad]
+    return {
+        "default": list(map(relative_error, found["default"], truth)),
+        "bypass": list(map(relative_error, found["bypass"], truth)),
+        "apart": list(map(relative_error, found["bypass"], found["default"])),
+    }
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    return ((found - true).norm() / true.norm()).item()
+
+
+def main(argv: list[str]) -> int:
+    """Answer the question on stdin."""
+    question = json.load(sys.stdin)
+    kohya = Path(argv[0]) if argv else None
+    answer = {
+        "steps": {name: told(case, kohya) for name, case in question["steps"].items()},
+        "layers": {name: layer(case) for name, case in question["layers"].items()},
+    }
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
