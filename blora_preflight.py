@@ -27,15 +27,17 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import blora_memory
 from blora_slicer import SliceError, Trait, block_of, first_few, load_traits, printable
 
 HERE = Path(__file__).resolve().parent
 PLACEHOLDER = "path/to/sd_xl_base_1.0.safetensors"  # what the launchers hold before they are edited
+OUR_NETWORK = "blora_network"  # LyCORIS' own, with a backward pass that ends early
 LYCORIS_TESTED = ("3.2.0.post2", "3.4.0", "4.1.3")
 # The package an optimizer is in, by the name that sd-scripts knows it by; AdamW is torch's.
 OPTIMIZER_PACKAGES = (
@@ -241,9 +243,17 @@ class Options:
         """Whether a switch is given, or a number other than 0."""
         return self.has(name) and (not self.text(name) or self.number(name, 0) != 0)
 
+    def caches(self, what: str) -> bool:
+        """Whether it is cached; to do so on disk is enough for sd-scripts."""
+        return self.has(f"cache_{what}") or self.has(f"cache_{what}_to_disk")
+
     def pairs(self, name: str) -> dict[str, str]:
         """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
         return dict(item.partition("=")[::2] for item in self.given.get(name, []))
+
+    def asks_lycoris(self, name: str, default: str = "false") -> bool:
+        """Whether a network argument is on; LyCORIS takes every word but "false" for true."""
+        return self.pairs("network_args").get(name, default).lower() != "false"
 
 
 def parse_options(words: list[str]) -> Options:
@@ -328,6 +338,12 @@ def check_packages(options: Options, report: Report) -> None:
         optimizer.split(".")[0] if "." in optimizer else matching(OPTIMIZER_PACKAGES, optimizer)
     )
     network = options.text("network_module").split(".")[0]
+    if network == OUR_NETWORK:
+        network = "lycoris"
+        if not (HERE / f"{OUR_NETWORK}.py").is_file():
+            report.errors.append(
+                f'no {OUR_NETWORK}.py in "{HERE}": copy it there, from this bundle'
+            )
     needed = ["torch", "accelerate", *([network] if network not in ("", "networks") else [])]
     for name in dict.fromkeys([*needed, *([package] if package else [])]):
         if importlib.util.find_spec(name) is None:
@@ -701,12 +717,20 @@ def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
     return ", ".join(f"{n} {t} ({b})" if t else f"{n} in {b}" for (t, b), n in groups.items())
 
 
+def check_network_args(options: Options) -> None:
+    if options.asks_lycoris("bypass_mode") and options.asks_lycoris("dora_wd"):
+        raise PreflightError(
+            "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: "
+            "remove one of the two from --network_args"
+        )
+
+
 def check_preset(options: Options, report: Report) -> dict[str, Layer]:
     """The modules the training will train; none is an error."""
-    given = options.pairs("network_args").get("preset", "full")
-    if options.text("network_module") != "lycoris.kohya":
+    if options.text("network_module") not in ("lycoris.kohya", OUR_NETWORK):
         report.notes.append("no LyCORIS network, so there is no preset to look at")
         return {}
+    given = options.pairs("network_args").get("preset", "full")
     if given in BUILT_IN_PRESETS:
         report.notes.append(f'"{given}" is a preset of LyCORIS itself and was not looked into')
         return {}
@@ -794,31 +818,115 @@ def plan_length(subsets: list[Subset], options: Options, report: Report) -> Leng
     return length
 
 
-def plan_size(modules: dict[str, Layer], options: Options, report: Report) -> float | None:
+def largest_batch(subsets: list[Subset], options: Options) -> int:
+    """Pixels of a batch where it is largest; buckets keep to the area of the resolution."""
+    largest = 0
+    for subset in subsets:
+        given = subset.settings.get("resolution", options.text("resolution"))
+        if given == "":  # an error that load_subsets has told
+            continue
+        sides = str(given).strip("[]()").split(",")
+        width, height = (as_whole("resolution", side) for side in (sides[0], sides[-1]))
+        largest = max(largest, width * height * subset.batch_size)
+    return largest
+
+
+def model_parts(options: Options) -> dict[str, float]:
+    """Bytes of the models that stay on the card, each in its precision."""
+    each = 4 if options.text("mixed_precision", "no") == "no" else 2
+    unet_each = 1 if options.has("fp8_base") or options.has("fp8_base_unet") else each
+    text_each = 1 if options.has("fp8_base") and not options.has("fp8_base_unet") else each
+    parts = {f"U-Net in {8 * unet_each} bits": unet_each * blora_memory.UNET}
+    if not options.caches("text_encoder_outputs"):
+        parts["text encoders"] = text_each * blora_memory.TEXT_ENCODERS
+    if not options.caches("latents"):
+        parts["VAE"] = (4 if options.has("no_half_vae") else each) * blora_memory.VAE
+    return parts
+
+
+def plan_memory(
+    lora: float, backward: blora_memory.Backward, options: Options, report: Report
+) -> None:
+    """The card's memory as a sum of its parts; what is not known is named, and not in the sum."""
+    parts = {**model_parts(options), "LoRA": lora, "gradients": lora}
+    unknown = []
+    optimizer = options.text("optimizer_type", "AdamW")
+    state = matching(OPTIMIZER_STATE, optimizer)
+    if state is None:
+        unknown.append(f"{printable(optimizer)} state")
+    else:
+        parts[f"{printable(optimizer)} state"] = lora * state
+    hint = ""
+    if options.text("mixed_precision", "no") == "no" or not backward.pixels:
+        unknown.append("activations")
+    else:
+        parts["activations"] = kept = blora_memory.activations(backward)
+        if backward.checkpointing and backward.stops_early:
+            more = blora_memory.activations(replace(backward, checkpointing=False)) - kept
+            hint = (
+                " (BLORA_SAVE_MEMORY=0, which is without --gradient_checkpointing: "
+                f"{gigabytes(more)} more)"
+            )
+    told = [f"{gigabytes(size)} {part}" for part, size in parts.items()]
+    told += [f"{part} of unknown size" for part in unknown]
+    total = gigabytes(sum(parts.values()))
+    report.plan["memory"] = f"{total} at least, computed: {', '.join(told)}{hint}"
+    check_card(parts, backward, options, report)
+
+
+def check_card(
+    parts: dict[str, float], backward: blora_memory.Backward, options: Options, report: Report
+) -> None:
+    """A warning where the card has less memory than the sum."""
+    card, total = blora_memory.card(), sum(parts.values())
+    if card is not None and total > card:
+        room = card - total + parts.get("activations", 0)
+        report.warnings.append(
+            f"the card has {gigabytes(card)} of memory, and this training takes at least "
+            f"{gigabytes(total)} (computed): {memory_advice(room, backward, options)}"
+        )
+
+
+def memory_advice(room: float, backward: blora_memory.Backward, options: Options) -> str:
+    """What to change, the cheapest first; `room` is what the card has for activations."""
+    advice = {
+        "set BLORA_SAVE_MEMORY to 1, or add --gradient_checkpointing": not backward.checkpointing,
+        "lower BLORA_RANK": options.whole("network_dim", 4) > 64,
+        "add --cache_text_encoder_outputs": options.has("network_train_unet_only")
+        and not options.caches("text_encoder_outputs"),
+        "lower batch_size or resolution": room > 0 and backward.pixels > 512 * 512,
+    }
+    return ", or ".join([text for text, helps in advice.items() if helps] or ["use a larger card"])
+
+
+def plan_size(
+    modules: dict[str, Layer], subsets: list[Subset], options: Options, report: Report
+) -> float | None:
     """Rank, parameters and memory; the size of a saved file, or None where it cannot be told."""
     rank = options.whole("network_dim", 4)
     alpha = options.number("network_alpha", 1)
     network = options.pairs("network_args")
     report.plan["rank"] = f"{rank}, alpha {alpha:g}"
     plain = network.get("algo", "lora").lower() in ("lora", "locon", "dylora")
-    if not plain or "conv_dim" in network:
+    conv = "conv_dim" in network and any(layer.is_kernel for layer in modules.values())
+    if not plain or conv:
         return None
     parameters = sum(layer.parameters(rank) for layer in modules.values())
-    # LyCORIS takes every word but "false" for true.
-    if network.get("dora_wd", "false").lower() != "false":
-        axis = 0 if network.get("wd_on_output", "true").lower() != "false" else 1
+    if options.asks_lycoris("dora_wd"):
+        axis = 0 if options.asks_lycoris("wd_on_output", "true") else 1
         parameters += sum(layer.shape[axis] for layer in modules.values())
     trained = 2 if options.has("full_fp16") or options.has("full_bf16") else 4  # bytes a number
-    optimizer = options.text("optimizer_type", "AdamW")
-    state = matching(OPTIMIZER_STATE, optimizer)
-    told = f"{gigabytes(trained * parameters * state)}" if state is not None else "unknown size"
     size = parameters * BYTES.get(options.text("save_precision"), trained)
     report.plan["rank"] += f": {parameters:,} parameters, {gigabytes(size)} a file"
-    report.plan["memory"] = (
-        f"{gigabytes(trained * parameters)} weights, {gigabytes(trained * parameters)} gradients, "
-        f"{told} "
-        f"{printable(optimizer)} state, beside the model itself"
+    backward = blora_memory.Backward(
+        frozenset(block_of(module) for module in modules if module.startswith("lora_unet")),
+        options.text("network_module") == OUR_NETWORK
+        and not any(module.startswith("lora_te") for module in modules),
+        options.has("gradient_checkpointing"),
+        largest_batch(subsets, options),
+        2 * parameters if trained == 4 else 0,
     )
+    plan_memory(trained * parameters, backward, options, report)
     # Where rank (in + out) passes in x out, full matrices would be smaller and could do more.
     outgrown = [m for m in modules.values() if m.parameters(rank) > math.prod(m.shape)]
     if outgrown:
@@ -873,8 +981,9 @@ def check(script: Path, words: list[str]) -> Report:
     if subsets:
         attempt(check_caches, subsets, options, report)
         length = attempt(plan_length, subsets, options, report)
+    attempt(check_network_args, options)
     modules = attempt(check_preset, options, report)
-    size = attempt(plan_size, modules, options, report) if modules else None
+    size = attempt(plan_size, modules, subsets or [], options, report) if modules else None
     if length and size:
         attempt(check_disk, length, size, options, report)
     return report

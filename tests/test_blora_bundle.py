@@ -9,6 +9,7 @@ from kohya_folder import ROOT, install
 
 BUNDLE = [
     "blora_dataset.toml",
+    "blora_memory.py",
     "blora_network.py",
     "blora_preflight.py",
     "blora_slicer.bat",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import subprocess
@@ -18,9 +19,11 @@ from make_dataset import main as make_dataset
 from safetensors.torch import save_file
 from test_blora_presets import LYCORIS, PRESETS, trained
 
+import blora_memory
 import blora_preflight
 import blora_slicer
 
+CARD = blora_memory.card
 SDXL = json.loads((ROOT / "tests/data/sdxl_modules.json").read_text())
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
 IMAGES = "_in/lora/sdxl/my_project/images"
@@ -31,6 +34,7 @@ def kohya(tmp_path, monkeypatch) -> Path:
     """A folder in which a training could begin; it is the working directory."""
     install(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(blora_memory, "card", lambda: None)  # whatever card this machine has
     Path("sdxl_train_network.py").touch()
     make_checkpoint(["sdxl.safetensors"])
     make_dataset([str(Path(CONFIG).parent), "--images", "6", "--repeats", "2"])
@@ -172,8 +176,9 @@ def test_it_says_what_the_training_will_be(kohya, capsys):
         "  training  3000 steps, 250 epochs, batch 1, fp16 mixed precision",
         "  modules   160: 80 content (output_blocks.0.1), 80 style (output_blocks.1.1)",
         "  rank      64, alpha 64: 28,180,480 parameters, 112.7 MB a file",
-        "  memory    112.7 MB weights, 112.7 MB gradients, 450.9 MB prodigy state, beside the "
-        "model itself",
+        "  memory    7.70 GB at least, computed: 5.13 GB U-Net in 16 bits, 1.64 GB text encoders, "
+        "167.3 MB VAE, 112.7 MB LoRA, 112.7 MB gradients, 450.9 MB prodigy state, 82.4 MB "
+        "activations",
     ]
     [saves] = lines[7:]
     assert re.fullmatch(r"  saves     4 of 112\.7 MB in _out \([\d.]+ [GM]B free\)", saves)
@@ -190,7 +195,7 @@ def test_it_says_what_the_training_will_be(kohya, capsys):
         ({"save_precision": "fp16"}, "rank", "64, alpha 64: 28,180,480 parameters, 56.4 MB a file"),
         ({"optimizer_type": "AdamW8bit"}, "memory", "56.4 MB AdamW8bit state"),
         ({"optimizer_type": "AdamW"}, "memory", "225.4 MB AdamW state"),
-        ({"optimizer_type": "Came"}, "memory", "unknown size Came state"),
+        ({"optimizer_type": "Came"}, "memory", "Came state of unknown size"),
         ({"max_train_epochs": "2"}, "training", "24 steps, 2 epochs"),
         ({"max_train_steps": "10"}, "training", "10 steps, 1 epochs"),
         ({"max_train_steps": None}, "training", "1600 steps, 134 epochs"),
@@ -528,7 +533,7 @@ def test_a_name_that_is_too_long_is_an_error_and_no_traceback(kohya, capsys):
     ("changes", "line", "text"),
     [
         ({"full_bf16": True}, "rank", "56.4 MB a file"),
-        ({"full_bf16": True}, "memory", "56.4 MB weights, 56.4 MB gradients, 225.4 MB prodigy"),
+        ({"full_bf16": True}, "memory", "56.4 MB LoRA, 56.4 MB gradients, 225.4 MB prodigy"),
         ({"gradient_accumulation_steps": "4", "max_train_epochs": "2"}, "training", "6 steps"),
         (
             {"network_args": [*OPTIONS["network_args"], "dora_wd=True"]},
@@ -607,6 +612,146 @@ def test_saves_that_do_not_fit_on_the_disk_are_an_error(kohya, capsys):
     [error] = checked(capsys, network_dim="100000000")["errors"]
     assert error.startswith("4 saves of 176128.00 GB do not fit into the ")
     assert error.endswith(f'free at "{kohya}": make room, or raise --save_every_n_steps')
+
+
+# ---- blora_network and the card's memory ---------------------------------------------------------
+
+OURS = {"network_module": "blora_network", "gradient_checkpointing": True, "cache_latents": True}
+WITH_BYPASS = [*OPTIONS["network_args"], "bypass_mode=True"]
+
+
+def test_blora_network_trains_the_same_modules(kohya, capsys):
+    theirs, ours = checked(capsys), checked(capsys, **OURS, network_args=WITH_BYPASS)
+    assert ours["errors"] == []
+    assert ours["modules"] == theirs["modules"]
+    assert ours["plan"]["rank"] == theirs["plan"]["rank"]
+
+
+def test_blora_network_that_was_not_copied_is_an_error(kohya, capsys, monkeypatch):
+    monkeypatch.setattr(blora_preflight, "HERE", kohya)
+    Path("blora_network.py").unlink()
+    assert checked(capsys, **OURS)["errors"] == [
+        f'no blora_network.py in "{kohya}": copy it there, from this bundle'
+    ]
+
+
+@pytest.mark.parametrize("module", ["lycoris.kohya", "blora_network"])
+def test_dora_that_lycoris_would_drop_is_an_error(kohya, capsys, module):
+    dora = [*OPTIONS["network_args"], "dora_wd=True"]
+    given = {"network_module": module, "network_args": [*dora, "bypass_mode=True"]}
+    assert checked(capsys, **given)["errors"] == [
+        "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: remove "
+        "one of the two from --network_args"
+    ]
+    for args in (dora, WITH_BYPASS, [*dora, "bypass_mode=False"]):
+        assert checked(capsys, network_module=module, network_args=args)["errors"] == []
+
+
+def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
+    assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == blora_memory.UNET
+
+
+# The example dataset is of 64 x 64, which is 1/256 of the area that the figures are for.
+FULL_SIZE = ("resolution = 64", "resolution = [1024, 1024]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, "993.0 MB activations (BLORA_SAVE_MEMORY=0, which is without --gradient_checkp"),
+        ({}, "ointing: 2.80 GB more)"),
+        ({"gradient_checkpointing": None}, "3.79 GB activations"),
+        ({"gradient_checkpointing": None, "network_dim": "1024"}, "4.64 GB activations"),
+        ({"network_args": ["preset=lycoris_presets/blora_layout_style.toml"]}, "1.07 GB activ"),
+        ({"network_module": "lycoris.kohya"}, "1.20 GB activations"),
+        ({"network_train_unet_only": None}, "1.20 GB activations"),  # then it cannot stop early
+        ({"mixed_precision": "no"}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
+        ({"mixed_precision": "no"}, "activations of unknown size"),
+        ({"fp8_base_unet": True}, "2.57 GB U-Net in 8 bits, 1.64 GB text encoders, "),
+        ({"fp8_base": True}, "2.57 GB U-Net in 8 bits, 817.7 MB text encoders, "),
+        ({"cache_latents": None, "no_half_vae": True}, "334.6 MB VAE, "),
+        ({"cache_text_encoder_outputs": True}, "5.13 GB U-Net in 16 bits, 112.7 MB LoRA, "),
+        ({"cache_text_encoder_outputs_to_disk": True}, "U-Net in 16 bits, 112.7 MB LoRA, "),
+        ({"cache_latents": None, "cache_latents_to_disk": True}, "encoders, 112.7 MB LoRA, "),
+        ({"full_fp16": True, "gradient_checkpointing": None}, "3.73 GB activations"),
+        ({"network_args": ["preset=first.toml"]}, "1.20 GB activations"),
+        ({"network_args": ["preset=last.toml"]}, " 0.0 MB activations"),
+        # as the kohya_ss GUI writes them, where they change nothing
+        ({"network_args": [*WITH_BYPASS, "conv_dim=1", "algo=locon"]}, "993.0 MB activations"),
+    ],
+)
+def test_the_cards_memory_is_a_sum_of_parts(kohya, capsys, changes, part):
+    edit_config(*FULL_SIZE)
+    for name, layer in (("first", "input_blocks.0.0"), ("last", "out.2")):
+        lists = "unet_target_module = []\ntext_encoder_target_module = []\n"
+        Path(f"{name}.toml").write_text(f"{lists}unet_target_name = ['{layer}']\n")
+    told = checked(capsys, **OURS | changes)["plan"]["memory"]
+    assert part in told
+    total, parts = told.split(" at least, computed: ")
+    sizes = [in_bytes(size) for size in re.findall(r"[\d.]+ [GM]B", parts.split(" (")[0])]
+    assert abs(in_bytes(total) - sum(sizes)) < 0.03e9
+
+
+def in_bytes(told: str) -> float:
+    number, unit = told.split()
+    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_activations_grow_with_pixels_and_batch(kohya, capsys):
+    edit_config("resolution = 64\nbatch_size = 1", "resolution = 512\nbatch_size = 8")
+    assert "1.99 GB activations" in checked(capsys, **OURS)["plan"]["memory"]
+
+
+def test_a_dataset_without_a_resolution_is_told_once(kohya, capsys):
+    edit_config("resolution = 64\n", "")
+    report = checked(capsys, **OURS, resolution=None)
+    assert report["errors"] == [f'"{Path(CONFIG)}" has a dataset without a resolution: add one']
+
+
+def put_card(monkeypatch: pytest.MonkeyPatch, folder: Path, prints: str) -> None:
+    """A program with the name of nvidia-smi, which prints as that one does."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{prints}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+@pytest.mark.parametrize(
+    ("prints", "changes", "sentence"),
+    [
+        ("8192\\n", {}, None),
+        ("4096\\n24576\\n", {"network_dim": "1024"}, None),  # the larger of two cards
+        ("[N/A]\\n", {}, None),
+        (
+            "12288\\n",
+            {"network_dim": "1024"},
+            "the card has 12.88 GB of memory, and this training takes at least 18.58 GB "
+            "(computed): lower BLORA_RANK, or add --cache_text_encoder_outputs",
+        ),
+        (
+            "4096\\n",
+            {"cache_text_encoder_outputs": True},
+            "the card has 4.29 GB of memory, and this training takes at least 6.80 GB (computed): "
+            "use a larger card",
+        ),
+        (
+            "6144\\n",
+            {"gradient_checkpointing": None, "cache_text_encoder_outputs": True},
+            "the card has 6.44 GB of memory, and this training takes at least 9.60 GB (computed): "
+            "set BLORA_SAVE_MEMORY to 1, or add --gradient_checkpointing, or lower batch_size or "
+            "resolution",
+        ),
+    ],
+)
+def test_a_card_that_is_too_small_is_a_warning_that_says_what_to_change(
+    kohya, capsys, monkeypatch, prints, changes, sentence
+):
+    edit_config(*FULL_SIZE)
+    monkeypatch.setattr(blora_memory, "card", CARD)
+    put_card(monkeypatch, kohya / "bin", prints)
+    warnings = checked(capsys, **OURS | changes)["warnings"]
+    assert [w for w in warnings if w.startswith("the card")] == ([sentence] if sentence else [])
 
 
 def test_a_missing_training_script_is_an_error(kohya, capsys):
