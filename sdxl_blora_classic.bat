@@ -33,6 +33,9 @@ if not exist "%SCRIPT%" (
   goto finish
 )
 
+rem Lets the trainer of a kohya_ss folder find blora_network.py, which lies here.
+if defined PYTHONPATH set "PYTHONPATH=;%PYTHONPATH%"
+set "PYTHONPATH=%CD%%PYTHONPATH%"
 set "VENV="
 if exist ".venv\Scripts\python.exe" set "VENV=%CD%\.venv"
 if exist "venv\Scripts\python.exe" set "VENV=%CD%\venv"

@@ -33,6 +33,8 @@ if [[ ! -f "$SCRIPT" ]]; then
   fail "No sdxl_train_network.py in \"$PWD\" or its sd-scripts folder: copy the B-LoRA files into a kohya sd-scripts or kohya_ss folder."
 fi
 
+# Lets the trainer of a kohya_ss folder find blora_network.py, which lies here.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 VENV=""
 if [[ -x ".venv/bin/python" ]]; then VENV="$PWD/.venv"; fi
 if [[ -x "venv/bin/python" ]]; then VENV="$PWD/venv"; fi

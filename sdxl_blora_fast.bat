@@ -1,6 +1,7 @@
 @echo off
-rem Trains content and style of an SDXL B-LoRA together, as classic but for five settings: latents
-rem are cached, attention is torch's own, no warm-up, no bias correction, and files in fp16.
+rem Trains content and style of an SDXL B-LoRA together, as classic but for these settings: no
+rem gradients that a B-LoRA does not need (blora_network), latents are cached, attention is torch's
+rem own, no warm-up, no bias correction, and files in fp16.
 rem Edit the settings below, or better a copy of this file, and run it.
 rem Options given to it are handed on last and win: sdxl_blora_fast --max_train_steps=10
 setlocal EnableExtensions DisableDelayedExpansion
@@ -16,6 +17,8 @@ rem The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. 
 if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.safetensors"
 rem The blocks to train: one of lycoris_presets, seen from this folder.
 if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_style.toml"
+rem 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
+if not defined BLORA_SAVE_MEMORY set "BLORA_SAVE_MEMORY=1"
 rem Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="
 
@@ -34,6 +37,9 @@ if not exist "%SCRIPT%" (
   goto finish
 )
 
+rem Lets the trainer of a kohya_ss folder find blora_network.py, which lies here.
+if defined PYTHONPATH set "PYTHONPATH=;%PYTHONPATH%"
+set "PYTHONPATH=%CD%%PYTHONPATH%"
 set "VENV="
 if exist ".venv\Scripts\python.exe" set "VENV=%CD%\.venv"
 if exist "venv\Scripts\python.exe" set "VENV=%CD%\venv"
@@ -46,13 +52,21 @@ if not defined ACCELERATE (
   goto finish
 )
 
+set "CHECKPOINTING="
+if "%BLORA_SAVE_MEMORY%"=="1" set "CHECKPOINTING=--gradient_checkpointing"
+if not "%BLORA_SAVE_MEMORY%"=="1" if not "%BLORA_SAVE_MEMORY%"=="0" (
+  echo BLORA_SAVE_MEMORY is "%BLORA_SAVE_MEMORY%": give 1 to save memory, or 0 to be faster.>&2
+  goto finish
+)
+
 set OPTIONS=^
   --pretrained_model_name_or_path="%BLORA_CHECKPOINT%" ^
   --dataset_config="./_in/lora/sdxl/%BLORA_NAME%/config.toml" ^
   --output_dir="./_out/lora/sdxl/%PROJECT%" ^
   --output_name="%PROJECT%" ^
-  --network_module=lycoris.kohya ^
+  --network_module=blora_network ^
   --network_args "preset=%BLORA_PRESET%" ^
+  "bypass_mode=True" ^
   --network_dim="%BLORA_RANK%" ^
   --network_alpha="%BLORA_RANK%" ^
   --network_train_unet_only ^
@@ -69,7 +83,7 @@ set OPTIONS=^
   --save_precision=fp16 ^
   --mixed_precision=fp16 ^
   --no_half_vae ^
-  --gradient_checkpointing ^
+  %CHECKPOINTING% ^
   --sdpa ^
   --prior_loss_weight=0 ^
   --max_grad_norm=1.0 ^

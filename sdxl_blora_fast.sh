@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains content and style of an SDXL B-LoRA together, as classic but for five settings: latents
-# are cached, attention is torch's own, no warm-up, no bias correction, and files in fp16.
+# Trains content and style of an SDXL B-LoRA together, as classic but for these settings: no
+# gradients that a B-LoRA does not need (blora_network), latents are cached, attention is torch's
+# own, no warm-up, no bias correction, and files in fp16.
 # Edit the settings below, or better a copy of this file, and run it.
 # Options given to it are handed on last and win: sdxl_blora_fast --max_train_steps=10
 set -euo pipefail
@@ -16,6 +17,8 @@ BLORA_RANK="${BLORA_RANK:-1024}"
 BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-path/to/sd_xl_base_1.0.safetensors}"
 # The blocks to train: one of lycoris_presets, seen from this folder.
 BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
+# 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
+BLORA_SAVE_MEMORY="${BLORA_SAVE_MEMORY:-1}"
 # Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 BLORA_ACCELERATE_ARGS="${BLORA_ACCELERATE_ARGS:-}"
 
@@ -34,6 +37,8 @@ if [[ ! -f "$SCRIPT" ]]; then
   fail "No sdxl_train_network.py in \"$PWD\" or its sd-scripts folder: copy the B-LoRA files into a kohya sd-scripts or kohya_ss folder."
 fi
 
+# Lets the trainer of a kohya_ss folder find blora_network.py, which lies here.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 VENV=""
 if [[ -x ".venv/bin/python" ]]; then VENV="$PWD/.venv"; fi
 if [[ -x "venv/bin/python" ]]; then VENV="$PWD/venv"; fi
@@ -42,13 +47,20 @@ if ! command -v accelerate >/dev/null; then
   fail "No accelerate in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them."
 fi
 
+CHECKPOINTING=()
+if [[ "$BLORA_SAVE_MEMORY" == 1 ]]; then CHECKPOINTING=(--gradient_checkpointing); fi
+if [[ "$BLORA_SAVE_MEMORY" != [01] ]]; then
+  fail "BLORA_SAVE_MEMORY is \"$BLORA_SAVE_MEMORY\": give 1 to save memory, or 0 to be faster."
+fi
+
 OPTIONS=(
   --pretrained_model_name_or_path="$BLORA_CHECKPOINT"
   --dataset_config="./_in/lora/sdxl/$BLORA_NAME/config.toml"
   --output_dir="./_out/lora/sdxl/$PROJECT"
   --output_name="$PROJECT"
-  --network_module=lycoris.kohya
+  --network_module=blora_network
   --network_args "preset=$BLORA_PRESET"
+  "bypass_mode=True"
   --network_dim="$BLORA_RANK"
   --network_alpha="$BLORA_RANK"
   --network_train_unet_only
@@ -65,7 +77,7 @@ OPTIONS=(
   --save_precision=fp16
   --mixed_precision=fp16
   --no_half_vae
-  --gradient_checkpointing
+  "${CHECKPOINTING[@]}"
   --sdpa
   --prior_loss_weight=0
   --max_grad_norm=1.0

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import venv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ BASH = shutil.which("bash") or "bash"
 CHECKPOINT = "models/sd_xl_base_1.0.safetensors"
 SCRIPT = "sdxl_train_network.py"
 PROGRAMS = ("accelerate", "python")
-# One record a call, in the format of tests/windows/recorder.c.
+# One record a call, with what tests/windows/recorder.c notes too.
 RECORDER = """#!/usr/bin/env bash
 mkdir -p "$RECORDER_LOG"
-printf '%s\\0' "$PWD" "$#" "$0" "$@" >"$RECORDER_LOG/$(ls "$RECORDER_LOG" | wc -l)"
+record="$RECORDER_LOG/$(ls "$RECORDER_LOG" | wc -l)"
+printf '%s\\0' "$PWD" "$#" "$0" "$@" >"$record"
+env -0 >>"$record"
 code="RECORDER_EXIT_$(basename "$0")"
 exit "${!code:-${RECORDER_EXIT:-0}}"
 """
@@ -64,11 +67,34 @@ def make_kohya(path: Path, *, gui: bool = False, name: str = "my_project") -> Pa
     return path
 
 
+def make_standin(path: Path, *, name: str, gui: bool = False) -> Path:
+    """A folder with the bundle that trains: the stand-in, six drawings, and a checkpoint."""
+    scripts = path / "sd-scripts" if gui else path
+    scripts.mkdir(parents=True)
+    install(path)
+    for script in (ROOT / "tests/standin").glob("*.py"):
+        shutil.copy(script, scripts)
+    shutil.copy(ROOT / "tests/data/sdxl_train_network_options.json", scripts)
+    for tool in ("make_checkpoint.py toy.safetensors", f"make_dataset.py _in/lora/sdxl/{name}"):
+        script, argument = tool.split()
+        subprocess.run([sys.executable, scripts / script, argument], cwd=path, check=True)
+    return path
+
+
+# accelerate's own options for one process and for two on the CPU; port 0 is any free one.
+ONE_PROCESS = "--cpu --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
+TWO_PROCESSES = (
+    "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no "
+    "--main_process_port=0"
+)
+
+
 @dataclass(frozen=True)
 class Bash:
     """Runs the .sh launchers."""
 
     suffix = ".sh"
+    path_separator = ":"
 
     def install_recorder(self, folder: Path, program: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,8 +140,9 @@ class Bash:
 
     @staticmethod
     def _call(record: Path) -> Call:
-        cwd, _, *argv = record.read_text().split("\0")[:-1]
-        return Call(argv, Path(cwd), {})
+        cwd, count, *texts = record.read_text().split("\0")[:-1]
+        argv, entries = texts[: int(count) + 1], texts[int(count) + 1 :]
+        return Call(argv, Path(cwd), dict(entry.split("=", 1) for entry in entries))
 
 
 @dataclass(frozen=True)
@@ -124,6 +151,7 @@ class Bat:
 
     cmd: Cmd
     suffix = ".bat"
+    path_separator = ";"
 
     def install_recorder(self, folder: Path, program: str) -> None:
         self.cmd.install_recorder(folder / f"{program}.exe")

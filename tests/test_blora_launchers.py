@@ -63,14 +63,41 @@ safeguard_warmup=True
 beta3=None
 """.split()
 
-# The only differences between the two recipes: classic's argument, fast's argument.
+# The only differences between the two recipes: classic's argument, fast's arguments.
 FAST_CHANGES = [
+    ("--network_module=lycoris.kohya", "--network_module=blora_network", "bypass_mode=True"),
     ("--random_crop", "--cache_latents"),
     ("--mem_eff_attn", "--sdpa"),
     ("--lr_warmup_steps=500", "--lr_warmup_steps=0"),
     ("use_bias_correction=True", "use_bias_correction=False"),
     (None, "--save_precision=fp16"),
 ]
+GONE = [old for old, *_ in FAST_CHANGES if old]
+NEW = [argument for _, *new in FAST_CHANGES for argument in new]
+# The one setting that only fast has, beside its comment.
+SAVE_MEMORY = {
+    ".sh": """\
+BLORA_SAVE_MEMORY="${BLORA_SAVE_MEMORY:-1}"
+CHECKPOINTING=()
+if [[ "$BLORA_SAVE_MEMORY" == 1 ]]; then CHECKPOINTING=(--gradient_checkpointing); fi
+if [[ "$BLORA_SAVE_MEMORY" != [01] ]]; then
+  fail "BLORA_SAVE_MEMORY is \\"$BLORA_SAVE_MEMORY\\": give 1 to save memory, or 0 to be faster."
+fi
+
+  "${CHECKPOINTING[@]}"
+""",
+    ".bat": """\
+if not defined BLORA_SAVE_MEMORY set "BLORA_SAVE_MEMORY=1"
+set "CHECKPOINTING="
+if "%BLORA_SAVE_MEMORY%"=="1" set "CHECKPOINTING=--gradient_checkpointing"
+if not "%BLORA_SAVE_MEMORY%"=="1" if not "%BLORA_SAVE_MEMORY%"=="0" (
+  echo BLORA_SAVE_MEMORY is "%BLORA_SAVE_MEMORY%": give 1 to save memory, or 0 to be faster.>&2
+  goto finish
+)
+
+  %CHECKPOINTING% ^
+""",
+}
 
 
 @pytest.fixture(params=["bash", "bat"])
@@ -132,10 +159,8 @@ def test_fast_changes_only_these_settings(kohya):
     classic = kohya.argv("sdxl_blora_classic")
     remove_files(kohya.log.parent, kohya.log.name)
     fast = kohya.argv("sdxl_blora_fast")
-    gone = [old for old, _ in FAST_CHANGES if old]
-    new = [new for _, new in FAST_CHANGES]
-    assert sorted(fast) == sorted([arg for arg in classic if arg not in gone] + new)
-    assert [arg for arg in fast if arg not in new] == [arg for arg in classic if arg not in gone]
+    assert sorted(fast) == sorted([arg for arg in classic if arg not in GONE] + NEW)
+    assert [arg for arg in fast if arg not in NEW] == [arg for arg in classic if arg not in GONE]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,7 +168,9 @@ def test_every_option_exists_in_sd_scripts_with_that_value_allowed(kohya, name):
     _, _, script, *options = kohya.argv(name)
     assert script == "sdxl_train_network.py"
     parsed = vars(build_parser().parse_args(options))
-    assert parsed["network_args"] == ["preset=lycoris_presets/blora_content_style.toml"]
+    preset, *others = parsed["network_args"]
+    assert preset == "preset=lycoris_presets/blora_content_style.toml"
+    assert others == (["bypass_mode=True"] if name == "sdxl_blora_fast" else [])
     assert parsed["optimizer_args"][-1] == "beta3=None"
 
 
@@ -187,6 +214,25 @@ def test_a_setting_edited_in_the_file_is_used(kohya):
     assert f"--pretrained_model_name_or_path={CHECKPOINT}" in kohya.argv("sdxl_blora_fast")
 
 
+@pytest.mark.parametrize(("save", "given"), [("1", ["--gradient_checkpointing"]), ("0", [])])
+def test_memory_is_saved_unless_that_is_switched_off(kohya, save, given):
+    kohya.env["BLORA_SAVE_MEMORY"] = save
+    argv = kohya.argv("sdxl_blora_fast")
+    assert [argument for argument in argv if "checkpointing" in argument] == given
+    expected = options_after_names("sdxl_blora_fast")
+    assert argv[7:] == [x for x in expected if given or x != "--gradient_checkpointing"]
+
+
+@pytest.mark.parametrize("save", ["yes", "10", "0 & 1)"])
+def test_another_value_than_1_or_0_is_refused(kohya, save):
+    kohya.env["BLORA_SAVE_MEMORY"] = save
+    done, calls = kohya.launch("sdxl_blora_fast")
+    assert done.output.splitlines() == [
+        f'BLORA_SAVE_MEMORY is "{save}": give 1 to save memory, or 0 to be faster.'
+    ]
+    assert (done.returncode, calls) == (1, [])
+
+
 def test_the_names_wsl_and_torch_set_for_themselves_change_nothing(kohya):
     kohya.env |= {"NAME": "DESKTOP-1", "RANK": "0", "REVISION": "r", "PROJECT": "p", "SCRIPT": "s"}
     assert kohya.argv("sdxl_blora_classic")[3:] == CLASSIC
@@ -214,8 +260,9 @@ def options_after_names(name: str) -> list[str]:
     """A recipe's arguments after the four that hold the user's own names."""
     if name == "sdxl_blora_classic":
         return CLASSIC[4:]
-    swapped = {old: new for old, new in FAST_CHANGES if old}
+    swapped = {old: new for old, new, *_ in FAST_CHANGES if old}
     rest = [swapped.get(arg, arg) for arg in CLASSIC[4:]]
+    rest.insert(rest.index("--network_args") + 2, "bypass_mode=True")
     rest.insert(rest.index("--save_model_as=safetensors") + 1, "--save_precision=fp16")
     return rest
 
@@ -259,6 +306,16 @@ def test_venv_is_used_then_dot_venv_then_the_active_environment(shell, tmp_path,
     kohya.env |= shell.path_variable(programs["active"])
     _, calls = kohya.launch("sdxl_blora_classic")
     assert [shell.program_folder(call) for call in calls] == [programs[used]] * 2
+
+
+@pytest.mark.parametrize("earlier", ["", "elsewhere"])
+@pytest.mark.parametrize("name", NAMES)
+def test_python_finds_a_network_module_of_the_folder_before_any_other(kohya, name, earlier):
+    kohya.env |= {"PYTHONPATH": earlier} if earlier else {}
+    _, calls = kohya.launch(name)
+    shown = kohya.shell.shown(kohya.path)
+    expected = f"{shown}{kohya.shell.path_separator}{earlier}" if earlier else shown
+    assert [call.env["PYTHONPATH"] for call in calls] == [expected] * 2
 
 
 # ---- Handing on ----------------------------------------------------------------------------------
@@ -361,7 +418,7 @@ def outline(path: Path) -> list[str]:
         ):
             name, default = setting[1] or setting[3], setting[2] or setting[4] or ""
             lines.append(f"{name} = {default}")
-        elif re.match(r'  ("?--|"\w+=)', line):
+        elif re.match(r'  ("?--|"\w+=|"\$\{|%)', line):
             lines.append(without_variables(line).strip(" \\^"))
         elif message := re.match(r"  (?:fail|echo) (.*\w.*\w.*\.)", line):
             lines.append(without_variables(message[1]).replace("\\", ""))
@@ -371,6 +428,7 @@ def outline(path: Path) -> list[str]:
 def without_variables(text: str) -> str:
     """Name a variable the same way in both shells: $A, ${A} and %A% become A."""
     text = text.replace('"$@"', "ARGS").replace("%*", "ARGS").replace("$PWD", "CD")
+    text = text.replace("[@]", "")
     return re.sub(r"\$\{?(\w+)\}?|%(\w+)%", lambda m: m[1] or m[2], text).replace('"', "")
 
 
@@ -392,14 +450,14 @@ def test_fast_is_classic_but_for_its_recipe_and_its_comments(suffix):
         (ROOT / f"{name}{suffix}").read_text().replace(name, "NAME").splitlines() for name in NAMES
     )
     changed = [
-        line.strip(" ^\\")
+        f"{line[0]} {line[2:].strip(' ^')}"
         for line in difflib.ndiff(classic, fast)
         if line.startswith(("- ", "+ ")) and not line[2:].startswith(("# ", "rem "))
     ]
-    recipe = [f"- {old}" for old, _ in FAST_CHANGES if old] + [f"+ {n}" for _, n in FAST_CHANGES]
-    assert sorted(re.sub(r'["^\\]| +(?= )', "", line).replace("  ", " ") for line in changed) == (
-        sorted(recipe)
-    )
+    for line in SAVE_MEMORY[suffix].splitlines():
+        changed.remove(f"+ {line.strip(' ^')}")
+    recipe = [f"- {old}" for old in [*GONE, "--gradient_checkpointing"]] + [f"+ {n}" for n in NEW]
+    assert sorted(line.replace('"', "") for line in changed) == sorted(recipe)
 
 
 @pytest.mark.parametrize("bat", sorted(path.name for path in ROOT.glob("*.bat")))

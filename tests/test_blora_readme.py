@@ -21,14 +21,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLAN = ("base  ", "images  ", "training  ", "modules  ", "rank  ", "memory  ", "saves  ")
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
 # What programs print, among what people type.
-SHOWN = ("content of ", "-> ", "error: ", "warning: ", "This training:", *PLAN)
+SHOWN = ("early stop: ", "content of ", "-> ", "error: ", "warning: ", "This training:", *PLAN)
 COMMANDS = [
     line.strip()
     for language, block in BLOCKS
     for line in block.splitlines()
     if not language and not line.strip().startswith(SHOWN)
 ]
-SETTINGS = [line for line in outline(ROOT / "sdxl_blora_classic.sh") if line.startswith("BLORA_")]
+# fast has every setting of classic, and one more.
+SETTINGS = [
+    line for line in outline(ROOT / "sdxl_blora_fast.sh") if re.match(r"BLORA_\w+ = ", line)
+]
 
 
 def check_launcher(command: list[str]) -> None:
