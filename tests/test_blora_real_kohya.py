@@ -18,8 +18,10 @@ import os
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 from kohya_folder import ROOT, SCRIPT, Bash, install
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_blora_network import MODULES, PLAIN, cases, preset_files
 from test_blora_presets import (
     CONTENT,
     EXPECTED,
@@ -35,6 +38,8 @@ from test_blora_presets import (
     block_modules,
     text_encoder_modules,
 )
+
+import blora_memory
 
 KOHYA_ROOT, KOHYA_PYTHON = os.environ.get("KOHYA_ROOT"), os.environ.get("KOHYA_PYTHON")
 if not (KOHYA_ROOT and KOHYA_PYTHON):
@@ -66,6 +71,9 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     # Whether the line --network_train_unet_only is deleted, in a copy of the launcher.
     text_encoders: bool = False
+    save_memory: str = "1"  # BLORA_SAVE_MEMORY, which classic does not have
+    kohya_ss: bool = False  # a folder whose trainer lies in sd-scripts/
+    after: str = ""  # the recipe whose file it goes on from
 
 
 CLASSIC, FAST = "sdxl_blora_classic", "sdxl_blora_fast"
@@ -80,6 +88,35 @@ RECIPES = {
         FAST, ("--network_args", preset("bdora_content_style_clip"), *DORA), text_encoders=True
     ),
 }
+# Trainings that are to give the same file bit for bit, with LyCORIS' network and with ours.
+PLAIN_ARGS = ("--network_args", preset("blora_content_style"))
+LYCORIS_NETWORK = ("--network_module=lycoris.kohya", *PLAIN_ARGS)
+GO_ON = ("--dim_from_weights",)
+LOOK = ("--sample_prompts=prompts.txt", "--sample_every_n_steps=1", "--sample_at_first")
+BEFORE_0_10 = "validation_split" not in Path(KOHYA_ROOT, "train_network.py").read_text("utf-8")
+if not BEFORE_0_10:
+    LOOK += ("--validation_split=0.4", "--validate_every_n_steps=1")
+COMPILED = ("--torch_compile", "--dynamo_backend=eager")
+RECIPES |= {
+    "classic, our network": Recipe(CLASSIC, ("--network_module=blora_network",)),
+    "fast, all kept": Recipe(FAST, save_memory="0"),
+    "fast, no bypass": Recipe(FAST, PLAIN_ARGS),
+    "fast, LyCORIS": Recipe(FAST, LYCORIS_NETWORK),
+    "fast, no bypass, compiled": Recipe(FAST, (*PLAIN_ARGS, *COMPILED)),
+    "fast, no bypass, kohya_ss": Recipe(FAST, PLAIN_ARGS, kohya_ss=True),
+    "fast, no bypass, looking": Recipe(FAST, (*PLAIN_ARGS, *LOOK)),
+    "fast, LyCORIS, looking": Recipe(FAST, (*LYCORIS_NETWORK, *LOOK)),
+    "fast, no bypass, going on": Recipe(FAST, (*PLAIN_ARGS, *GO_ON), after="fast, LyCORIS"),
+    "fast, LyCORIS, going on": Recipe(FAST, (*LYCORIS_NETWORK, *GO_ON), after="fast, LyCORIS"),
+}
+EQUAL = [
+    ("classic", "classic, our network"),
+    ("fast, LyCORIS", "fast, no bypass"),
+    ("fast, LyCORIS", "fast, no bypass, compiled"),
+    ("fast, LyCORIS", "fast, no bypass, kohya_ss"),
+    ("fast, LyCORIS, looking", "fast, no bypass, looking"),
+    ("fast, LyCORIS, going on", "fast, no bypass, going on"),
+]
 for preset_name in EXPECTED:
     override = ("--network_args", preset(preset_name))
     RECIPES[f"classic, {preset_name}"] = Recipe(CLASSIC, override)
@@ -146,7 +183,7 @@ class Kohya:
 
 
 def make_copy(path: Path) -> None:
-    """The tracked files of the checkout, as far as they are there, and the bundle."""
+    """The tracked files of the checkout, as far as they are there."""
     listed = subprocess.run(
         ["git", "-C", KOHYA_ROOT, "ls-files", "-z"], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -154,14 +191,28 @@ def make_copy(path: Path) -> None:
         if (source := Path(KOHYA_ROOT, name)).is_file():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, path / name)
-    install(path)
 
 
 @pytest.fixture(scope="module")
 def kohya(tmp_path_factory) -> Kohya:
-    """The copy, with six drawings and a checkpoint that is SDXL's by its names alone."""
+    """The copy with the bundle, six drawings and a checkpoint that is SDXL's by its names alone."""
     path = tmp_path_factory.mktemp("real") / "sd-scripts"
     make_copy(path)
+    return make_ready(path)
+
+
+@pytest.fixture(scope="module")
+def kohya_ss(tmp_path_factory) -> Kohya:
+    """The same as kohya_ss has it: the trainer in a folder below that of the bundle."""
+    path = tmp_path_factory.mktemp("gui") / "kohya_ss"
+    make_copy(path / "sd-scripts")
+    return make_ready(path)
+
+
+def make_ready(path: Path) -> Kohya:
+    """Whatever a training needs beside the trainer."""
+    install(path)
+    (path / "prompts.txt").write_text("a sks circle --w 64 --h 64 --s 1 --d 1\n")
     programs = path.with_name("bin")
     Bash().install_recorder(programs, "accelerate")
     (programs / "python").write_text(f'#!/bin/sh\nexec "{KOHYA_PYTHON}" "$@"\n')
@@ -184,17 +235,19 @@ class Real:
 
 
 @pytest.fixture(scope="module")
-def real(kohya, tmp_path_factory) -> Real:
+def real(kohya, kohya_ss, tmp_path_factory) -> Real:
     """Every recipe, started by the real launcher, as far as accelerate."""
     command_lines = {}
     for name, recipe in RECIPES.items():
         log = tmp_path_factory.mktemp("log")
-        done, calls = Bash().run(
-            kohya.launcher(recipe), recipe.overrides, kohya.path, log, kohya.settings(kohya.bin)
-        )
+        folder = kohya_ss if recipe.kohya_ss else kohya
+        env = folder.settings(folder.bin) | {"BLORA_SAVE_MEMORY": recipe.save_memory}
+        launcher = folder.launcher(recipe)
+        done, calls = Bash().run(launcher, recipe.overrides, folder.path, log, env)
         assert done.returncode == 0, done.output
         [call] = calls
-        command_lines[name] = call.argv[call.argv.index(SCRIPT) + 1 :]
+        script = next(i for i, word in enumerate(call.argv) if word.endswith(SCRIPT))
+        command_lines[name] = call.argv[script + 1 :]
     return Real(command_lines, kohya.ask(command_lines=command_lines))
 
 
@@ -236,7 +289,10 @@ def test_sd_scripts_reads_an_override_in_place_of_the_recipe(real):
     options = real.answer["options"]
     assert options["classic"]["max_train_steps"] == 3000
     assert options["classic, ten steps"]["max_train_steps"] == 10
-    assert options["fast"]["network_args"] == [preset("blora_content_style")]
+    assert options["fast"]["network_args"] == [preset("blora_content_style"), "bypass_mode=True"]
+    assert options["fast"]["network_module"] == "blora_network"
+    assert options["fast"]["gradient_checkpointing"] is True
+    assert options["fast, all kept"]["gradient_checkpointing"] is False
     assert options["fast, DoRA"]["network_args"] == [preset("bdora_content_style_clip"), *DORA]
     assert options["fast, DoRA"]["network_train_unet_only"] is True
     assert options["fast, DoRA and clip"]["network_train_unet_only"] is False
@@ -252,6 +308,64 @@ def test_lycoris_builds_the_modules_preflight_announced_on_sd_scripts_own_sdxl(k
     assert set(built) == expected_modules(RECIPES[recipe])
 
 
+# ---- Seconds: the gradients of sd-scripts' own U-Net, a tenth as wide ----------------------------
+
+
+@pytest.fixture(scope="module")
+def steps(kohya, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """The cases of test_blora_network.py that need no text encoder: see network_probe.py."""
+    asked = cases(preset_files(tmp_path_factory.mktemp("presets")), "")
+    question = {f"{n}|{m}": {**c, "module": m} for n, c in asked.items() for m in MODULES}
+    done = kohya.python(
+        TESTS / "network_probe.py",
+        kohya.path,
+        input=json.dumps({"steps": question, "layers": {}}),
+        env=os.environ | {"PYTHONPATH": str(kohya.path)},
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])["steps"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_gradients_of_sd_scripts_own_unet_are_those_of_lycoris_bit_for_bit(steps, name):
+    theirs, ours = (steps[f"{name}|{module}"] for module in MODULES)
+    assert ours["output"] == theirs["output"]
+    assert ours["gradients"] == theirs["gradients"]
+    assert theirs["without_gradient"] == theirs["zero"] == theirs["log"] == []
+    assert len(theirs["reached"]) == 36
+    assert len(ours["reached"]) < 25
+    assert ours["log"][0].startswith("early stop: the backward pass ends at ")
+
+
+# ---- The figures of blora_memory.py --------------------------------------------------------------
+
+
+def test_the_models_have_as_many_parameters_as_preflight_says(kohya):
+    code = (
+        "import sys; from pathlib import Path; from make_random_sdxl import *\n"
+        "models = models_on_meta(import_models(Path(sys.argv[1])))\n"
+        "print(*(sum(p.numel() for p in model.parameters()) for model in models))"
+    )
+    done = kohya.python("-c", code, kohya.path, env=os.environ | {"PYTHONPATH": str(TESTS)})
+    first, second, vae, unet = map(int, done.stdout.splitlines()[-1].split())
+    told = (blora_memory.TEXT_ENCODERS, blora_memory.VAE, blora_memory.UNET)
+    assert told == (first + second, vae, unet)
+
+
+@e2e
+def test_the_activations_are_those_that_the_benchmark_counts(kohya):
+    command = [TESTS / "bench_blora_training.py", "--kohya", kohya.path, "--blocks"]
+    printed = kohya.python(*command).stdout.splitlines()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme for line in printed if " TF, " in line)
+    rows = [line.strip("| ").split(" | ") for line in printed]
+    counted = {row[0]: tuple(map(float, row[1:])) for row in rows if "_block" in row[0]}
+    assert set(counted) == set(blora_memory.FROM_BLOCK)
+    for block, figures in counted.items():
+        told = [size / 1e9 for size in blora_memory.ALL + blora_memory.FROM_BLOCK[block]]
+        assert figures == pytest.approx(told, abs=0.006)
+
+
 # ---- Minutes: two steps of a full-size SDXL ------------------------------------------------------
 
 SIZE = 256
@@ -265,6 +379,8 @@ SHORT = (
     f"--min_bucket_reso={SIZE}",
     "--max_data_loader_n_workers=1",
 )
+if BEFORE_0_10:
+    SHORT += ("--bucket_reso_steps=64",)  # it refuses the recipes' 32 in every network training
 TRAINED = ["classic", "fast", "fast, DoRA", "fast, DoRA and clip"]
 
 
@@ -304,11 +420,30 @@ def random_sdxl(tmp_path_factory) -> Path:
     return folder.resolve()
 
 
+@pytest.fixture(scope="module")
+def trained(kohya, kohya_ss, random_sdxl, tmp_path_factory) -> Callable[[str], Run]:
+    """A recipe by its name, trained when it is first asked for."""
+    folders = {False: kohya, True: kohya_ss}
+
+    @cache
+    def by_name(name: str) -> Run:
+        recipe = RECIPES[name]
+        going_on = (f"--network_weights={by_name(recipe.after).file}",) if recipe.after else ()
+        log = tmp_path_factory.mktemp("log")
+        return train(folders[recipe.kohya_ss], name, going_on, random_sdxl, log)
+
+    return by_name
+
+
 @pytest.fixture(scope="module", params=TRAINED)
-def run(request, kohya, random_sdxl, tmp_path_factory) -> Run:
+def run(request, trained) -> Run:
+    return trained(request.param)
+
+
+def train(kohya: Kohya, name: str, more: tuple[str, ...], random_sdxl: Path, log: Path) -> Run:
     """A recipe, trained by the real launcher, accelerate, sd-scripts, LyCORIS and Prodigy."""
-    recipe = RECIPES[request.param]
-    revision = str(TRAINED.index(request.param))
+    recipe = RECIPES[name]
+    revision = str(list(RECIPES).index(name))
     dataset = kohya.path / f"_in/lora/sdxl/{NAME}"
     shutil.rmtree(dataset)
     options = ["--images=3", f"--size={SIZE}", "--repeats=1"]
@@ -318,18 +453,20 @@ def run(request, kohya, random_sdxl, tmp_path_factory) -> Run:
         "BLORA_CHECKPOINT": str(random_sdxl / "random_sdxl.safetensors"),
         "BLORA_REVISION": revision,
         "BLORA_RANK": str(RANK),
+        "BLORA_SAVE_MEMORY": recipe.save_memory,
         "BLORA_ACCELERATE_ARGS": ACCELERATE,
         "HF_HUB_OFFLINE": "1",
     }
-    overrides = [*recipe.overrides, *SHORT, f"--tokenizer_cache_dir={random_sdxl / 'tokenizers'}"]
-    done, _ = Bash().run(
-        kohya.launcher(recipe), overrides, kohya.path, tmp_path_factory.mktemp("log"), env
-    )
+    tokenizers = f"--tokenizer_cache_dir={random_sdxl / 'tokenizers'}"
+    overrides = [*recipe.overrides, *more, *SHORT, tokenizers]
+    start = time.monotonic()
+    done, _ = Bash().run(kohya.launcher(recipe), overrides, kohya.path, log, env)
     print(done.output)
+    print(f"{name}: {time.monotonic() - start:.0f} s")
     assert done.returncode == 0, done.output
-    name = f"{NAME}_{revision}"
-    file = kohya.path / f"_out/lora/sdxl/{name}/{name}.safetensors"
-    return Run(kohya, request.param, done.output, file)
+    project = f"{NAME}_{revision}"
+    file = kohya.path / f"_out/lora/sdxl/{project}/{project}.safetensors"
+    return Run(kohya, name, done.output, file)
 
 
 @e2e
@@ -374,10 +511,42 @@ def test_the_metadata_says_what_was_trained(run):
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["ss_output_name"] == run.file.stem
+    # Whichever of the two trained it: programs tell by it how to read the tensors.
     assert metadata["ss_network_module"] == "lycoris.kohya"
     assert metadata["ss_network_dim"] == str(RANK)
     assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == "2"
     assert metadata["ss_optimizer"].startswith("prodigyopt.prodigy.Prodigy")
+
+
+@e2e
+@pytest.mark.parametrize(("theirs", "ours"), EQUAL)
+def test_our_network_trains_the_same_file_as_lycoris_bit_for_bit(trained, theirs, ours):
+    expected, found = trained(theirs), trained(ours)
+    assert "early stop: the backward pass ends at output_blocks.0.1 and spares 387" in found.printed
+    assert "early stop" not in expected.printed
+    assert sorted(found.tensors) == sorted(expected.tensors)
+    assert len(found.tensors) == 480
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name], tensor), name
+
+
+@e2e
+@pytest.mark.parametrize("name", ["fast", "fast, all kept"])
+def test_bypass_mode_trains_nearly_the_same(trained, name):
+    """In bf16 the two forms of LyCORIS round differently: after two steps by some percent."""
+    expected, found = trained("fast, LyCORIS").tensors, trained(name).tensors
+    assert sorted(found) == sorted(expected)
+    apart = sum((found[n].float() - expected[n].float()).square().sum() for n in found)
+    assert (apart / sum(tensor.float().square().sum() for tensor in expected.values())) < 0.05**2
+
+
+@e2e
+def test_text_encoders_that_are_trained_forbid_an_early_stop(trained):
+    printed = trained("fast, DoRA and clip").printed
+    assert (
+        "no early stop: text encoders are trained, and their gradients pass through the whole"
+        in printed
+    )
 
 
 def inspect(run: Run, path: Path) -> dict[str, Any]:
