@@ -54,18 +54,14 @@ def create_network_from_weights(*args: Any, **kwargs: Any) -> tuple[BLoraNetwork
 
 def with_stop(network: nn.Module) -> BLoraNetwork:
     """The same network; refused where LyCORIS would drop DoRA without a word."""
-    if any(lora.bypass_mode and getattr(lora, "wd", False) for lora in trained_by(network)):
+    loras = [*network.unet_loras, *network.text_encoder_loras]
+    if any(lora.bypass_mode and getattr(lora, "wd", False) for lora in loras):
         raise NetworkError(
             "error: with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for "
             "it: remove one of the two from --network_args"
         )
     network.__class__ = BLoraNetwork
     return network
-
-
-def trained_by(network: nn.Module) -> list[nn.Module]:
-    """LyCORIS' modules: those of the U-Net, then those of the text encoders."""
-    return [*network.unet_loras, *network.text_encoder_loras]
 
 
 # ---- The stop ------------------------------------------------------------------------------------
@@ -106,8 +102,8 @@ def stop_early(network: nn.Module, unet: nn.Module) -> str:
     for layer in list(layers.values())[:first]:
         stop_checkpointing(layer)
     unet.register_forward_pre_hook(detach_inputs, with_kwargs=True)
-    for name in trained:
-        layers[name].register_forward_pre_hook(require_gradient)
+    for layer in filter(checkpoints, (layers[name] for name in trained)):
+        layer.register_forward_pre_hook(require_gradient)
     kept = sum(map(count_layers, list(layers.values())[first:]))
     total = count_layers(unet)
     return (
@@ -119,6 +115,11 @@ def stop_early(network: nn.Module, unet: nn.Module) -> str:
 def count_layers(module: nn.Module) -> int:
     """How many Linear and Conv2d it holds; SDXL's U-Net has 794."""
     return sum(isinstance(inner, (nn.Linear, nn.Conv2d)) for inner in module.modules())
+
+
+def checkpoints(layer: nn.Module) -> bool:
+    """Whether anything in it is computed twice in place of being kept."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in layer.modules())
 
 
 def stop_checkpointing(layer: nn.Module) -> None:
@@ -139,7 +140,7 @@ def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def require_gradient(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def require_gradient(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Let the hidden state require a gradient where nothing that came before made it.
 
     sd-scripts checkpoints with use_reentrant=True, which gives no gradient to a block none of whose
@@ -147,7 +148,5 @@ def require_gradient(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     """
     hidden, *others = args
     if hidden.requires_grad or not torch.is_grad_enabled():
-        return None
-    if not any(getattr(module, "gradient_checkpointing", False) for module in layer.modules()):
         return None
     return hidden.detach().requires_grad_(), *others

@@ -75,10 +75,21 @@ def make_standin(path: Path, *, name: str, gui: bool = False) -> Path:
     for script in (ROOT / "tests/standin").glob("*.py"):
         shutil.copy(script, scripts)
     shutil.copy(ROOT / "tests/data/sdxl_train_network_options.json", scripts)
-    for tool in ("make_checkpoint.py toy.safetensors", f"make_dataset.py _in/lora/sdxl/{name}"):
-        script, argument = tool.split()
+    made = {"make_checkpoint.py": "toy.safetensors", "make_dataset.py": f"_in/lora/sdxl/{name}"}
+    for script, argument in made.items():
         subprocess.run([sys.executable, scripts / script, argument], cwd=path, check=True)
     return path
+
+
+def with_text_encoders(launcher: Path) -> Path:
+    """A copy of a launcher without --network_train_unet_only, as the README describes it."""
+    copied = launcher.with_name(f"my_{launcher.name}")
+    shutil.copy(launcher, copied)
+    lines = launcher.read_text().splitlines(keepends=True)
+    left = [line for line in lines if "--network_train_unet_only" not in line]
+    assert len(left) == len(lines) - 1
+    copied.write_text("".join(left))
+    return copied
 
 
 # accelerate's own options for one process and for two on the CPU; port 0 is any free one.

@@ -48,10 +48,6 @@ class Toy:
         self.tokens = torch.tensor([toy_sdxl.tokenize("sks circle")])
         self.sizes = torch.tensor([[64, 64, 0, 0, 64, 64]])
 
-    def wrap(self) -> None:
-        """Make it a U-Net that is built in another way."""
-        self.unet = Wrapped(self.unet)
-
     def conditions(self) -> list[Tensor]:
         (context1, _), (context2, pooled) = (t(self.tokens) for t in self.text_encoders)
         return [context1, context2, pooled]
@@ -111,18 +107,15 @@ def build_network(models: Toy | Kohya, case: dict[str, Any]) -> nn.Module:
 
 def watch(unet: nn.Module, seen: set[str]) -> None:
     """Note the layers whose output requires a gradient, by their place in the lists of blocks."""
-    blocks = [(f"input_blocks.{n}", block) for n, block in enumerate(unet.input_blocks)]
-    blocks += [("middle_block", unet.middle_block)]
-    blocks += [(f"output_blocks.{n}", block) for n, block in enumerate(unet.output_blocks)]
-    for name, block in [*blocks, ("out", unet.out)]:
-        for number, layer in enumerate(block):
+    names = {module: name for name, module in unet.named_modules()}
 
-            def note(_layer: nn.Module, _inputs: Any, output: Tensor, place: str) -> None:
-                if output.requires_grad:
-                    seen.add(place)
+    def note(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            seen.add(names[layer])
 
-            place = f"{name}.{number}"
-            layer.register_forward_hook(lambda *args, place=place: note(*args, place))
+    for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks, unet.out):
+        for layer in block:
+            layer.register_forward_hook(note)
 
 
 def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +174,7 @@ def told(case: dict[str, Any], kohya: Path | None) -> dict[str, Any]:
     torch.manual_seed(0)
     models = Kohya(kohya) if kohya else Toy()
     if case.get("wrapped"):
-        models.wrap()
+        models.unet = Wrapped(models.unet)
     said = io.StringIO()
     with redirect_stdout(said):  # LyCORIS logs there
         try:

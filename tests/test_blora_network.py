@@ -19,6 +19,8 @@ import pytest
 from kohya_folder import ROOT
 from test_blora_presets import LYCORIS, PRESETS, RELEASES
 
+from blora_memory import place
+
 NEWEST = LYCORIS[-1]
 OWN = {
     "middle": r"middle_block\.1\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$",
@@ -109,12 +111,16 @@ def cases(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def with_both(asked: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each case with each network module, as "CASE|MODULE"."""
+    return {f"{n}|{m}": {**c, "module": m} for n, c in asked.items() for m in MODULES}
+
+
 @cache
 def steps(release: str, folder: Path) -> dict[str, dict[str, Any]]:
     """Each case twice: {case: {network module: what the step gave}}."""
     asked = cases(preset_files(folder), release)
-    question = {f"{n}|{m}": {**c, "module": m} for n, c in asked.items() for m in MODULES}
-    answer = probe(release, steps=question)["steps"]
+    answer = probe(release, steps=with_both(asked))["steps"]
     return {name: {m: answer[f"{name}|{m}"] for m in MODULES} for name in asked}
 
 
@@ -134,13 +140,6 @@ def test_output_and_gradients_are_those_of_lycoris_bit_for_bit(folder, release, 
     # Equal would be easy if there were none.
     assert theirs["zero"] == []
     assert len(theirs["without_gradient"]) == (8 if name == "text encoders" else 0)
-
-
-def place(layer: str) -> tuple[int, ...]:
-    """Where a layer comes in the forward pass."""
-    part, *numbers = layer.split(".")
-    parts = ["input_blocks", "middle_block", "output_blocks", "out"]
-    return (parts.index(part), *map(int, numbers))
 
 
 @pytest.mark.parametrize("checkpointing", ["checkpointing", "all kept"])

@@ -27,10 +27,10 @@ from typing import Any
 
 import pytest
 import torch
-from kohya_folder import ROOT, SCRIPT, Bash, install
+from kohya_folder import ROOT, SCRIPT, Bash, install, with_text_encoders
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_blora_network import MODULES, PLAIN, cases, preset_files
+from test_blora_network import MODULES, PLAIN, cases, preset_files, with_both
 from test_blora_presets import (
     CONTENT,
     EXPECTED,
@@ -155,15 +155,7 @@ class Kohya:
     def launcher(self, recipe: Recipe) -> Path:
         """The launcher, or a copy without --network_train_unet_only as the README describes."""
         original = self.path / f"{recipe.launcher}.sh"
-        if not recipe.text_encoders:
-            return original
-        copied = self.path / f"my_{original.name}"
-        shutil.copy(original, copied)
-        lines = original.read_text().splitlines(keepends=True)
-        left = [line for line in lines if "--network_train_unet_only" not in line]
-        assert len(left) == len(lines) - 1
-        copied.write_text("".join(left))
-        return copied
+        return with_text_encoders(original) if recipe.text_encoders else original
 
     def settings(self, folder: Path) -> dict[str, str]:
         """The settings of the launchers, with the folder's programs found first."""
@@ -315,11 +307,10 @@ def test_lycoris_builds_the_modules_preflight_announced_on_sd_scripts_own_sdxl(k
 def steps(kohya, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """The cases of test_blora_network.py that need no text encoder: see network_probe.py."""
     asked = cases(preset_files(tmp_path_factory.mktemp("presets")), "")
-    question = {f"{n}|{m}": {**c, "module": m} for n, c in asked.items() for m in MODULES}
     done = kohya.python(
         TESTS / "network_probe.py",
         kohya.path,
-        input=json.dumps({"steps": question, "layers": {}}),
+        input=json.dumps({"steps": with_both(asked), "layers": {}}),
         env=os.environ | {"PYTHONPATH": str(kohya.path)},
         check=True,
     )
