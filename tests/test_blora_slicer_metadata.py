@@ -146,7 +146,7 @@ def kohya_hashes(path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("strength", ["1", "0.5"])
-@pytest.mark.parametrize("rank", [2, 9000], ids=["200 KB", "2 MB"])
+@pytest.mark.parametrize("rank", [2, 20], ids=["200 KB", "2 MB"])
 def test_both_hashes_are_those_that_kohya_computes(tmp_path, output, rank, strength):
     tensors = blora_modules(CONTENT, STYLE, rank=rank, dtype=torch.float16)
     metadata = {"ss_training_comment": 'a "quoted" ü \u2028 line\n', "modelspec.title": "é" * 50}
