@@ -38,7 +38,7 @@ OTHERS = {
 
 
 def draw(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "docs/draw_blora.py", *options]
+    command = [sys.executable, "tools/draw_blora.py", *options]
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
@@ -63,9 +63,9 @@ def bundle(tmp_path) -> Path:
     """A copy of all that the script reads and writes."""
     for path in [*ROOT.glob("blora_*.py"), ROOT / "blora_traits.json"]:
         shutil.copy(path, tmp_path)
-    (tmp_path / "docs").mkdir()
-    for name in ["draw_blora.py", *PICTURES]:
-        shutil.copy(ROOT / "docs" / name, tmp_path / "docs")
+    for path in ["tools/draw_blora.py", *(f"docs/{name}" for name in PICTURES)]:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
     return tmp_path
 
 
@@ -81,7 +81,7 @@ def test_a_file_that_differs_or_is_gone_is_named_and_drawn_anew(name, bundle):
     for spoil in (lambda: path.write_bytes(as_it_was.replace(b"\n", b"\r\n")), path.unlink):
         spoil()
         done = draw(bundle, "--check")
-        expected = f"not what would be drawn: docs/{name}; python docs/draw_blora.py\n"
+        expected = f"not what would be drawn: docs/{name}; python tools/draw_blora.py\n"
         assert (done.returncode, done.stderr) == (1, expected)
     assert draw(bundle).returncode == 0
     assert path.read_bytes() == as_it_was

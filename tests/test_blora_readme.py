@@ -147,7 +147,7 @@ def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
 
 
 def test_the_options_page_is_what_the_programs_print():
-    command = [sys.executable, ROOT / "docs/write_options.py", "--check"]
+    command = [sys.executable, ROOT / "tools/write_options.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

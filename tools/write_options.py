@@ -1,7 +1,7 @@
 """Write docs/blora_options.md: the help of each program, as it prints it.
 
-python docs/write_options.py            writes it
-python docs/write_options.py --check    exits 1 where the file is not what would be written
+python tools/write_options.py            writes it
+python tools/write_options.py --check    exits 1 where the file is not what would be written
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-PAGE = HERE / "blora_options.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/blora_options.md"
 INTRO = """# Every option
 
 What `--help` of each program prints. The launchers have the settings at their top, and hand every
@@ -21,7 +21,7 @@ option on to sd-scripts' `sdxl_train_network.py`.
 
 def page() -> str:
     """The page's text, at the width of a terminal of 80 columns."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(ROOT))
     import blora_preflight
     import blora_slicer
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     """Write the page, or compare it."""
     if argv == ["--check"]:
         if PAGE.read_text(encoding="utf-8") != page():
-            print("docs/blora_options.md is stale: python docs/write_options.py", file=sys.stderr)
+            print("docs/blora_options.md is stale: python tools/write_options.py", file=sys.stderr)
             return 1
         return 0
     PAGE.write_text(page(), encoding="utf-8", newline="\n")

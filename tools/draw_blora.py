@@ -1,7 +1,7 @@
 """Draw docs/blora_blocks.svg and docs/blora_rank.svg from the data that the tools themselves use.
 
-python docs/draw_blora.py            writes them
-python docs/draw_blora.py --check    exits 1 where a file is not what would be drawn
+python tools/draw_blora.py            writes them
+python tools/draw_blora.py --check    exits 1 where a file is not what would be drawn
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from blora_preflight import BYTES, OPTIMIZER_STATE, Layer, matching, sdxl_layers, unet_layers
 from blora_slicer import Trait, block_of, load_traits, sgm_name
 
-HERE = Path(__file__).resolve().parent
-TRAITS_FILE = HERE.parent / "blora_traits.json"
+ROOT = Path(__file__).resolve().parent.parent
+TRAITS_FILE = ROOT / "blora_traits.json"
 WIDTH = 720  # of both pictures; half of that on a phone, so that text of 20 has 10 there
 
 
@@ -506,14 +506,14 @@ def main(argv: list[str]) -> int:
         return 2
     stale = []
     for name, draw in PICTURES.items():
-        path, drawn = HERE / name, draw().encode()
+        path, drawn = ROOT / "docs" / name, draw().encode()
         if not argv:
             path.write_bytes(drawn)
         elif not path.is_file() or path.read_bytes() != drawn:
             stale.append(f"docs/{name}")
     if stale:
         told = " and ".join(stale)
-        print(f"not what would be drawn: {told}; python docs/draw_blora.py", file=sys.stderr)
+        print(f"not what would be drawn: {told}; python tools/draw_blora.py", file=sys.stderr)
     return 1 if stale else 0
 
 
