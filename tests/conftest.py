@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cmd_runner import Cmd, MissingToolsError, cmd_session, find_tools
+from kohya_folder import ROOT, install
 
 # No test has anything on the hub; diffusers and transformers read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,3 +26,12 @@ def cmd() -> Iterator[Cmd]:
         give_up(str(missing))
     with cmd_session(tools) as session:
         yield session
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    """The bundle beside the tools and an empty docs folder, for the tools to write into."""
+    install(tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    (tmp_path / "docs").mkdir()
+    return tmp_path
