@@ -260,7 +260,7 @@ FLOOR, CEILING, END = 616, 112, 694  # y of the axis, top of the hatching, right
 
 
 def size_in_words(size: float) -> str:
-    """Bytes as "902 MB" or "9.0 GB"."""
+    """Bytes as "902 MB" or "10.8 GB"."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
@@ -270,8 +270,8 @@ def across(rank: float) -> float:
 
 
 def upwards(size: float) -> float:
-    """y of a size in bytes; the axis is at 7 MB."""
-    return round(FLOOR - 148 * math.log10(size / 7e6), 1)
+    """y of a size in bytes; the axis is at 8 MB."""
+    return round(FLOOR - 148 * math.log10(size / 8e6), 1)
 
 
 def draw_sizes(per_rank: float, name: str, colour: str, mark: str) -> list[str]:
@@ -339,8 +339,8 @@ def describe_ranks(per_rank: int, file: int, memory: float, outgrown: dict[int, 
     """The picture in words."""
     ranks = [
         f"Rank {rank}: {per_rank * rank / 1e6:.0f} million parameters, a file of "
-        f"{size_in_words(file * rank)} in fp16, {size_in_words(memory * rank)} of gradients and "
-        "Prodigy state."
+        f"{size_in_words(file * rank)} in fp16, {size_in_words(memory * rank)} of memory for "
+        "weights, gradients and Prodigy's state."
         for rank in (RANKS[0], *USERS)
     ]
     matrices = [
@@ -351,11 +351,12 @@ def describe_ranks(per_rank: int, file: int, memory: float, outgrown: dict[int, 
 
 
 def rank_picture() -> str:
-    """Rank against parameters, the file's size and the memory that training takes for it."""
+    """Rank against parameters, the file's size and the memory of training without the model's."""
     layers = trained_layers()
     per_rank = sum(layer.parameters(1) for layer in layers)
     file = BYTES["fp16"] * per_rank
-    memory = BYTES["float"] * (1 + matching(OPTIMIZER_STATE, "prodigy")) * per_rank
+    # For each parameter its value, its gradient and Prodigy's state.
+    memory = BYTES["float"] * (1 + 1 + matching(OPTIMIZER_STATE, "prodigy")) * per_rank
     # A LoRA of rank (in x out) / (in + out) holds as many numbers as the matrix.
     outgrown = {
         math.prod(layer.shape) // layer.parameters(1): TIMES.join(map(str, layer.shape[::-1]))
@@ -369,10 +370,11 @@ def rank_picture() -> str:
         text(6, 70, f"Content and style together: {len(layers)} layers.", "quiet"),
         text(6, 96, "Both scales are logarithmic: twice the rank, twice the cost.", "quiet"),
         *draw_outgrown(*min(outgrown.items())),
-        *draw_sizes(memory, "memory: gradients and Prodigy's state, fp32", "orange", "diamond"),
+        *draw_sizes(memory, "memory, fp32: weights, gradients, Prodigy's state",
+                    "orange", "diamond"),
         *draw_sizes(file, "file, fp16", "blue", "circle"),
         *draw_axis(per_rank),
-    )
+    )  # fmt: skip
 
 
 def main() -> None:
