@@ -93,6 +93,16 @@ def test_a_picture_is_small_named_described_and_self_contained(name):
     assert "@media (prefers-color-scheme:dark)" in source
 
 
+def test_every_class_has_a_rule_every_rule_a_use_and_every_colour_a_dark_one():
+    pictures = [parsed(name) for name in PICTURES]
+    used = {c for picture in pictures for e in picture.iter() for c in e.get("class", "").split()}
+    for picture in pictures:
+        light, dark = picture.find(f"{SVG}style").text.split("@media")
+        assert set(re.findall(r"\.([a-z][\w-]*)\{", light)) == used
+        coloured = [set(re.findall(r"([\w.-]+)\{[^{}]*#", style)) for style in (light, dark)]
+        assert coloured[0] == coloured[1]
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_text_is_large_enough_for_a_phone(name):
     width = float(parsed(name).get("viewBox").split()[2])

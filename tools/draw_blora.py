@@ -34,7 +34,7 @@ FONTS = (
 LIGHT = (
     "text{fill:#1f2328}.quiet{fill:#5d6570}.on-mark{fill:#ffffff}"
     ".flow{stroke:#8c959f;fill:none}.head{fill:#8c959f}"
-    ".plain{fill:#f6f8fa;stroke:#c8d1da}.plain-mark{fill:#c8d1da}"
+    ".plain{fill:#f6f8fa;stroke:#c8d1da}"
     ".blue{fill:#dcefff;stroke:#0b66b8}.blue-mark{fill:#0b66b8}"
     ".orange{fill:#ffeadb;stroke:#b84a00}.orange-mark{fill:#b84a00}"
     ".green{fill:#d9f5ea;stroke:#00795a}.green-mark{fill:#00795a}"
@@ -42,7 +42,7 @@ LIGHT = (
 DARK = (
     "text{fill:#f0f6fc}.quiet{fill:#8b949e}.on-mark{fill:#0d1117}"
     ".flow{stroke:#6e7681;fill:none}.head{fill:#6e7681}"
-    ".plain{fill:#1b222b;stroke:#465059}.plain-mark{fill:#465059}"
+    ".plain{fill:#1b222b;stroke:#465059}"
     ".blue{fill:#102c4a;stroke:#58a6ff}.blue-mark{fill:#58a6ff}"
     ".orange{fill:#42210b;stroke:#ff9d57}.orange-mark{fill:#ff9d57}"
     ".green{fill:#073b2f;stroke:#3ccb9c}.green-mark{fill:#3ccb9c}"
@@ -351,7 +351,7 @@ def describe_ranks(per_rank: int, file: int, memory: float, outgrown: dict[int, 
 
 
 def rank_picture() -> str:
-    """Rank against parameters, the file's size and the memory of training without the model's."""
+    """Rank against parameters, the file's size and the memory it takes beside the model."""
     layers = trained_layers()
     per_rank = sum(layer.parameters(1) for layer in layers)
     file = BYTES["fp16"] * per_rank
