@@ -16,10 +16,10 @@ import pytest
 import sdxl_train_network
 import torch
 from kohya_folder import ROOT, install
+from launcher_text import outline
 from make_checkpoint import main as make_checkpoint
 from make_dataset import draw
 from safetensors.torch import save_file
-from test_blora_launchers import outline
 from test_blora_readme import check_cmd, check_launcher, check_preflight, check_slicer
 
 import blora_memory

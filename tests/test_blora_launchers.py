@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from kohya_folder import CHECKPOINT, ROOT, Bash, Bat, make_kohya, remove_files
+from launcher_text import FAST_CHANGES, outline
 from sdxl_train_network import build_parser
 
 NAMES = ["sdxl_blora_classic", "sdxl_blora_fast"]
@@ -63,15 +63,6 @@ safeguard_warmup=True
 beta3=None
 """.split()
 
-# The only differences between the two recipes: classic's argument, fast's arguments.
-FAST_CHANGES = [
-    ("--network_module=lycoris.kohya", "--network_module=blora_network", "bypass_mode=True"),
-    ("--random_crop", "--cache_latents"),
-    ("--mem_eff_attn", "--sdpa"),
-    ("--lr_warmup_steps=500", "--lr_warmup_steps=0"),
-    ("use_bias_correction=True", "use_bias_correction=False"),
-    (None, "--save_precision=fp16"),
-]
 GONE = [old for old, *_ in FAST_CHANGES if old]
 NEW = [argument for _, *new in FAST_CHANGES for argument in new]
 # The one setting that only fast has, beside its comment.
@@ -405,31 +396,6 @@ def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(cmd, tmp_path, na
 
 
 # ---- The twins -----------------------------------------------------------------------------------
-
-
-def outline(path: Path) -> list[str]:
-    """A launcher without its shell: comments, settings with defaults, options, messages."""
-    lines = []
-    for line in path.read_bytes().decode("ascii").splitlines():
-        if line.startswith(("# ", "rem ")):
-            lines.append(line.split(" ", 1)[1].rstrip("-"))
-        elif setting := re.match(
-            r'(\w+)="\$\{\w+:-(.*)\}"$|if not defined \w+ set "(\w+)=(.*)"$', line
-        ):
-            name, default = setting[1] or setting[3], setting[2] or setting[4] or ""
-            lines.append(f"{name} = {default}")
-        elif re.match(r'  ("?--|"\w+=|"\$\{|%)', line):
-            lines.append(without_variables(line).strip(" \\^"))
-        elif message := re.match(r"  (?:fail|echo) (.*\w.*\w.*\.)", line):
-            lines.append(without_variables(message[1]).replace("\\", ""))
-    return lines
-
-
-def without_variables(text: str) -> str:
-    """Name a variable the same way in both shells: $A, ${A} and %A% become A."""
-    text = text.replace('"$@"', "ARGS").replace("%*", "ARGS").replace("$PWD", "CD")
-    text = text.replace("[@]", "")
-    return re.sub(r"\$\{?(\w+)\}?|%(\w+)%", lambda m: m[1] or m[2], text).replace('"', "")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 from kohya_folder import ROOT, copy_command
+from launcher_text import FAST_CHANGES, outline
 from sdxl_train_network import build_parser as sd_scripts_parser
 from test_blora_bundle import BUNDLE, tracked
-from test_blora_launchers import FAST_CHANGES, outline
 
 import blora_preflight
 import blora_slicer
