@@ -60,10 +60,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a .bat ended: the full 32-bit exit code, and stdout and stderr together."""
+    """How a .bat ended: the full 32-bit exit code, and what it printed."""
 
     returncode: int
-    output: str
+    stdout: str
+    stderr: str = ""
+
+    @property
+    def output(self) -> str:
+        """All that was printed, stdout first."""
+        return self.stdout + self.stderr
 
 
 # ---- Paths --------------------------------------------------------------------------------
@@ -234,7 +240,7 @@ class Cmd:
             if finished is not None and not (self.wine and START_FAILURE.search(finished.output)):
                 return finished
         if finished is None:
-            raise RuntimeError("launch.exe did not start: " + self._output())
+            raise RuntimeError("launch.exe did not start: " + self._printed())
         return finished
 
     def _launch(self, stdin: bytes) -> Finished | None:
@@ -242,28 +248,32 @@ class Cmd:
         request, result = self.folder / "request", self.folder / "result"
         result.unlink(missing_ok=True)
         command = [*self.wine, str(self.folder / "launch.exe"), str(request), str(result)]
-        # Into a file: a pipe would stay open for as long as anything else holds it.
-        with (self.folder / "output").open("wb") as stream:
+        # Into files: a pipe would stay open for as long as anything else holds it.
+        stdout, stderr = (self.folder / name for name in ("stdout", "stderr"))
+        with stdout.open("wb") as out, stderr.open("wb") as err:
             try:
                 subprocess.run(
                     command,
                     input=stdin,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
+                    stdout=out,
+                    stderr=err,
                     env=self.environ,
                     timeout=TIME_LIMIT,
                 )
             except subprocess.TimeoutExpired:
-                message = f"the .bat still ran after {TIME_LIMIT} s, it printed: {self._output()}"
+                message = f"the .bat still ran after {TIME_LIMIT} s, it printed: {self._printed()}"
                 raise TimeoutError(message) from None
         if not result.exists():
             return None
-        return Finished(int(result.read_text()), self._output())
+        return Finished(int(result.read_text()), _text(stdout), _text(stderr))
 
-    def _output(self) -> str:
-        """What was printed, with line ends as in Python."""
-        text = (self.folder / "output").read_bytes().decode(OUTPUT_ENCODING, errors="replace")
-        return text.replace("\r\n", "\n")
+    def _printed(self) -> str:
+        return "".join(_text(self.folder / name) for name in ("stdout", "stderr"))
+
+
+def _text(file: Path) -> str:
+    """What was printed, with line ends as in Python."""
+    return file.read_bytes().decode(OUTPUT_ENCODING, errors="replace").replace("\r\n", "\n")
 
 
 def _records(log: str | None) -> set[Path]:

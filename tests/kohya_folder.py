@@ -132,14 +132,12 @@ class Bash:
             cwd=cwd,
             env={"PATH": os.defpath, "RECORDER_LOG": str(log), **env},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
             check=False,
         )
-        return Finished(done.returncode, done.stdout), [
-            self._call(r) for r in sorted(log.glob("*"))
-        ]
+        finished = Finished(done.returncode, done.stdout, done.stderr)
+        return finished, [self._call(record) for record in sorted(log.glob("*"))]
 
     def shown(self, path: Path) -> str:
         """The path as this shell and its programs write it."""

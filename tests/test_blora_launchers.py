@@ -218,7 +218,8 @@ def test_memory_is_saved_unless_that_is_switched_off(kohya, save, given):
 def test_another_value_than_1_or_0_is_refused(kohya, save):
     kohya.env["BLORA_SAVE_MEMORY"] = save
     done, calls = kohya.launch("sdxl_blora_fast")
-    assert done.output.splitlines() == [
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
         f'BLORA_SAVE_MEMORY is "{save}": give 1 to save memory, or 0 to be faster.'
     ]
     assert (done.returncode, calls) == (1, [])
@@ -377,7 +378,7 @@ def test_a_refusal_is_one_sentence_and_exit_1_before_anything_starts(kohya, name
     remove_files(kohya.path, *missing)
     done, calls = kohya.launch(name)
     expected = sentence.format(folder=kohya.shell.shown(kohya.path))
-    assert done.output.splitlines() == [expected]
+    assert (done.stdout, done.stderr.splitlines()) == ("", [expected])
     assert (done.returncode, calls) == (1, [])
 
 
@@ -389,7 +390,7 @@ def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(cmd, tmp_path, na
     shell.make_venv(path / "venv")
     env = SETTINGS | {"RECORDER_EXIT_accelerate": str(code)}
     clicked = shell.double_click(path / f"{name}.bat", [], tmp_path / "log", env)
-    assert "Press any key" in clicked.output
+    assert "Press any key" in clicked.stdout
     assert clicked.returncode == code
     typed, _ = shell.run(path / f"{name}.bat", [], path, tmp_path / "log", env)
     assert (typed.returncode, typed.output) == (code, "")

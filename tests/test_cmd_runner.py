@@ -156,9 +156,11 @@ def test_a_recorder_that_cannot_record_says_so(cmd: Cmd, folder: Path) -> None:
     assert "RECORDER_LOG" in finished.output
 
 
-def test_both_outputs_are_captured(cmd: Cmd, tmp_path: Path) -> None:
+def test_both_outputs_are_captured_apart(cmd: Cmd, tmp_path: Path) -> None:
     bat = write_bat(tmp_path / "talk.bat", ["@echo off", "echo one", ">&2 echo two", "echo three"])
-    assert cmd.run(bat).output == "one\ntwo\nthree\n"
+    finished = cmd.run(bat)
+    assert (finished.stdout, finished.stderr) == ("one\nthree\n", "two\n")
+    assert finished.output == "one\nthree\ntwo\n"
 
 
 def test_what_is_typed_is_read(cmd: Cmd, tmp_path: Path) -> None:
@@ -191,6 +193,7 @@ NOT_THERE = Finished(9009, "Can't recognize 'program.exe' as an internal or exte
         ([None, GOOD], GOOD),
         ([NOT_THERE, GOOD], GOOD),
         ([NOT_THERE, NOT_THERE, NOT_THERE], NOT_THERE),
+        ([Finished(9009, "", NOT_THERE.stdout), GOOD], GOOD),
         # A failure of the .bat itself is no reason to run it again.
         ([Finished(1, "no such folder")], Finished(1, "no such folder")),
         ([Finished(7, "")], Finished(7, "")),
