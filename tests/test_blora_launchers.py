@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from cmd_runner import Finished
 from kohya_folder import CHECKPOINT, ROOT, Bash, Bat, make_kohya, remove_files
 from launcher_text import FAST_CHANGES, outline
 from sdxl_train_network import build_parser
@@ -91,13 +92,21 @@ if not "%BLORA_SAVE_MEMORY%"=="1" if not "%BLORA_SAVE_MEMORY%"=="0" (
 }
 
 
-@pytest.fixture(params=["bash", "bat"])
-def shell(request):
-    if request.param == "bat":
-        return Bat(request.getfixturevalue("cmd"))
+@pytest.fixture
+def bash() -> Bash:
     if sys.platform == "win32":
         pytest.skip("the .sh launchers are for Linux")
     return Bash()
+
+
+@pytest.fixture
+def bat(cmd) -> Bat:
+    return Bat(cmd)
+
+
+@pytest.fixture(params=["bash", "bat"])
+def shell(request) -> Bash | Bat:
+    return request.getfixturevalue(request.param)
 
 
 @dataclass
@@ -268,11 +277,10 @@ def options_after_names(name: str) -> list[str]:
     ids=["with quote marks", "with a backslash at the end"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_pasted_from_explorer_arrives_whole(cmd, tmp_path, name, pasted, given):
-    shell = Bat(cmd)
+def test_a_path_pasted_from_explorer_arrives_whole(bat, tmp_path, name, pasted, given):
     path = make_kohya(tmp_path / "kohya")
-    shell.make_venv(path / "venv")
-    argv = Kohya(shell, path, tmp_path / "log", {"BLORA_CHECKPOINT": pasted}).argv(name)
+    bat.make_venv(path / "venv")
+    argv = Kohya(bat, path, tmp_path / "log", {"BLORA_CHECKPOINT": pasted}).argv(name)
     assert argv[3:5] == [f"--pretrained_model_name_or_path={given}", CLASSIC[1]]
 
 
@@ -296,8 +304,41 @@ def test_venv_is_used_then_dot_venv_then_the_active_environment(shell, tmp_path,
     programs = {name: shell.make_venv(path / name) for name in present}
     kohya = Kohya(shell, path, tmp_path / "log")
     kohya.env |= shell.path_variable(programs["active"])
+    kohya.env["VIRTUAL_ENV"] = shell.shown(path / "active")
     _, calls = kohya.launch("sdxl_blora_classic")
     assert [shell.program_folder(call) for call in calls] == [programs[used]] * 2
+    assert [call.env["VIRTUAL_ENV"] for call in calls] == [shell.shown(path / used)] * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sh_runs_in_its_own_folder_whatever_cdpath_says(bash, tmp_path, name):
+    path = make_kohya(tmp_path / "kohya")
+    for folder in (path, make_kohya(tmp_path / "elsewhere/kohya")):
+        bash.make_venv(folder / "venv")
+    env = SETTINGS | {"CDPATH": str(tmp_path / "elsewhere")}
+    relative = Path("kohya") / f"{name}.sh"
+    done, calls = bash.run(relative, [], tmp_path, tmp_path / "log", env)
+    assert done == Finished(0, "")
+    assert [call.cwd for call in calls] == [path] * 2
+
+
+CALLERS = {
+    "from another drive": "cd /d %SYSTEMROOT%",  # which under Wine is on C:, and all else on Z:
+    "with delayed expansion": "setlocal EnableDelayedExpansion",
+    "without extensions": "setlocal DisableExtensions",  # Wine has them all the same
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bat_does_the_same_whatever_calls_it(bat, tmp_path, name, caller):
+    path = make_kohya(tmp_path / "kohya", name=ODD)
+    bat.make_venv(path / "venv")
+    lines = f'@{CALLERS[caller]}\n@"{bat.shown(path / name)}.bat"\n'
+    (path / "caller.bat").write_text(lines, newline="\r\n")
+    argv = Kohya(bat, path, tmp_path / "log", SETTINGS | {"BLORA_NAME": ODD}).argv("caller")
+    assert argv[6] == f"--output_name={ODD}_1"
+    assert argv[7:] == options_after_names(name)
 
 
 @pytest.mark.parametrize("earlier", ["", "elsewhere"])
@@ -384,15 +425,14 @@ def test_a_refusal_is_one_sentence_and_exit_1_before_anything_starts(kohya, name
 
 @pytest.mark.parametrize("code", [0, 7])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(cmd, tmp_path, name, code):
-    shell = Bat(cmd)
+def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(bat, tmp_path, name, code):
     path = make_kohya(tmp_path / ODD)
-    shell.make_venv(path / "venv")
+    bat.make_venv(path / "venv")
     env = SETTINGS | {"RECORDER_EXIT_accelerate": str(code)}
-    clicked = shell.double_click(path / f"{name}.bat", [], tmp_path / "log", env)
+    clicked = bat.double_click(path / f"{name}.bat", [], tmp_path / "log", env)
     assert "Press any key" in clicked.stdout
     assert clicked.returncode == code
-    typed, _ = shell.run(path / f"{name}.bat", [], path, tmp_path / "log", env)
+    typed, _ = bat.run(path / f"{name}.bat", [], path, tmp_path / "log", env)
     assert (typed.returncode, typed.output) == (code, "")
 
 
@@ -427,9 +467,9 @@ def test_fast_is_classic_but_for_its_recipe_and_its_comments(suffix):
     assert sorted(line.replace('"', "") for line in changed) == sorted(recipe)
 
 
-@pytest.mark.parametrize("bat", sorted(path.name for path in ROOT.glob("*.bat")))
-def test_a_bat_is_ascii_with_windows_line_ends_and_no_bom(bat):
-    content = (ROOT / bat).read_bytes()
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.bat")))
+def test_a_bat_is_ascii_with_windows_line_ends_and_no_bom(file):
+    content = (ROOT / file).read_bytes()
     assert content.isascii()
     assert content.endswith(b"\r\n")
     assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
