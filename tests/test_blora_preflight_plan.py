@@ -1,0 +1,268 @@
+"""What blora_preflight.py says a training will be: steps, saves, sizes and the card's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers_sdxl import sdxl_unet_without_weights
+from preflight_folder import (
+    IMAGES,
+    OPTIONS,
+    OURS,
+    WITH_BYPASS,
+    checked,
+    edit_config,
+    make_trainable,
+    words,
+)
+
+import blora_memory
+import blora_preflight
+
+CARD = blora_memory.card
+
+
+@pytest.fixture
+def kohya(tmp_path, monkeypatch) -> Path:
+    """A folder in which a training could begin; it is the working directory."""
+    return make_trainable(tmp_path, monkeypatch)
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+
+def test_it_says_what_the_training_will_be(kohya, capsys):
+    code = blora_preflight.main(["sdxl_train_network.py", *words()])
+    captured = capsys.readouterr()
+    assert code == 0
+    lines = captured.out.splitlines()
+    assert lines[:7] == [
+        "This training:",
+        "  base      sdxl.safetensors (SDXL, 0.0 MB)",
+        "  images    6 with 6 captions, 12 an epoch with repeats",
+        "  training  3000 steps, 250 epochs, batch 1, fp16 mixed precision",
+        "  modules   160: 80 content (output_blocks.0.1), 80 style (output_blocks.1.1)",
+        "  rank      64, alpha 64: 28,180,480 parameters, 112.7 MB a file",
+        "  memory    7.70 GB at least, computed: 5.13 GB U-Net in 16 bits, 1.64 GB text encoders, "
+        "167.3 MB VAE, 112.7 MB LoRA, 112.7 MB gradients, 450.9 MB prodigy state, 82.4 MB "
+        "activations",
+    ]
+    [saves] = lines[7:]
+    assert re.fullmatch(r"  saves     4 of 112\.7 MB in _out \([\d.]+ [GM]B free\)", saves)
+    assert captured.err == (
+        "warning: the preset's 176 text-encoder modules are left out, by "
+        "--network_train_unet_only\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "text"),
+    [
+        ({"network_dim": "1024"}, "rank", "1024, alpha 64: 450,887,680 parameters, 1.80 GB a file"),
+        ({"save_precision": "fp16"}, "rank", "64, alpha 64: 28,180,480 parameters, 56.4 MB a file"),
+        ({"optimizer_type": "AdamW8bit"}, "memory", "56.4 MB AdamW8bit state"),
+        ({"optimizer_type": "AdamW"}, "memory", "225.4 MB AdamW state"),
+        ({"optimizer_type": "Came"}, "memory", "Came state of unknown size"),
+        ({"max_train_epochs": "2"}, "training", "24 steps, 2 epochs"),
+        ({"max_train_steps": "10"}, "training", "10 steps, 1 epochs"),
+        ({"max_train_steps": None}, "training", "1600 steps, 134 epochs"),
+        ({"save_every_n_steps": None}, "saves", "1 of 112.7 MB in _out"),
+        ({"save_every_n_epochs": "100"}, "saves", "6 of 112.7 MB in _out"),
+        ({"save_every_n_epochs": "1", "save_last_n_epochs": "2"}, "saves", "6 of 112.7 MB"),
+        ({"network_train_unet_only": None}, "modules", "80 content (output_blocks.0.1)"),
+    ],
+)
+def test_the_plan_follows_the_options(kohya, capsys, changes, line, text):
+    assert text in checked(capsys, **changes)["plan"][line]
+
+
+def test_an_override_is_judged_as_it_wins(kohya, capsys):
+    line = [*words(), "--network_dim", "8", "--network_args", "preset=own.toml"]
+    Path("own.toml").write_text('unet_target_name = ["out.2"]\nunet_target_module = []')
+    blora_preflight.main(["--json", "sdxl_train_network.py", *line])
+    report = json.loads(capsys.readouterr().out)
+    assert report["modules"][-1] == "lora_unet_out_2"
+    assert report["plan"]["rank"].startswith("8, alpha 64")
+
+
+def test_the_gui_passes_its_options_in_a_config_file(kohya, capsys):
+    path = Path("gui.toml")
+    lines = [
+        f"{name} = {'true' if value is True else json.dumps(value)}"
+        for name, value in OPTIONS.items()
+    ]
+    empty = ['train_data_dir = ""', 'save_last_n_epochs = ""', "cache_latents = false"]
+    path.write_text("\n".join(lines + empty))
+    line = ["--json", "sdxl_train_network.py", "--config_file", "gui.toml", "--network_dim=8"]
+    assert blora_preflight.main(line) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["modules"]) == 160
+    assert report["plan"]["rank"].startswith("8, alpha 64")
+
+
+# ---- Images, steps and saves ---------------------------------------------------------------------
+
+
+def test_folders_with_repeats_are_a_dataset_too(kohya, capsys):
+    Path("train").mkdir()
+    Path(IMAGES).rename("train/3_sks cat")
+    report = checked(capsys, dataset_config=None, train_data_dir="train")
+    assert report["plan"]["images"] == "6 with 6 captions, 18 an epoch with repeats"
+
+
+def test_files_that_will_be_written_over_count_as_free(kohya, capsys, monkeypatch):
+    Path("_out").mkdir()
+    free = blora_preflight.shutil.disk_usage(".")._replace(free=400_000_000)
+    monkeypatch.setattr(blora_preflight.shutil, "disk_usage", lambda folder: free)
+    [error] = checked(capsys)["errors"]
+    assert error.startswith("4 saves of 112.7 MB do not fit into the 400.0 MB free at ")
+    with Path("_out/my_project_1-step00001000.safetensors").open("wb") as file:
+        file.truncate(112_000_000)
+    assert checked(capsys)["errors"] == []
+
+
+def test_saves_that_do_not_fit_on_the_disk_are_an_error(kohya, capsys):
+    [error] = checked(capsys, network_dim="100000000")["errors"]
+    assert error.startswith("4 saves of 176128.00 GB do not fit into the ")
+    assert error.endswith(f'free at "{kohya}": make room, or raise --save_every_n_steps')
+
+
+# ---- The size of the LoRA ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "text"),
+    [
+        ({"full_bf16": True}, "rank", "56.4 MB a file"),
+        ({"full_bf16": True}, "memory", "56.4 MB LoRA, 56.4 MB gradients, 225.4 MB prodigy"),
+        ({"gradient_accumulation_steps": "4", "max_train_epochs": "2"}, "training", "6 steps"),
+        (
+            {"network_args": [*OPTIONS["network_args"], "dora_wd=True"]},
+            "rank",
+            f"{28_180_480 + 160 * 1280:,} parameters",
+        ),
+        (
+            {"network_args": [*OPTIONS["network_args"], "dora_wd=True", "wd_on_output=False"]},
+            "rank",
+            f"{28_180_480 + 120 * 1280 + 40 * 2048:,} parameters",
+        ),
+    ],
+)
+def test_sizes_follow_precision_and_dora(kohya, capsys, changes, line, text):
+    assert text in checked(capsys, **changes)["plan"][line]
+
+
+def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(kohya, capsys):
+    assert not checked(capsys, network_dim="640")["notes"]
+    assert checked(capsys, network_dim="641")["notes"] == [
+        "at rank 641 the LoRA is larger than the matrix it changes in 120 of 160 modules"
+    ]
+
+
+# ---- The card's memory ---------------------------------------------------------------------------
+
+
+def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
+    assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == blora_memory.UNET
+
+
+# The example dataset is of 64 x 64, which is 1/256 of the area that the figures are for.
+FULL_SIZE = ("resolution = 64", "resolution = [1024, 1024]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, "993.0 MB activations (BLORA_SAVE_MEMORY=0, which is without --gradient_checkp"),
+        ({}, "ointing: 2.80 GB more)"),
+        ({"gradient_checkpointing": None}, "3.79 GB activations"),
+        ({"gradient_checkpointing": None, "network_dim": "1024"}, "4.64 GB activations"),
+        ({"network_args": ["preset=lycoris_presets/blora_layout_style.toml"]}, "1.07 GB activ"),
+        ({"network_module": "lycoris.kohya"}, "1.20 GB activations"),
+        ({"network_train_unet_only": None}, "1.20 GB activations"),  # then it cannot stop early
+        ({"mixed_precision": "no"}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
+        ({"mixed_precision": "no"}, "activations of unknown size"),
+        ({"fp8_base_unet": True}, "2.57 GB U-Net in 8 bits, 1.64 GB text encoders, "),
+        ({"fp8_base": True}, "2.57 GB U-Net in 8 bits, 817.7 MB text encoders, "),
+        ({"cache_latents": None, "no_half_vae": True}, "334.6 MB VAE, "),
+        ({"cache_text_encoder_outputs": True}, "5.13 GB U-Net in 16 bits, 112.7 MB LoRA, "),
+        ({"cache_text_encoder_outputs_to_disk": True}, "U-Net in 16 bits, 112.7 MB LoRA, "),
+        ({"cache_latents": None, "cache_latents_to_disk": True}, "encoders, 112.7 MB LoRA, "),
+        ({"full_fp16": True, "gradient_checkpointing": None}, "3.73 GB activations"),
+        ({"network_args": ["preset=first.toml"]}, "1.20 GB activations"),
+        ({"network_args": ["preset=last.toml"]}, " 0.0 MB activations"),
+        # as the kohya_ss GUI writes them, where they change nothing
+        ({"network_args": [*WITH_BYPASS, "conv_dim=1", "algo=locon"]}, "993.0 MB activations"),
+    ],
+)
+def test_the_cards_memory_is_a_sum_of_parts(kohya, capsys, changes, part):
+    edit_config(*FULL_SIZE)
+    for name, layer in (("first", "input_blocks.0.0"), ("last", "out.2")):
+        lists = "unet_target_module = []\ntext_encoder_target_module = []\n"
+        Path(f"{name}.toml").write_text(f"{lists}unet_target_name = ['{layer}']\n")
+    told = checked(capsys, **OURS | changes)["plan"]["memory"]
+    assert part in told
+    total, parts = told.split(" at least, computed: ")
+    sizes = [in_bytes(size) for size in re.findall(r"[\d.]+ [GM]B", parts.split(" (")[0])]
+    assert abs(in_bytes(total) - sum(sizes)) < 0.03e9
+
+
+def in_bytes(told: str) -> float:
+    number, unit = told.split()
+    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_activations_grow_with_pixels_and_batch(kohya, capsys):
+    edit_config("resolution = 64\nbatch_size = 1", "resolution = 512\nbatch_size = 8")
+    assert "1.99 GB activations" in checked(capsys, **OURS)["plan"]["memory"]
+
+
+def put_card(monkeypatch: pytest.MonkeyPatch, folder: Path, prints: str) -> None:
+    """A program with the name of nvidia-smi, which prints as that one does."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{prints}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+@pytest.mark.parametrize(
+    ("prints", "changes", "sentence"),
+    [
+        ("8192\\n", {}, None),
+        ("4096\\n24576\\n", {"network_dim": "1024"}, None),  # the larger of two cards
+        ("[N/A]\\n", {}, None),
+        (
+            "12288\\n",
+            {"network_dim": "1024"},
+            "the card has 12.88 GB of memory, and this training takes at least 18.58 GB "
+            "(computed): lower BLORA_RANK, or add --cache_text_encoder_outputs",
+        ),
+        (
+            "4096\\n",
+            {"cache_text_encoder_outputs": True},
+            "the card has 4.29 GB of memory, and this training takes at least 6.80 GB (computed): "
+            "use a larger card",
+        ),
+        (
+            "6144\\n",
+            {"gradient_checkpointing": None, "cache_text_encoder_outputs": True},
+            "the card has 6.44 GB of memory, and this training takes at least 9.60 GB (computed): "
+            "set BLORA_SAVE_MEMORY to 1, or add --gradient_checkpointing, or lower batch_size or "
+            "resolution",
+        ),
+    ],
+)
+def test_a_card_that_is_too_small_is_a_warning_that_says_what_to_change(
+    kohya, capsys, monkeypatch, prints, changes, sentence
+):
+    edit_config(*FULL_SIZE)
+    monkeypatch.setattr(blora_memory, "card", CARD)
+    put_card(monkeypatch, kohya / "bin", prints)
+    warnings = checked(capsys, **OURS | changes)["warnings"]
+    assert [w for w in warnings if w.startswith("the card")] == ([sentence] if sentence else [])
