@@ -80,3 +80,8 @@ def edit_config(old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
+
+
+def add_to_config(text: str) -> None:
+    with Path(CONFIG).open("a") as file:
+        file.write(text)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import lycoris.config
+import lycoris.config_sdk
 import pytest
 import torch
 from diffusers_sdxl import sdxl_unet_without_weights
 from kohya_folder import ROOT
 from preflight_folder import (
     CONFIG,
-    IMAGES,
     OPTIONS,
     OURS,
     WITH_BYPASS,
@@ -135,6 +137,11 @@ PRESET_ERRORS = {
         "unet_target_module = []\nunet_target_name = []",
         'the preset "own.toml" selects no module of SDXL: correct its names',
     ),
+    "no expression": (
+        "unet_target_name = ['(']",
+        "a pattern of the preset is no regular expression (missing ), unterminated subpattern at "
+        "position 0)",
+    ),
 }
 
 
@@ -144,6 +151,38 @@ def test_a_preset_that_lycoris_would_refuse_is_an_error(kohya, capsys, preset):
     if text is not None:
         Path("own.toml").write_text(text)
     assert checked(capsys, network_args=["preset=own.toml"])["errors"] == [sentence]
+
+
+def test_text_encoders_alone_are_trained_on_request(kohya, capsys):
+    given = {"network_train_unet_only": None, "network_train_text_encoder_only": True}
+    report = checked(capsys, **given)
+    modules = trained(LYCORIS[-1])["blora_content_style"]
+    assert sorted(report["modules"]) == sorted(modules["text_encoders"])
+    assert report["plan"]["modules"].startswith("176: ")
+
+
+@pytest.mark.parametrize("preset", lycoris.config.PRESET)
+def test_a_preset_of_lycoris_itself_passes_with_a_note(kohya, capsys, preset):
+    report = checked(capsys, network_args=[f"preset={preset}"])
+    note = f'"{preset}" is a preset of LyCORIS itself and was not looked into'
+    assert (report["errors"], report["notes"]) == ([], [note])
+
+
+def test_without_a_preset_lycoris_takes_its_own_full(kohya, capsys):
+    [note] = checked(capsys, network_args=None)["notes"]
+    assert note.startswith('"full" is a preset of LyCORIS itself')
+
+
+def test_the_keys_of_a_preset_are_those_that_lycoris_accepts():
+    theirs = lycoris.config_sdk.VALID_PRESET_KEYS
+    assert sorted(blora_preflight.PRESET_KEYS) == sorted(theirs)
+
+
+@pytest.mark.parametrize("module", ["networks.lora", None])
+def test_a_network_other_than_lycoris_passes_with_a_note(kohya, capsys, module):
+    report = checked(capsys, network_module=module)
+    note = "no LyCORIS network, so there is no preset to look at"
+    assert (report["errors"], report["notes"]) == ([], [note])
 
 
 def test_blora_network_trains_the_same_modules(kohya, capsys):
@@ -180,12 +219,12 @@ def test_a_broken_traits_file_is_a_warning_and_the_modules_are_told_without_it(
 # ---- The checkpoint ------------------------------------------------------------------------------
 
 
-def sd15(path: str) -> None:
-    save_file({"cond_stage_model.transformer.x": torch.zeros(1)}, path)
-
-
 def cut_off(path: str) -> None:
     Path(path).write_bytes(Path("sdxl.safetensors").read_bytes()[:-2])
+
+
+def too_long(path: str) -> None:
+    Path(path).write_bytes(Path("sdxl.safetensors").read_bytes() + b"more")
 
 
 def broken(path: str) -> None:
@@ -197,26 +236,13 @@ CHECKPOINTS = {
         lambda path: None,
         'no checkpoint at "base.safetensors": correct BLORA_CHECKPOINT at the top of the launcher',
     ),
-    "SD 1.5": (
-        sd15,
-        '"base.safetensors" is an SD 1.x checkpoint, not an SDXL checkpoint: give the one to train '
-        "on",
-    ),
-    "a LoRA": (
-        lambda path: save_file({"lora_unet_out_2.alpha": torch.zeros(1)}, path),
-        '"base.safetensors" is a LoRA, not an SDXL checkpoint: give the one to train on',
-    ),
-    "a refiner": (
-        lambda path: save_file({"conditioner.embedders.0.model.ln": torch.zeros(1)}, path),
-        '"base.safetensors" is an SDXL refiner, not an SDXL checkpoint: give the one to train on',
-    ),
-    "something else": (
-        lambda path: save_file({"x": torch.zeros(1)}, path),
-        '"base.safetensors" is something else, not an SDXL checkpoint: give the one to train on',
-    ),
     "cut off": (
         cut_off,
         '"base.safetensors" is 2 bytes shorter than its header says: download it again',
+    ),
+    "too long": (
+        too_long,
+        '"base.safetensors" is 4 bytes longer than its header says: download it again',
     ),
     "cut off in the header": (
         lambda path: Path(path).write_bytes(struct.pack("<Q", 99) + b"{"),
@@ -230,6 +256,13 @@ CHECKPOINTS = {
 }
 
 
+def test_a_file_that_is_missing_is_not_taken_for_a_model_of_the_hub(kohya, capsys):
+    assert checked(capsys, pretrained_model_name_or_path="models/sdxl.safetensors")["errors"] == [
+        'no checkpoint at "models/sdxl.safetensors": correct BLORA_CHECKPOINT at the top of the '
+        "launcher"
+    ]
+
+
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_a_checkpoint_that_is_not_a_whole_sdxl_is_an_error(kohya, capsys, checkpoint):
     make, sentence = CHECKPOINTS[checkpoint]
@@ -238,8 +271,41 @@ def test_a_checkpoint_that_is_not_a_whole_sdxl_is_an_error(kohya, capsys, checkp
     assert report["errors"] == [sentence]
 
 
-def test_settings_that_are_not_edited_yet_are_an_error(kohya, capsys):
-    given = "path/to/sd_xl_base_1.0.safetensors"
+OTHER_MODELS = {
+    "lora_unet_out_2.alpha": "a LoRA",
+    "unet.conv_in.lora_A.weight": "a LoRA",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "a LoRA",
+    "base_model.model.conv_in.lora_A.weight": "a LoRA",
+    "conditioner.embedders.0.model.ln_final.weight": "an SDXL refiner",
+    "cond_stage_model.transformer.text_model.final_layer_norm.weight": "an SD 1.x checkpoint",
+    "cond_stage_model.model.ln_final.weight": "an SD 2.x checkpoint",
+    "double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
+    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
+    "joint_blocks.0.x_block.attn.qkv.weight": "an SD3 checkpoint",
+    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "an SD3 checkpoint",
+    # Half of SDXL: its U-Net, or its second text encoder.
+    "model.diffusion_model.label_emb.0.0.weight": "something else",
+    "conditioner.embedders.1.model.ln_final.weight": "something else",
+}
+
+
+@pytest.mark.parametrize("key", OTHER_MODELS)
+def test_a_model_of_another_family_is_named_in_the_error(kohya, capsys, key):
+    save_file({key: torch.zeros(1)}, "base.safetensors")
+    assert checked(capsys, pretrained_model_name_or_path="base.safetensors")["errors"] == [
+        f'"base.safetensors" is {OTHER_MODELS[key]}, not an SDXL checkpoint: give the one to '
+        "train on"
+    ]
+
+
+def test_a_checkpoint_may_have_metadata(kohya, capsys):
+    names = blora_preflight.SDXL_KEYS
+    save_file({name: torch.zeros(1) for name in names}, "base.safetensors", {"format": "pt"})
+    assert checked(capsys, pretrained_model_name_or_path="base.safetensors")["errors"] == []
+
+
+@pytest.mark.parametrize("given", ["path/to/sd_xl_base_1.0.safetensors", ""])
+def test_settings_that_are_not_edited_yet_are_an_error(kohya, capsys, given):
     assert given in Path("sdxl_blora_classic.sh").read_text()
     assert checked(capsys, pretrained_model_name_or_path=given)["errors"] == [
         "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to your "
@@ -273,145 +339,6 @@ def test_a_v_prediction_model_without_its_options_is_a_warning(kohya, capsys):
     sentence = '"v.safetensors" says it predicts v: add --v_parameterization --zero_terminal_snr'
     assert sentence in checked(capsys, **given)["warnings"]
     assert sentence not in checked(capsys, **given, v_parameterization=True)["warnings"]
-
-
-# ---- The dataset ---------------------------------------------------------------------------------
-
-
-def no_config(_kohya):
-    Path(CONFIG).unlink()
-
-
-def no_toml(_kohya):
-    Path(CONFIG).write_text("[general\n")
-
-
-def no_images(_kohya):
-    for path in Path(IMAGES).glob("*.png"):
-        path.unlink()
-
-
-DATASETS = {
-    "no config": (no_config, f'no dataset config at "{CONFIG}": write one there, or correct'),
-    "no TOML": (no_toml, f'the dataset config "{CONFIG}" is not valid TOML ('),
-    "no tables": (
-        lambda _: Path(CONFIG).write_text("datasets = 3"),
-        f'the dataset config "{CONFIG}" is not of the form [[datasets]], [[datasets.subsets]]',
-    ),
-    "no subsets": (
-        lambda _: Path(CONFIG).write_text("[[datasets]]\nresolution = 1024"),
-        f'"{CONFIG}" names no folder of images: add one',
-    ),
-    "no folder": (
-        lambda _: Path(IMAGES).rename("elsewhere"),
-        f'no folder of images at "{IMAGES}": correct image_dir in "{CONFIG}"',
-    ),
-    "no images": (no_images, f'"{IMAGES}" holds no images: put some there, or correct image_dir'),
-}
-
-
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_a_dataset_that_cannot_be_trained_on_is_an_error(kohya, capsys, dataset):
-    spoil, sentence = DATASETS[dataset]
-    spoil(kohya)
-    [error] = checked(capsys)["errors"]
-    assert error.startswith(sentence)
-
-
-def test_a_dataset_without_a_resolution_is_told_once(kohya, capsys):
-    edit_config("resolution = 64\n", "")
-    report = checked(capsys, **OURS, resolution=None)
-    assert report["errors"] == [f'"{Path(CONFIG)}" has a dataset without a resolution: add one']
-
-
-def test_a_folder_among_others_may_be_missing_or_empty(kohya, capsys):
-    Path("empty").mkdir()
-    more = "".join(
-        f'[[datasets.subsets]]\nimage_dir = "{folder}"\n' for folder in ("gone", "empty")
-    )
-    Path(CONFIG).write_text(Path(CONFIG).read_text() + more)
-    report = checked(capsys)
-    assert report["errors"] == []
-    assert [w for w in report["warnings"] if "text-encoder" not in w] == [
-        f'no folder of images at "gone": correct image_dir in "{CONFIG}"',
-        '"empty" holds no images: put some there, or correct image_dir',
-    ]
-    assert report["plan"]["images"].startswith("6 with 6 captions")
-
-
-def test_subsets_with_a_metadata_file_pass_with_a_note(kohya, capsys):
-    edit_config("num_repeats", 'metadata_file = "meta.json"\nnum_repeats')
-    report = checked(capsys)
-    assert report["errors"] == []
-    assert report["notes"] == ["subsets with a metadata_file were not looked into"]
-
-
-def test_missing_captions_are_counted_and_the_first_named(kohya, capsys):
-    for path in sorted(Path(IMAGES).glob("*.txt"))[:5]:
-        path.unlink()
-    names = [path.name for path in sorted(Path(IMAGES).glob("*.png"))[:3]]
-    warning = f'5 of 6 images in "{IMAGES}" have no .txt caption: {", ".join(names)} and 2 more'
-    report = checked(capsys)
-    assert warning in report["warnings"]
-    assert report["errors"] == []
-
-
-def test_a_caption_extension_is_put_behind_the_name_as_it_is(kohya, capsys):
-    for path in Path(IMAGES).glob("*.txt"):
-        path.rename(f"{path.with_suffix('')}_a.txt")
-    edit_config('caption_extension = ".txt"', 'caption_extension = "_a.txt"')
-    assert checked(capsys)["plan"]["images"].startswith("6 with 6 captions")
-
-
-# ---- What contradicts a cache --------------------------------------------------------------------
-
-
-def line_of(text: str) -> int:
-    lines = Path(CONFIG).read_text().splitlines()
-    return next(number for number, line in enumerate(lines, 1) if text in line)
-
-
-@pytest.mark.parametrize(
-    ("cache", "setting"),
-    [
-        ("cache_latents", "random_crop = true"),
-        ("cache_latents_to_disk", "color_aug = true"),
-        ("cache_text_encoder_outputs", "shuffle_caption = true"),
-        ("cache_text_encoder_outputs", "caption_dropout_rate = 0.1"),
-    ],
-)
-def test_a_setting_that_contradicts_a_cache_is_an_error_with_its_line(
-    kohya, capsys, cache, setting
-):
-    edit_config("num_repeats", f"{setting}\nnum_repeats")
-    name = setting.split()[0]
-    assert checked(capsys, **{cache: True})["errors"] == [
-        f'--{cache} does not go with {name} in "{CONFIG}" line {line_of(setting)}: change that '
-        "line, or leave the option out"
-    ]
-    assert checked(capsys)["errors"] == []
-
-
-def test_options_that_contradict_each_other_are_an_error(kohya, capsys):
-    report = checked(capsys, cache_latents=True, random_crop=True)
-    assert report["errors"] == [
-        "--cache_latents does not go with --random_crop: leave one of them out"
-    ]
-    report = checked(capsys, cache_text_encoder_outputs=True, network_train_unet_only=None)
-    assert report["errors"] == [
-        "--cache_text_encoder_outputs needs --network_train_unet_only: add it"
-    ]
-
-
-def test_what_the_config_says_goes_before_the_command_line(kohya, capsys):
-    edit_config("num_repeats", "random_crop = false\nnum_repeats")
-    assert checked(capsys, cache_latents=True, random_crop=True)["errors"] == []
-
-
-@pytest.mark.parametrize("value", ["0", "0.0", "0.00"])
-def test_a_dropout_of_0_contradicts_no_cache(kohya, capsys, value):
-    given = {"cache_text_encoder_outputs": True, "caption_dropout_rate": value}
-    assert checked(capsys, **given)["errors"] == []
 
 
 # ---- Options and numbers -------------------------------------------------------------------------
@@ -479,10 +406,67 @@ def test_blora_network_that_was_not_copied_is_an_error(kohya, capsys, monkeypatc
     ]
 
 
-def test_a_package_that_is_missing_is_an_error(kohya, capsys):
-    [error] = checked(capsys, optimizer_type="Lion")["errors"]
-    assert error.startswith("this Python (")
-    assert error.endswith(") has no lion_pytorch: pip install lion-pytorch")
+def in_bare_python(env: dict[str, str] | None = None, **changes: object) -> dict:
+    """The JSON of a check by a Python that has its standard library and no package."""
+    line = [sys.executable, "-S", "blora_preflight.py", "--json", "sdxl_train_network.py"]
+    done = subprocess.run(
+        [*line, *words(**changes)], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE
+    )
+    return json.loads(done.stdout)
+
+
+OPTIMIZERS = {
+    "prodigy": ["prodigyopt"],
+    "DAdaptation": ["dadaptation"],
+    "DAdaptAdam": ["dadaptation"],
+    "Lion": ["lion-pytorch"],
+    "AdamW8bit": ["bitsandbytes"],
+    "PagedAdamW": ["bitsandbytes"],
+    "AdamWScheduleFree": ["schedulefree"],
+    "AdaFactor": ["transformers"],
+    "some_package.of.ones_own.Optimizer": ["some_package"],
+    "AdamW": [],
+    None: [],
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_packages_of_a_training_are_looked_for(kohya, optimizer):
+    errors = in_bare_python(optimizer_type=optimizer)["errors"]
+    packages = ["torch", "accelerate", "lycoris", *OPTIMIZERS[optimizer]]
+    installed = {"lycoris": "lycoris_lora"}
+    assert [error for error in errors if "pip install" in error] == [
+        f"this Python ({sys.executable}) has no {package.replace('-', '_')}: pip install "
+        f"{installed.get(package, package)}"
+        for package in packages
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("networks.lora", None),
+        (None, None),
+        ("blora_network", "lycoris_lora"),
+        ("other.x", "other"),
+    ],
+)
+def test_the_package_of_the_network_is_looked_for(kohya, module, package):
+    errors = in_bare_python(network_module=module, optimizer_type=None)["errors"]
+    installed = [error.split("pip install ")[1] for error in errors if "pip install" in error]
+    assert installed == ["torch", "accelerate", *([package] if package else [])]
+
+
+def test_without_toml_no_config_can_be_read(kohya):
+    sentence = "no toml in this Python: install kohya's requirements"
+    assert sentence in in_bare_python()["errors"]
+
+
+def test_a_lycoris_without_a_version_is_a_warning(kohya):
+    Path("checkout/lycoris").mkdir(parents=True)
+    warnings = in_bare_python({"PYTHONPATH": "checkout"})["warnings"]
+    tested = ", ".join(blora_preflight.LYCORIS_TESTED)
+    assert f"LyCORIS unknown is not one of the tested ones, {tested}" in warnings
 
 
 def test_a_lycoris_that_is_not_tested_is_a_warning(kohya, capsys, monkeypatch):
