@@ -15,6 +15,7 @@ from preflight_folder import (
     OPTIONS,
     OURS,
     WITH_BYPASS,
+    add_to_config,
     checked,
     edit_config,
     make_trainable,
@@ -65,20 +66,51 @@ def test_it_says_what_the_training_will_be(kohya, capsys):
     [
         ({"network_dim": "1024"}, "rank", "1024, alpha 64: 450,887,680 parameters, 1.80 GB a file"),
         ({"save_precision": "fp16"}, "rank", "64, alpha 64: 28,180,480 parameters, 56.4 MB a file"),
-        ({"optimizer_type": "AdamW8bit"}, "memory", "56.4 MB AdamW8bit state"),
-        ({"optimizer_type": "AdamW"}, "memory", "225.4 MB AdamW state"),
-        ({"optimizer_type": "Came"}, "memory", "Came state of unknown size"),
+        # either side of a GB
+        ({"network_dim": "567"}, "rank", "567, alpha 64: 249,661,440 parameters, 998.6 MB a file"),
+        ({"network_dim": "568"}, "rank", "568, alpha 64: 250,101,760 parameters, 1.00 GB a file"),
+        ({"network_dim": None, "network_alpha": None}, "rank", "4, alpha 1: 1,761,280 parameters"),
         ({"max_train_epochs": "2"}, "training", "24 steps, 2 epochs"),
         ({"max_train_steps": "10"}, "training", "10 steps, 1 epochs"),
         ({"max_train_steps": None}, "training", "1600 steps, 134 epochs"),
         ({"save_every_n_steps": None}, "saves", "1 of 112.7 MB in _out"),
+        ({"save_every_n_steps": "0"}, "saves", "1 of 112.7 MB in _out"),
+        ({"save_every_n_steps": "100", "save_last_n_steps": "1000"}, "saves", "12 of 112.7 MB"),
+        ({"save_last_n_steps": "9000"}, "saves", "4 of 112.7 MB"),
         ({"save_every_n_epochs": "100"}, "saves", "6 of 112.7 MB in _out"),
+        ({"save_every_n_epochs": "125"}, "saves", "5 of 112.7 MB in _out"),  # not the last epoch
+        ({"save_every_n_epochs": "100", "save_last_n_epochs": "9"}, "saves", "6 of 112.7 MB"),
         ({"save_every_n_epochs": "1", "save_last_n_epochs": "2"}, "saves", "6 of 112.7 MB"),
         ({"network_train_unet_only": None}, "modules", "80 content (output_blocks.0.1)"),
     ],
 )
 def test_the_plan_follows_the_options(kohya, capsys, changes, line, text):
     assert text in checked(capsys, **changes)["plan"][line]
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "training"),
+    [
+        (1, None, "24 steps, 2 epochs, batch 1"),
+        (4, None, "6 steps, 2 epochs, batch 4"),
+        (5, None, "6 steps, 2 epochs, batch 5"),  # the last of three is not full
+        (4, "4", "4 steps, 2 epochs, batch 4"),
+    ],
+)
+@pytest.mark.parametrize("place", ["config", "command line"])
+def test_an_epoch_has_as_many_steps_as_batches(kohya, capsys, place, batch, steps, training):
+    edit_config("batch_size = 1\n", f"batch_size = {batch}\n" if place == "config" else "")
+    given = {"max_train_steps": steps} if steps else {"max_train_epochs": "2"}
+    if place == "command line":
+        given["train_batch_size"] = str(batch)
+    assert checked(capsys, **given)["plan"]["training"].startswith(f"{training}, ")
+
+
+def test_batches_of_several_sizes_are_told(kohya, capsys):
+    add_to_config("[[datasets]]\nresolution = 64\nbatch_size = 8\n")
+    add_to_config(f'[[datasets.subsets]]\nimage_dir = "{IMAGES}"\n')
+    training = checked(capsys, max_train_epochs="1")["plan"]["training"]
+    assert training.startswith("13 steps, 1 epochs, batch 1/8, ")
 
 
 def test_an_override_is_judged_as_it_wins(kohya, capsys):
@@ -108,13 +140,6 @@ def test_the_gui_passes_its_options_in_a_config_file(kohya, capsys):
 # ---- Images, steps and saves ---------------------------------------------------------------------
 
 
-def test_folders_with_repeats_are_a_dataset_too(kohya, capsys):
-    Path("train").mkdir()
-    Path(IMAGES).rename("train/3_sks cat")
-    report = checked(capsys, dataset_config=None, train_data_dir="train")
-    assert report["plan"]["images"] == "6 with 6 captions, 18 an epoch with repeats"
-
-
 def test_files_that_will_be_written_over_count_as_free(kohya, capsys, monkeypatch):
     Path("_out").mkdir()
     free = blora_preflight.shutil.disk_usage(".")._replace(free=400_000_000)
@@ -141,6 +166,10 @@ def test_saves_that_do_not_fit_on_the_disk_are_an_error(kohya, capsys):
         ({"full_bf16": True}, "rank", "56.4 MB a file"),
         ({"full_bf16": True}, "memory", "56.4 MB LoRA, 56.4 MB gradients, 225.4 MB prodigy"),
         ({"gradient_accumulation_steps": "4", "max_train_epochs": "2"}, "training", "6 steps"),
+        ({"gradient_accumulation_steps": "5", "max_train_epochs": "2"}, "training", "6 steps"),
+        ({"full_fp16": True}, "rank", "56.4 MB a file"),
+        ({"full_fp16": True, "save_precision": "float"}, "rank", "112.7 MB a file"),
+        ({"save_precision": "bf16"}, "rank", "56.4 MB a file"),
         (
             {"network_args": [*OPTIONS["network_args"], "dora_wd=True"]},
             "rank",
@@ -162,6 +191,44 @@ def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(kohya, caps
     assert checked(capsys, network_dim="641")["notes"] == [
         "at rank 641 the LoRA is larger than the matrix it changes in 120 of 160 modules"
     ]
+
+
+CONVOLUTION = "unet_target_module = []\nunet_target_name = ['out.2', '.*to_q']"
+
+
+@pytest.mark.parametrize(
+    ("preset", "args", "told"),
+    [
+        ("", ["algo=locon"], True),
+        ("", ["algo=LoRA"], True),
+        ("", ["algo=dylora"], True),
+        ("", ["algo=loha"], False),
+        ("", ["algo=lokr"], False),
+        # conv_dim is the rank of kernels alone
+        ("", ["conv_dim=1"], True),
+        (CONVOLUTION, [], True),
+        (CONVOLUTION, ["conv_dim=64"], False),
+        (f"{CONVOLUTION}\nenable_conv = false", ["conv_dim=1"], True),
+    ],
+)
+def test_a_size_is_told_of_loras_of_one_rank(kohya, capsys, preset, args, told):
+    shipped = Path("lycoris_presets/blora_content_style.toml").read_text()
+    Path("own.toml").write_text(preset or shipped)
+    plan = checked(capsys, network_args=["preset=own.toml", *args])["plan"]
+    assert plan["rank"].startswith("64, alpha 64: ") if told else plan["rank"] == "64, alpha 64"
+    assert [line in plan for line in ("memory", "saves")] == [told, told]
+
+
+@pytest.mark.parametrize("setting", ["module_algo_map", "name_algo_map"])
+def test_modules_with_settings_of_their_own_have_no_size_that_is_told(kohya, capsys, setting):
+    shipped = Path("lycoris_presets/blora_content_style.toml").read_text()
+    Path("own.toml").write_text(f'{shipped}\n[{setting}.CrossAttention]\nalgo = "loha"\n')
+    report = checked(capsys, network_args=["preset=own.toml"])
+    assert report["notes"] == [
+        "the preset gives modules settings of their own: no size can be told"
+    ]
+    assert len(report["modules"]) == 160
+    assert not {"rank", "memory", "saves"} & report["plan"].keys()
 
 
 # ---- The card's memory ---------------------------------------------------------------------------
@@ -215,6 +282,36 @@ def test_the_cards_memory_is_a_sum_of_parts(kohya, capsys, changes, part):
 def in_bytes(told: str) -> float:
     number, unit = told.split()
     return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "state"),
+    [
+        ("prodigy", "450.9 MB"),
+        ("AdamW", "225.4 MB"),
+        ("PagedAdamW", "225.4 MB"),
+        ("PagedAdamW32bit", "225.4 MB"),
+        ("AdamWScheduleFree", "225.4 MB"),
+        ("DAdaptAdam", "225.4 MB"),
+        ("DAdaptAdamPreprint", "225.4 MB"),
+        ("Lion", "112.7 MB"),
+        ("SGDNesterov", "112.7 MB"),
+        ("AdamW8bit", "56.4 MB"),
+        ("PagedAdamW8bit", "56.4 MB"),
+        ("Lion8bit", "28.2 MB"),
+        ("PagedLion8bit", "28.2 MB"),
+        ("SGDNesterov8bit", "28.2 MB"),
+    ],
+)
+def test_an_optimizer_keeps_so_much_of_a_lora_of_112_7_mb(kohya, capsys, optimizer, state):
+    told = checked(capsys, optimizer_type=optimizer)["plan"]["memory"]
+    assert f" gradients, {state} {optimizer} state, " in told
+
+
+def test_the_state_of_an_optimizer_that_is_not_known_has_no_size(kohya, capsys):
+    told = checked(capsys, optimizer_type="Came")["plan"]["memory"]
+    assert told.endswith(" gradients, 82.4 MB activations, Came state of unknown size")
+    assert " AdamW state" in checked(capsys, optimizer_type=None)["plan"]["memory"]
 
 
 def test_activations_grow_with_pixels_and_batch(kohya, capsys):
