@@ -118,3 +118,8 @@ def final_weight(module: Module, base: Tensor) -> Tensor:
         / changed.square().sum(others, keepdim=True).sqrt()
         * length.reshape([-1 if index == axis else 1 for index in range(base.dim())])
     )
+
+
+def weight_at(module: Module, base: Tensor, strength: float) -> Tensor:
+    """The weight that a module should make at this strength: base plus as much of its change."""
+    return (1 - strength) * base.double() + strength * final_weight(module, base)
