@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact_strength import digits, slice_all
-from lora_algebra import Module, final_weight, read_modules, weight_at
+from lora_algebra import Module, bias_change, final_weight, read_modules, weight_at
 from lora_files import SDXL, weight_shape
 from lora_forms import INPUT, REFUSED, Form, make_module, write_modules
 from lycoris_files import DORA, base_weights, lycoris_file, reload_lycoris
@@ -180,6 +180,30 @@ def test_what_it_takes_of_memory_is_a_few_of_its_weights(tmp_path):
     assert peak < 8 * max(weight.nbytes for weight in weights.values())
 
 
+@pytest.mark.parametrize(("strength", "length"), [(1.5, 0.1), (-0.5, 8.0), (2.0, 0.25)])
+@AXES
+def test_lengths_that_a_strength_takes_below_zero_turn_the_weight_around(
+    tmp_path, form, strength, length
+):
+    weights = random_weights([ATTENTION])
+    modules = make_doras(form, weights)
+    scale = lengths(weights[ATTENTION], form)
+    turned = torch.arange(scale.numel()).reshape(scale.shape) % 2 == 0
+    modules[ATTENTION]["dora_scale"] = torch.where(turned, length * scale, scale)
+    result = cut(tmp_path, modules, weights, strength)
+    assert_on_the_way(result, modules, weights, strength)
+    assert torch.equal(result[ATTENTION]["dora_scale"] < 0, turned)
+
+
+def test_a_bias_beside_it_is_multiplied_by_the_strength(tmp_path):
+    weights = random_weights([ATTENTION])
+    modules = make_doras(BY_ROW, weights)
+    modules[ATTENTION]["diff_b"] = torch.rand(640)
+    result = cut(tmp_path, modules, weights, -0.5)
+    assert_on_the_way(result, modules, weights, -0.5)
+    assert torch.equal(bias_change(result[ATTENTION]), -0.5 * bias_change(modules[ATTENTION]))
+
+
 @pytest.mark.parametrize("axes", ["lora, by row", "lora, by column"])
 def test_lycoris_reads_the_interpolated_weight(tmp_path, axes):
     lora = lycoris_file(tmp_path / "in.safetensors", DORA[axes], torch.float32)
@@ -208,6 +232,25 @@ def refused(
     sentence = refusal(capsys, "--loras", lora, *args)
     assert not [path for path in folder.iterdir() if output.name in path.name]
     return sentence
+
+
+# The weight and the lengths of a DoRA whose factors change nothing, and a strength.
+NO_DIRECTION = {
+    "that ends at length 0 on the way": (4 * torch.eye(640), torch.full((640, 1), 2.0), 2.0),
+    "of a weight of length 0": (torch.zeros(640, 640), torch.ones(640, 1), 0.5),
+    "of length inf": (torch.eye(640), torch.full((640, 1), torch.inf), 0.5),
+    "of length NaN": (torch.eye(640), torch.full((640, 1), torch.nan), 0.5),
+}
+
+
+@pytest.mark.parametrize(("weight", "length", "strength"), NO_DIRECTION.values(), ids=NO_DIRECTION)
+def test_a_row_without_a_direction_is_refused(tmp_path, capsys, weight, length, strength):
+    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32)
+    module |= {"lora_up.weight": torch.zeros(640, 2), "dora_scale": length}
+    files = write_both(tmp_path, {ATTENTION: module}, {ATTENTION: weight})
+    assert refused(capsys, *files, strength) == (
+        f"{ATTENTION} is a DoRA that cannot be cut at {strength:g}: use 1.0"
+    )
 
 
 def test_a_base_model_that_lacks_the_weight_is_refused(tmp_path, capsys):
