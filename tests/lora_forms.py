@@ -130,13 +130,20 @@ def make_module(
     return module
 
 
+def on_each_layer(form: Form, alpha: float | None, dtype: torch.dtype) -> dict[str, Module]:
+    """The form on a layer of each kind that has it."""
+    return {INPUT[kind]: make_module(INPUT[kind], form, 2, alpha, dtype) for kind in form.kinds}
+
+
 def base_weight(name: str) -> Tensor:
     """The weight that the layer of this name had before the training, always the same."""
     return torch.randn(weight_shape(name), generator=torch.Generator().manual_seed(1))
 
 
-def write_modules(path: Path, modules: dict[str, Module]) -> Path:
-    """Save modules by name, without metadata; safetensors refuses one tensor under two names."""
+def write_modules(
+    path: Path, modules: dict[str, Module], metadata: dict[str, str] | None = None
+) -> Path:
+    """Save modules by name; safetensors refuses one tensor under two names, so each is copied."""
     tensors = {f"{name}.{suffix}": t for name, m in modules.items() for suffix, t in m.items()}
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path, metadata)
     return path

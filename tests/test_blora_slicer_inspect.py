@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from lora_algebra import Module, bias_change, weight_change
 from lora_files import CONTENT, METADATA, STYLE, TE2, blora_modules, change, lora_module, write
-
-import blora_slicer
+from lora_forms import FORMS, INPUT, REFUSED, make_module, on_each_layer, write_modules
+from slicing import all_traits, slice_lora
 
 
 @pytest.fixture
@@ -23,10 +25,28 @@ def lora(tmp_path: Path) -> Path:
 
 
 def inspected(capsys, *args: object) -> list[dict]:
-    assert blora_slicer.main([str(arg) for arg in (*args, "--inspect", "--json")]) == 0
+    assert slice_lora(*args, "--inspect", "--json") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     return json.loads(captured.out)
+
+
+def shown(capsys, *args: object) -> list[str]:
+    """The lines of the table that is shown."""
+    assert slice_lora(*args, "--inspect") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out.splitlines()
+
+
+def exit_2(capsys, *args: object) -> str:
+    """What is said below the usage where the options are wrong."""
+    with pytest.raises(SystemExit) as stop:
+        slice_lora(*args)
+    assert stop.value.code == 2
+    start, message = capsys.readouterr().err.split("blora_slicer.py: error: ")
+    assert start.startswith("usage: ")
+    return message.removesuffix("\n")
 
 
 def norm(path: Path, *names: str) -> float:
@@ -44,7 +64,9 @@ def test_each_block_has_a_row_for_each_trait(lora, capsys):
     ]
     style = facts["blocks"][[row[1] for row in rows].index("style")]
     assert (style["algorithm"], style["ranks"], style["alphas"]) == ("LoRA", [3], [2.0])
-    assert (style["dtype"], style["bytes"]) == ("F32", 8 * 4 * (3 * 6 + 5 * 3 + 1))
+    of_style = blora_modules(STYLE, rank=3, dtype=torch.float32).values()
+    size = sum(tensor.nbytes for tensor in of_style)
+    assert (style["dtype"], style["bytes"]) == ("F32", size)
 
 
 def test_the_change_is_the_frobenius_norm_and_the_shares_add_up(lora, capsys):
@@ -57,31 +79,97 @@ def test_the_change_is_the_frobenius_norm_and_the_shares_add_up(lora, capsys):
         assert row["share"] == pytest.approx(row["change"] ** 2 / total, rel=1e-6)
 
 
-def test_the_report_reads_as_a_table_with_bars(lora, capsys):
-    assert blora_slicer.main(["--loras", str(lora), "--inspect"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{lora}: 18 modules, 0.0 MB"
-    assert lines[1].split() == (
-        [
-            "block",
-            "trait",
-            "modules",
-            "algorithm",
-            "rank",
-            "alpha",
-            "dtype",
-            "size",
-            "change",
-            "share",
-        ]
-    )
-    [content] = [line for line in lines if line.startswith("output_blocks.0.1")]
-    cells = content.split()
-    assert cells[:7] == ["output_blocks.0.1", "content", "8", "LoRA", "2", "1", "F32"]
-    share = float(cells[10].rstrip("%")) / 100
-    assert cells[11] == "#" * round(20 * share)
-    assert "base: sdxl_base_v1-0" in lines
-    assert "trigger words: sks (3)" in lines
+# ---- The size of a change ------------------------------------------------------------------------
+
+DORA = {name: form for name, form in REFUSED.items() if "DoRA" in name}
+BY_THE_WEIGHT = {name: form for name, form in FORMS.items() if name.startswith(("IA3", "GLoRA"))}
+BY_THE_WEIGHT |= {name: form for name, form in REFUSED.items() if name not in DORA}
+MEASURED = {name: form for name, form in (FORMS | DORA).items() if name not in BY_THE_WEIGHT}
+del MEASURED["LoRA, with bias"]
+
+
+def frobenius(module: Module) -> float:
+    """Of what the module adds to its layer, weight and bias; of a DoRA, that of its factors."""
+    changes = (weight_change(module), bias_change(module))
+    return math.hypot(*(float(change.norm()) for change in changes if change is not None))
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 1.5, -3.0])
+@pytest.mark.parametrize("form", MEASURED.values(), ids=MEASURED)
+def test_the_change_of_every_form_is_its_frobenius_norm(tmp_path, capsys, form, alpha):
+    modules = on_each_layer(form, alpha, torch.float16)
+    lora = write_modules(tmp_path / "a.safetensors", modules)
+    [facts] = inspected(capsys, "--loras", lora)
+    assert len(facts["blocks"]) == len(modules)  # each layer lies in a block of its own
+    changes = sorted(row["change"] for row in facts["blocks"])
+    assert changes == pytest.approx(sorted(map(frobenius, modules.values())), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BY_THE_WEIGHT)
+def test_a_change_in_proportion_to_the_weight_has_no_size(tmp_path, capsys, name):
+    modules = on_each_layer(BY_THE_WEIGHT[name], 1.0, torch.float16)
+    [facts] = inspected(capsys, "--loras", write_modules(tmp_path / "a.safetensors", modules))
+    assert len(facts["blocks"]) == len(modules)
+    for row in facts["blocks"]:
+        assert row["algorithm"] == name.split(",")[0]
+        assert (row["change"], row["share"]) == (None, None)
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
+    ones = {"lora_up.weight": torch.ones(1280, 4), "lora_down.weight": torch.ones(4, 1280)}
+    dora = {"dora_scale": torch.ones(1280, 1), "alpha": torch.tensor(0.5)}
+    none = make_module(STYLE.format(1, 1, "q"), FORMS["LoRA"], 8, 1.0, torch.float16)
+    modules = {
+        CONTENT.format(0, 1, "q"): ones | {"alpha": torch.tensor(1.0)},
+        STYLE.format(0, 1, "q"): ones | dora,
+        STYLE.format(1, 1, "q"): none | {"lora_up.weight": torch.zeros(1280, 8).half()},
+        INPUT["norm"]: {"w_norm": torch.zeros(640)},
+        INPUT["attention"]: {"oft_blocks": torch.zeros(320, 2, 2).bfloat16()},
+        "strange": {"weight": torch.ones(1)},
+    }
+    lora = write_modules(tmp_path / "a.safetensors", modules, METADATA)
+    assert shown(capsys, "--loras", lora) == [
+        f"{lora}: 5 modules, 0.1 MB",
+        "block              trait    modules   algorithm    rank     alpha      dtype    size  "
+        "change  share",
+        "input_blocks.4.1   -              2   OFT, norm       -         -  BF16, F32  0.0 MB  "
+        "     -      -",
+        "output_blocks.0.1  content        1        LoRA       4         1        F32  0.0 MB  "
+        "  1280  80.0%  ################",
+        "output_blocks.1.1  style          2  DoRA, LoRA  4 to 8  0.5 to 1   F32, F16  0.1 MB  "
+        "   640  20.0%  ####",
+        "base: sdxl_base_v1-0",
+        "trigger words: sks (3)",
+        "not SDXL's: 1 tensors: strange.weight",
+    ]
+
+
+def test_a_lora_that_changes_nothing_has_no_shares(tmp_path, capsys):
+    module = make_module(INPUT["attention"], FORMS["LoRA"], 2, 1.0, torch.float16)
+    module["lora_up.weight"] *= 0
+    lora = write_modules(tmp_path / "a.safetensors", {INPUT["attention"]: module})
+    [facts] = inspected(capsys, "--loras", lora)
+    assert [(row["change"], row["share"]) for row in facts["blocks"]] == [(0, None)]
+    assert shown(capsys, "--loras", lora)[-1].split()[-2:] == ["0", "-"]
+
+
+def test_nothing_that_it_shows_can_move_the_cursor(tmp_path, capsys):
+    clear = "\x1b[2J"
+    metadata = {"ss_training_comment": clear, "ss_tag_frequency": json.dumps({"a": {clear: 1}})}
+    lora = write(tmp_path / "a.safetensors", blora_modules(CONTENT), metadata)
+    traits = all_traits(tmp_path, **{clear: "lora_"})
+    lines = shown(capsys, "--loras", lora, "--traits_file", traits)
+    assert not [line for line in lines if not line.isprintable()]
+    escaped = "\\x1b[2J"
+    assert f"comment: {escaped}" in lines
+    assert f"trigger words: {escaped} (1)" in lines
+    assert lines[2].startswith(f"output_blocks.0.1  all, {escaped} ")
+
+
+# ---- What a file says of itself ------------------------------------------------------------------
 
 
 def test_training_facts_come_from_the_metadata(tmp_path, capsys):
@@ -119,14 +207,14 @@ def test_tensors_that_hold_nan_or_inf_are_named(tmp_path, capsys):
     [facts] = inspected(capsys, "--loras", lora)
     assert facts["not_finite"] == broken
     assert facts["blocks"][0]["change"] is None
-    assert blora_slicer.main(["--loras", str(lora), "--inspect"]) == 0
-    assert f"NaN or inf in 2 tensors: {', '.join(broken)}" in capsys.readouterr().out
+    assert f"NaN or inf in 2 tensors: {', '.join(broken)}" in shown(capsys, "--loras", lora)
 
 
 def test_an_ordinary_lora_is_shown_too_with_what_no_trait_keeps(tmp_path, capsys):
     tensors = blora_modules(CONTENT)
     tensors |= lora_module("lora_unet_output_blocks_0_1_proj_in")
-    tensors |= lora_module("lora_unet_mid_block_attentions_0_proj_in")
+    middle = "lora_unet_middle_block_1_proj_in"
+    tensors |= lora_module("lora_unet_mid_block_attentions_0_proj_in", layer=middle)
     tensors |= {"strange": torch.zeros(1)}
     [facts] = inspected(capsys, "--loras", write(tmp_path / "a.safetensors", tensors))
     rows = {(row["block"], row["trait"]): row["modules"] for row in facts["blocks"]}
@@ -152,16 +240,26 @@ def test_it_writes_nothing(lora, capsys):
     assert {path: path.read_bytes() for path in lora.parent.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--inspect", "--traits", "style"], "--inspect writes nothing: leave out --traits"),
-        (["--inspect", "--alphas", "0.5"], "--inspect writes nothing: leave out --alphas"),
-        (["--json"], "--json: only --inspect has something to show as JSON, add it"),
-    ],
-)
-def test_options_that_do_not_go_with_it_exit_2(lora, capsys, args, message):
-    with pytest.raises(SystemExit) as stop:
-        blora_slicer.main(["--loras", str(lora), *args])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(f"blora_slicer.py: error: {message}\n")
+OPTIONS_THAT_WRITE = [
+    ["--traits", "style"],
+    ["--alphas", "0.5"],
+    ["--output_path", "b.safetensors"],
+    ["--debug"],
+    ["--not_combined"],
+    ["--save_precision", "fp16"],
+    ["--base_model", "xl.safetensors"],
+    ["--no_metadata"],
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS_THAT_WRITE, ids=" ".join)
+def test_an_option_of_what_is_written_exits_2(lora, capsys, option):
+    assert exit_2(capsys, "--loras", lora, "--inspect", *option) == (
+        f"--inspect writes nothing: leave out {option[0]}"
+    )
+
+
+def test_json_of_nothing_exits_2(lora, capsys):
+    assert exit_2(capsys, "--loras", lora, "--json") == (
+        "--json: only --inspect has something to show as JSON, add it"
+    )

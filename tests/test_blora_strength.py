@@ -22,16 +22,10 @@ from exact_strength import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_algebra import Module, read_modules
-from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, Form, make_module, write_modules
+from lora_algebra import read_modules
+from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, make_module, on_each_layer, write_modules
 from slicing import all_traits, refusal, slice_lora, stored
 from torch import Tensor
-
-
-def on_each_layer(form: Form, alpha: float | None, dtype: torch.dtype) -> dict[str, Module]:
-    """The form on a layer of each kind that has it."""
-    return {INPUT[kind]: make_module(INPUT[kind], form, 2, alpha, dtype) for kind in form.kinds}
-
 
 # ---- Strength times the change -------------------------------------------------------------------
 
