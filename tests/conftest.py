@@ -11,6 +11,8 @@ import pytest
 from cmd_runner import Cmd, MissingToolsError, cmd_session, find_tools
 from kohya_folder import ROOT, install
 
+# The asserts of this helper tell what they saw, as a test's own do.
+pytest.register_assert_rewrite("readme_commands")
 # No test has anything on the hub; diffusers and transformers read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

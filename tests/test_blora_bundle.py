@@ -5,29 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 
+from bundle_files import BUNDLE, tracked
 from kohya_folder import ROOT, install
-
-BUNDLE = [
-    "blora_dataset.toml",
-    "blora_memory.py",
-    "blora_network.py",
-    "blora_preflight.py",
-    "blora_slicer.bat",
-    "blora_slicer.py",
-    "blora_traits.json",
-    "lycoris_presets",
-    "sdxl_blora_classic.bat",
-    "sdxl_blora_classic.sh",
-    "sdxl_blora_fast.bat",
-    "sdxl_blora_fast.sh",
-]
-
-
-def tracked(*pattern: str) -> list[str]:
-    """Files that git knows, or would add."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *pattern]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
 
 
 def test_the_readmes_copy_command_installs_the_bundle_and_nothing_else(tmp_path):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from kohya_folder import BASH, ROOT
 from lora_files import change
+from preset_modules import CONTENT, STYLE, block_modules
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_blora_presets import CONTENT, STYLE, block_modules
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from kohya_folder import ROOT, install
 from launcher_text import outline
 from make_checkpoint import main as make_checkpoint
 from make_dataset import draw
+from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
 from safetensors.torch import save_file
-from test_blora_readme import check_cmd, check_launcher, check_preflight, check_slicer
 
 import blora_memory
 import blora_preflight

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers_sdxl import sdxl_unet_without_weights
 from kohya_folder import ROOT
+from lycoris_releases import LYCORIS, PRESETS, trained
 from preflight_folder import (
     CONFIG,
     OPTIONS,
@@ -26,7 +27,6 @@ from preflight_folder import (
     words,
 )
 from safetensors.torch import save_file
-from test_blora_presets import LYCORIS, PRESETS, trained
 
 import blora_preflight
 import blora_slicer

@@ -3,83 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from functools import cache
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import toml
+from kohya_folder import ROOT
+from lycoris_releases import LYCORIS, NEWEST, PRESETS, trained
+from preset_modules import CONTENT, EXPECTED, LAYOUT, STYLE, block_modules, text_encoder_modules
 
 import blora_slicer
-
-ROOT = Path(__file__).resolve().parent.parent
-PRESETS = sorted(path.stem for path in (ROOT / "lycoris_presets").glob("*.toml"))
-# The newest is the one in the test environment; tests/check.sh puts the others in folders.
-LYCORIS = ["3.2.0.post2", "3.4.0", "4.1.3"]
-RELEASES = Path(sys.prefix) / "lycoris"
-
-CONTENT, STYLE, LAYOUT = "output_blocks_0_1", "output_blocks_1_1", "input_blocks_8_1"
-EXPECTED = {
-    # preset: U-Net blocks, text-encoder layers (all: attention alone, else every Linear)
-    "blora_content_style": ([CONTENT, STYLE], "all"),
-    "blora_content_layout_style": ([CONTENT, LAYOUT, STYLE], "all"),
-    "blora_layout_style": ([LAYOUT, STYLE], "all"),
-    "blora_content_style_clip": ([CONTENT, STYLE], [0, 1]),
-    "bdora_content_style_clip": ([CONTENT, STYLE], [0, 1]),
-}
-
-
-def block_modules(block: str) -> set[str]:
-    """The 80 attention projections of one block with ten transformer blocks."""
-    return {
-        f"lora_unet_{block}_transformer_blocks_{depth}_attn{attention}_to_{projection}"
-        for depth in range(10)
-        for attention in (1, 2)
-        for projection in ("q", "k", "v", "out_0")
-    }
-
-
-def text_encoder_modules(layers: str | list[int]) -> set[str]:
-    """The attention of every layer of both text encoders, or all six Linear of some layers."""
-    attention = [f"self_attn_{p}_proj" for p in ("q", "k", "v", "out")]
-    return {
-        f"lora_{encoder}_text_model_encoder_layers_{layer}_{linear}"
-        for encoder, depth in (("te1", 12), ("te2", 32))
-        for layer in (range(depth) if layers == "all" else layers)
-        for linear in (attention if layers == "all" else [*attention, "mlp_fc1", "mlp_fc2"])
-    }
-
-
-@cache
-def trained(release: str, *others: str) -> dict[str, dict]:
-    """What a LyCORIS release trains under each preset, or under others: see lycoris_modules.py."""
-    folder = RELEASES / release
-    env = {**os.environ, "PYTHONPATH": str(folder)}
-    presets = others or [f"lycoris_presets/{name}.toml" for name in PRESETS]
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from importlib.metadata import version as v; print(v('lycoris_lora'))",
-        ],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert found.stdout.strip() == release, "bash tests/check.sh installs the LyCORIS releases"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("lycoris_modules.py"), *presets],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return {Path(name).stem: modules for name, modules in json.loads(done.stdout).items()}
 
 
 @pytest.mark.parametrize("preset", EXPECTED)
@@ -117,7 +50,7 @@ def test_the_first_comment_says_which_blocks_for_which_launcher_and_what_it_cost
     named = re.findall(r"\((\w+put_blocks\.\d\.\d)\)", comment)
     assert sorted(named) == sorted(re.sub(r"_(\d)_(\d)$", r".\1.\2", b) for b in blocks)
     assert "launcher" in comment or "sdxl_blora_classic" in comment
-    modules = trained(LYCORIS[-1])[preset]
+    modules = trained(NEWEST)[preset]
     costs = [int(number.replace(",", "")) for number in re.findall(r"\d{2,3},\d{3}", comment)]
     assert costs == [modules["unet_parameters"], modules["text_encoder_parameters"]]
 
@@ -134,7 +67,7 @@ TRAITS = blora_slicer.load_traits(ROOT / "blora_traits.json")
     ],
 )
 def test_what_a_preset_trains_in_the_unet_is_what_its_traits_keep(preset, traits):
-    modules = trained(LYCORIS[-1])[preset]["unet"]
+    modules = trained(NEWEST)[preset]["unet"]
     kept = [sorted(m for m in modules if TRAITS[trait].keeps(m)) for trait in traits]
     assert [len(part) for part in kept] == [80] * len(traits)
     assert sorted(chain.from_iterable(kept)) == sorted(modules)

@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
+from bundle_files import BUNDLE, tracked
 from kohya_folder import ROOT, copy_command
 from launcher_text import FAST_CHANGES, outline
-from sdxl_train_network import build_parser as sd_scripts_parser
-from test_blora_bundle import BUNDLE, tracked
+from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
 
 import blora_preflight
 import blora_slicer
@@ -32,37 +32,6 @@ COMMANDS = [
 SETTINGS = [
     line for line in outline(ROOT / "sdxl_blora_fast.sh") if re.match(r"BLORA_\w+ = ", line)
 ]
-
-
-def check_launcher(command: list[str]) -> None:
-    """Known settings, a launcher that is there, and options that sd-scripts takes."""
-    settings = [word for word in command if re.match(r"BLORA_\w+=", word)]
-    launcher, *options = command[len(settings) :]
-    assert {word.split("=")[0] for word in settings} <= {line.split(" = ")[0] for line in SETTINGS}
-    assert (ROOT / launcher).is_file()
-    sd_scripts_parser().parse_args(options)
-    for preset in re.findall(r"lycoris_presets/\w+\.toml", " ".join(command)):
-        assert (ROOT / preset).is_file()
-
-
-def check_cmd(words: list[str]) -> None:
-    """A line for cmd.exe: a launcher, or a known setting."""
-    if words[0] == "set":
-        assert words[1].split("=")[0] in {line.split(" = ")[0] for line in SETTINGS}
-    else:
-        check_launcher(words)
-
-
-def check_slicer(command: list[str]) -> None:
-    """Options that the slicer takes, and traits that it has."""
-    args = blora_slicer.build_parser().parse_args(command[2:])
-    known = blora_slicer.load_traits(args.traits_file)
-    assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
-
-
-def check_preflight(command: list[str]) -> None:
-    """A command line that pre-flight takes."""
-    assert blora_preflight.build_parser().parse_args(command[2:]).options
 
 
 def check_pip(command: list[str]) -> None:

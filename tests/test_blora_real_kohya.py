@@ -28,16 +28,10 @@ from typing import Any
 import pytest
 import torch
 from kohya_folder import ROOT, SCRIPT, Bash, install, with_text_encoders
+from network_cases import MODULES, PLAIN, cases, preset_files, with_both
+from preset_modules import CONTENT, EXPECTED, STYLE, block_modules, text_encoder_modules
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_blora_network import MODULES, PLAIN, cases, preset_files, with_both
-from test_blora_presets import (
-    CONTENT,
-    EXPECTED,
-    STYLE,
-    block_modules,
-    text_encoder_modules,
-)
 
 import blora_memory
 
@@ -124,7 +118,7 @@ for preset_name in EXPECTED:
 
 
 def expected_modules(recipe: Recipe) -> set[str]:
-    """The modules of the recipe's preset, by its definition in test_blora_presets.py."""
+    """The modules of the recipe's preset, by its definition in preset_modules.py."""
     network_args = [item for item in recipe.overrides if item.startswith("preset=")]
     blocks, layers = EXPECTED[Path(network_args[0]).stem if network_args else "blora_content_style"]
     modules = set().union(*map(block_modules, blocks))
@@ -305,7 +299,7 @@ def test_lycoris_builds_the_modules_preflight_announced_on_sd_scripts_own_sdxl(k
 
 @pytest.fixture(scope="module")
 def steps(kohya, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """The cases of test_blora_network.py that need no text encoder: see network_probe.py."""
+    """The cases of network_cases.py that need no text encoder: see network_probe.py."""
     asked = cases(preset_files(tmp_path_factory.mktemp("presets")), "")
     done = kohya.python(
         TESTS / "network_probe.py",

@@ -1,0 +1,47 @@
+"""What makes a command in the README or on a page of docs/ one that works."""
+
+from __future__ import annotations
+
+import re
+
+from kohya_folder import ROOT
+from sdxl_train_network import build_parser as sd_scripts_parser
+
+import blora_preflight
+import blora_slicer
+
+# fast has every setting of classic, and one more.
+SETTINGS = set(
+    re.findall(r"^(BLORA_\w+)=", (ROOT / "sdxl_blora_fast.sh").read_text(), re.MULTILINE)
+)
+
+
+def check_launcher(command: list[str]) -> None:
+    """Known settings, a launcher that is there, and options that sd-scripts takes."""
+    settings = [word for word in command if re.match(r"BLORA_\w+=", word)]
+    launcher, *options = command[len(settings) :]
+    assert {word.split("=")[0] for word in settings} <= SETTINGS
+    assert (ROOT / launcher).is_file()
+    sd_scripts_parser().parse_args(options)
+    for preset in re.findall(r"lycoris_presets/\w+\.toml", " ".join(command)):
+        assert (ROOT / preset).is_file()
+
+
+def check_cmd(words: list[str]) -> None:
+    """A line for cmd.exe: a launcher, or a known setting."""
+    if words[0] == "set":
+        assert words[1].split("=")[0] in SETTINGS
+    else:
+        check_launcher(words)
+
+
+def check_slicer(command: list[str]) -> None:
+    """Options that the slicer takes, and traits that it has."""
+    args = blora_slicer.build_parser().parse_args(command[2:])
+    known = blora_slicer.load_traits(args.traits_file)
+    assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
+
+
+def check_preflight(command: list[str]) -> None:
+    """A command line that pre-flight takes."""
+    assert blora_preflight.build_parser().parse_args(command[2:]).options
