@@ -1,9 +1,10 @@
-"""Fixtures that more than one test file uses."""
+"""What all tests share: the environment they run in, and a cmd.exe."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from kohya_folder import ROOT, install
 pytest.register_assert_rewrite("readme_commands")
 # No test has anything on the hub; diffusers and transformers read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The launchers look for python and accelerate as in an active environment: it is this Python's.
+PROGRAMS = str(Path(sys.executable).parent)
+os.environ["PATH"] = os.pathsep.join([PROGRAMS, os.environ.get("PATH", os.defpath)])
 
 
 @pytest.fixture(scope="session")
