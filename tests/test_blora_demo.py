@@ -16,6 +16,8 @@ from preset_modules import CONTENT, STYLE, block_modules
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Demo:

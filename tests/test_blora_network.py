@@ -33,6 +33,8 @@ from network_cases import (
 
 from blora_memory import place
 
+pytestmark = pytest.mark.slow
+
 
 def probe(release: str, **question: Any) -> dict[str, Any]:
     """The answers of network_probe.py with that LyCORIS."""

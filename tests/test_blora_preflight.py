@@ -77,6 +77,7 @@ def test_the_module_list_is_that_of_diffusers_own_sdxl():
 # ---- The preset ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_it_announces_the_modules_that_lycoris_trains(kohya, capsys, preset):
     args = [f"preset=lycoris_presets/{preset}.toml"]
@@ -109,6 +110,7 @@ def custom_presets(tmp_path_factory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_preset_of_ones_own_is_matched_as_lycoris_matches_it(kohya, capsys, custom_presets):
     modules = trained(LYCORIS[-1], *map(str, custom_presets))
     for path in custom_presets:

@@ -15,6 +15,7 @@ from preset_modules import CONTENT, EXPECTED, LAYOUT, STYLE, block_modules, text
 import blora_slicer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", EXPECTED)
 @pytest.mark.parametrize("release", LYCORIS)
 def test_lycoris_trains_exactly_the_modules_of_the_preset(release, preset):
@@ -41,6 +42,7 @@ def test_a_preset_has_only_the_keys_lycoris_accepts(preset):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_first_comment_says_which_blocks_for_which_launcher_and_what_it_costs(preset):
     lines = (ROOT / f"lycoris_presets/{preset}.toml").read_text().splitlines()
@@ -58,6 +60,7 @@ def test_the_first_comment_says_which_blocks_for_which_launcher_and_what_it_cost
 TRAITS = blora_slicer.load_traits(ROOT / "blora_traits.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "traits"),
     [

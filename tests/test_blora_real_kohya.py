@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 
 import blora_memory
 
+pytestmark = pytest.mark.slow
 KOHYA_ROOT, KOHYA_PYTHON = os.environ.get("KOHYA_ROOT"), os.environ.get("KOHYA_PYTHON")
 if not (KOHYA_ROOT and KOHYA_PYTHON):
     pytest.skip(

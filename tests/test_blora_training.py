@@ -22,7 +22,10 @@ from safetensors.torch import load_file
 
 import blora_slicer
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the .sh launchers are for Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="the .sh launchers are for Linux"),
+]
 
 CLASSIC, FAST = "sdxl_blora_classic.sh", "sdxl_blora_fast.sh"
 PRESET = "preset=lycoris_presets/blora_content_style.toml"
