@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kohya_folder import ROOT
-from sdxl_train_network import build_parser as sd_scripts_parser
+from sdxl_train_network_options import build_parser as sd_scripts_parser
 
 import blora_preflight
 import blora_slicer

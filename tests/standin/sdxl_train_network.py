@@ -22,7 +22,7 @@ dropout, regularisation and validation sets, the VAE, caches, kinds of attention
 fp16/bf16, noise offsets and loss variants, sample images, logs, saved states, removal of old files,
 uploads. Refused, because they change what is trained: the options in REFUSED.
 
-Needs sdxl_train_network_options.json beside this file, or in ../data where the tests keep it.
+Its options are those of sdxl_train_network_options.py.
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ import toy_sdxl
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
+from sdxl_train_network_options import build_parser
 from torch import Tensor, nn
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-OPTIONS_FILE = "sdxl_train_network_options.json"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 POOL = 8  # pixels a side that become one latent, as in SDXL's VAE
 MULTIPLE = 32  # the U-Net halves the latents twice
@@ -89,36 +88,6 @@ class StandInError(Exception):
 
 
 # ---- options --------------------------------------------------------------------------------
-
-
-def int_or_float(text: str) -> int | float:
-    """A number of steps (500), or a share of them (0.1 or 10%)."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return int(text) if float(text) >= 1 else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"not a number of steps or a share: {text!r}") from None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Every option of sd-scripts; abbreviations work, as they do there."""
-    path = next((p for p in (HERE, HERE.parent / "data") if (p / OPTIONS_FILE).is_file()), HERE)
-    options = json.loads((path / OPTIONS_FILE).read_text(encoding="utf-8"))["options"]
-    types = {"str": str, "int": int, "float": float, "Path": Path, "int_or_float": int_or_float}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, option in options.items():
-        if option["kind"] == "storetrue":
-            parser.add_argument(name, action="store_true")
-        elif option["kind"] == "store":
-            parser.add_argument(
-                name,
-                type=types[option["type"]],
-                **{key: option[key] for key in ("nargs", "choices", "default")},
-            )
-    return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -682,7 +651,7 @@ def plan(run: Run) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = build_parser(__doc__).parse_args(argv)
     try:
         check_options(args)
         run = prepare(args)
