@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cmd_runner import Cmd, MissingToolsError, cmd_session, find_tools
+from imports import missing
 from kohya_folder import ROOT, install
 
 # The asserts of this helper tell what they saw, as a test's own do.
@@ -19,6 +20,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The launchers look for python and accelerate as in an active environment: it is this Python's.
 PROGRAMS = str(Path(sys.executable).parent)
 os.environ["PATH"] = os.pathsep.join([PROGRAMS, os.environ.get("PATH", os.defpath)])
+LEFT_OUT = pytest.StashKey[dict[str, set[str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "leave out the test files that import a package which this Python does not have"
+    parser.addoption("--only-importable", action="store_true", help=text)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave a file out, and keep in mind for want of what."""
+    if not (config.option.only_importable and collection_path.match("test_*.py")):
+        return None
+    packages = missing(collection_path)
+    if packages:
+        config.stash.setdefault(LEFT_OUT, {})[collection_path.name] = packages
+    return bool(packages) or None
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """A test file that does not run is named: none is forgotten silently."""
+    left_out = config.stash.get(LEFT_OUT, {})
+    return [f"left out {name}: no {', '.join(sorted(p))}" for name, p in left_out.items()]
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from kohya_folder import CHECKPOINT, ROOT, Bash, Bat, make_kohya, remove_files
 from launcher_text import FAST_CHANGES, outline
 from sdxl_train_network import build_parser
 
+pytestmark = pytest.mark.shell
 NAMES = ["sdxl_blora_classic", "sdxl_blora_fast"]
 # A name that every shell would like to split, expand or end early.
 ODD = "Zoe & co (1) it's! 50^"

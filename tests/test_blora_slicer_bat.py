@@ -9,6 +9,8 @@ import pytest
 from cmd_runner import Cmd
 from kohya_folder import Bat, make_kohya
 
+pytestmark = pytest.mark.shell
+
 ODD = "Zoe & co (1) it's! 50^"
 
 

@@ -8,6 +8,8 @@ import cmd_runner
 import pytest
 from cmd_runner import Call, Cmd, Finished, calls, native_path, split_command_line, windows_path
 
+pytestmark = pytest.mark.shell
+
 AWKWARD = "a b & c (1)! ^d"
 CALLS_PROGRAM = ["@echo off", "program.exe %*", "exit /b %ERRORLEVEL%"]
 
