@@ -146,3 +146,11 @@ def test_the_size_it_shows_is_that_of_the_file():
         f"-> my_content.safetensors: 80 modules, 240 tensors, rank 1024, {size / 1e6:.1f} MB"
         in README
     )
+
+
+def test_the_readme_of_the_tests_names_every_test_file_and_benchmark():
+    folder = ROOT / "tests"
+    rows = re.findall(r"^\| (`.*?) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    named = re.findall(r"`(\w+\.py)`", "".join(rows))
+    there = [path.name for kind in ("test", "bench") for path in folder.glob(f"{kind}_*.py")]
+    assert sorted(named) == sorted(there)
