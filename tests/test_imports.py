@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from imports import missing
+from imports import imported, missing
 from kohya_folder import ROOT
 
 TESTS = ROOT / "tests"
+# The files of the bundle, and what each imports.
+BUNDLE = {path.stem: imported(path) for path in ROOT.glob("*.py")}
+
+
+def test_no_two_files_of_the_bundle_import_each_other():
+    among_themselves = {name: imports & BUNDLE.keys() for name, imports in BUNDLE.items()}
+    TopologicalSorter(among_themselves).prepare()  # a CycleError says who imports whom
 
 
 @pytest.mark.parametrize(
