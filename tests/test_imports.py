@@ -22,6 +22,12 @@ def test_no_two_files_of_the_bundle_import_each_other():
     TopologicalSorter(among_themselves).prepare()  # a CycleError says who imports whom
 
 
+def test_no_file_imports_a_test_file():
+    tests = {path.stem for path in TESTS.glob("test_*.py")}
+    found = {path.name: imported(path) & tests for path in TESTS.rglob("*.py")}
+    assert {name: imports for name, imports in found.items() if imports} == {}
+
+
 @pytest.mark.parametrize(
     ("source", "packages"),
     [
