@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cmd_runner import Cmd, MissingToolsError, cmd_session, find_tools
@@ -15,6 +16,9 @@ from kohya_folder import ROOT, install
 
 # The asserts of this helper tell what they saw, as a test's own do.
 pytest.register_assert_rewrite("readme_commands")
+if TYPE_CHECKING:
+    from slicing import Slicer
+
 # No test has anything on the hub; diffusers and transformers read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The launchers look for python and accelerate as in an active environment: it is this Python's.
@@ -64,3 +68,11 @@ def bundle(tmp_path) -> Path:
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     (tmp_path / "docs").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def slicer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Slicer:
+    """The slicer, checked after each run for what must always hold."""
+    from slicing import Slicer  # here, as this file is also loaded where there is no torch
+
+    return Slicer(tmp_path, capsys)

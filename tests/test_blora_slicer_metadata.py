@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from lora_files import CONTENT, METADATA, STYLE, blora_modules, write
+from lora_files import CONTENT, METADATA, STYLE, blora_modules, lora_module, write
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-import blora_slicer
+from slicing import LOOKS, slice_lora, stored
 
 
 def cut(output: Path, *args: object) -> dict[str, str] | None:
     """Cut into the output and hand back its metadata."""
-    words = [str(arg) for arg in ("--output_path", output, "--loras", *args)]
-    assert blora_slicer.main(words) == 0
+    assert slice_lora("--output_path", output, "--loras", *args) == 0
     with safe_open(output, "pt") as file:
         return file.metadata()
 
@@ -171,46 +169,78 @@ def test_the_file_is_laid_out_as_safetensors_lays_it_out(tmp_path, output):
     assert output.read_bytes() == safetensors.torch.save(load_file(output))
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)],
-)
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_save_precision_rounds_as_torch_does(tmp_path, output, source, precision, dtype):
-    tensors = blora_modules(CONTENT, dtype=source)
-    lora = write(tmp_path / "a.safetensors", tensors)
-    cut(output, lora, "--save_precision", precision)
-    kept = load_file(output)
-    assert all(torch.equal(kept[key], tensors[key].to(dtype)) for key in tensors)
+# ---- Metadata that is not what it should be ------------------------------------------------------
+
+NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
+DEEP, LONG = "[" * 100_000, '{"a":' * 100_000
+VALUES = [
+    "", "null", "1", "[]", "{}", "{", "x", "NaN", "1e999", '"a"', "1" * 5000, DEEP, LONG,
+    '{"a": null}', '{"a": {"b": null}}', '{"a": {"b": 1e999}}', '{"a": {"b": 5' + "0" * 4000 + "}}",
+    '{"a": {"b": -1}}', '{"a": {"\\ud800": 1}}', "\u2028",
+]  # fmt: skip
+KEYS = [
+    "ss_tag_frequency", "ss_network_dim", "ss_network_alpha", "ss_training_comment",
+    "ss_base_model_version", "modelspec.title", "ss_steps",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("value", "alphas", "precision"),
-    [(1e5, "1", "fp16"), (-65519.0, "1.5", None), (60000.0, "2", None)],
-)
-def test_overflow_on_the_way_to_fp16_is_an_error_that_names_the_module(
-    tmp_path, output, capsys, value, alphas, precision
-):
-    name = CONTENT.format(0, 1, "q")
-    tensors = blora_modules(CONTENT, dtype=torch.float32 if precision else torch.float16)
-    tensors[f"{name}.lora_up.weight"][0, 0] = value
-    lora = write(tmp_path / "a.safetensors", tensors)
-    args = ["--loras", str(lora), "--alphas", alphas, "--output_path", str(output)]
-    assert blora_slicer.main(args + (["--save_precision", precision] if precision else [])) == 1
-    assert capsys.readouterr().err == (
-        f"error: {name}.lora_up.weight has values that F16 cannot hold: lower --alphas, or use "
-        "--save_precision float\n"
-    )
-    assert not output.exists()
+@pytest.mark.parametrize("key", KEYS)
+def test_metadata_that_is_not_what_it_should_be_does_no_harm(slicer, key):
+    tensors = lora_module(NAME, alpha=None)
+    sound = write(slicer.folder / "sound.safetensors", lora_module(OTHER))
+    failures = []
+    for value in VALUES:
+        lora = write(slicer.folder / "metadata.safetensors", tensors, {key: value})
+        for way in (["--alphas", "0.5"], [sound, "--traits", "content", "style"], *LOOKS, []):
+            if slicer(lora, *way) != 0:
+                failures.append(f"{value[:60]} {way}: {slicer.err[:200]}")
+        assert stored(slicer.output) == stored(lora)
+    assert failures == []
 
 
-def test_inf_and_nan_of_the_source_are_kept(tmp_path, output):
-    tensors = blora_modules(CONTENT, dtype=torch.float32)
-    up = tensors[f"{CONTENT.format(0, 1, 'q')}.lora_up.weight"]
-    up[0, 0], up[0, 1] = float("inf"), float("nan")
-    lora = write(tmp_path / "a.safetensors", tensors)
-    for precision in ("fp16", "bf16"):
-        cut(output, lora, "--alphas", "0.5", "--save_precision", precision)
-        kept = load_file(output)[f"{CONTENT.format(0, 1, 'q')}.lora_up.weight"]
-        assert kept[0, 0] == float("inf")
-        assert kept[0, 1].isnan()
+UNREADABLE = "cannot read lora_adapter_metadata of {lora}"
+NO_NUMBER = f"lora_adapter_metadata gives {NAME} an alpha that is no number"
+PEFT = {
+    # settings: the alpha of a module of rank 2, None where it is its rank, or the refusal
+    **dict.fromkeys(
+        ["", "null", "1", "[]", "{", "x", "NaN", "1e999", '"a"', "1" * 5000, DEEP, LONG, "\u2028"],
+        UNREADABLE,
+    ),
+    "{}": None,
+    '{"a": null}': None,
+    '{"unet.lora_alpha": null}': NO_NUMBER,
+    '{"unet.lora_alpha": []}': NO_NUMBER,
+    '{"unet.lora_alpha": NaN}': NO_NUMBER,
+    '{"unet.lora_alpha": 1e999}': NO_NUMBER,
+    '{"unet.lora_alpha": 1e39}': NO_NUMBER,
+    '{"unet.lora_alpha": 1' + "0" * 400 + "}": NO_NUMBER,
+    '{"unet.lora_alpha": "8"}': 8.0,
+    '{"unet.lora_alpha": 0}': 0.0,
+    '{"unet.lora_alpha": true}': 1.0,
+    '{"unet.lora_alpha": 4, "unet.alpha_pattern": 4}': 4.0,
+    '{"unet.lora_alpha": 4, "unet.alpha_pattern": [4]}': 4.0,
+    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 8}}': 8.0,
+    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": null}}': NO_NUMBER,
+    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": "x"}}': NO_NUMBER,
+    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 8}}': NO_NUMBER,
+    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"": 8}}': 4.0,
+    '{"unet.lora_alpha": 4, "unet.use_rslora": "x"}': 4 * 2**0.5,
+}
+
+
+@pytest.mark.parametrize(("settings", "outcome"), PEFT.items(), ids=lambda value: str(value)[:60])
+def test_pefts_settings_are_read_as_peft_writes_them_or_refused(slicer, settings, outcome):
+    layer = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = lora_module(NAME, alpha=None)
+    tensors = {
+        f"{layer}.lora_A.weight": factors[f"{NAME}.lora_down.weight"],
+        f"{layer}.lora_B.weight": factors[f"{NAME}.lora_up.weight"],
+    }
+    lora = slicer.folder / "peft.safetensors"
+    write(lora, tensors, {"lora_adapter_metadata": settings})
+    if isinstance(outcome, str):
+        assert slicer.refuses(lora) == outcome.format(lora=lora)
+        return
+    assert slicer(lora) == 0
+    alpha = load_file(slicer.output).get(f"{NAME}.alpha")
+    assert alpha is None if outcome is None else float(alpha) == pytest.approx(outcome)

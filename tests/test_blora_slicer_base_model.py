@@ -1,0 +1,147 @@
+"""A DoRA cut at another strength on a base model: broken DoRAs, broken checkpoints, and both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from broken_files import STRANGERS
+from lora_files import lora_module, write
+from safetensors.torch import save
+from slicing import Slicer, all_traits, fingerprint, finite
+
+# A warning would be a line on stderr that tells the user nothing.
+pytestmark = pytest.mark.filterwarnings("error")
+
+# The smallest of SDXL's layers: 4 to 320 channels, a kernel of 3 x 3.
+NAME = "lora_unet_input_blocks_0_0"
+WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
+HALVES = ["--alphas", "0.5"]
+WAYS = [HALVES, ["--alphas=-2", "--save_precision", "fp16"]]
+
+
+def numbers(*shape: int, value: float = 0.5, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.full(shape, value).to(dtype)
+
+
+def weight(value: float = 0.5, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return numbers(320, 4, 3, 3, value=value, dtype=dtype)
+
+
+def checkpoint(*weights: torch.Tensor, **others: torch.Tensor) -> Callable[[Path], object]:
+    return lambda path: write(path, {WEIGHT: weights[0]} | others if weights else others)
+
+
+# ---- Base models ---------------------------------------------------------------------------------
+
+OPEN_CLIP = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+NO_FILE = "no file at {base}: correct --base_model"
+NOT_WHOLE = "{base} is not a whole safetensors file"
+LACKS = (
+    f"{{base}} holds no weight for {NAME}: give the SDXL checkpoint, as one .safetensors file, "
+    "that the LoRA was trained on"
+)
+MISFIT = (
+    f"{NAME} does not fit its weight in {{base}}: give the checkpoint that the LoRA was trained "
+    "on, or cut it at 1.0"
+)
+CANNOT = f"{NAME} is a DoRA that cannot be cut at 0.5: use 1.0"
+BASES: dict[str, tuple[Callable[[Path], object], str | None]] = {
+    # how it is made, and what a sound DoRA is refused with on it
+    **{what: (make, NOT_WHOLE) for what, make in STRANGERS.items()},
+    "a folder": (STRANGERS["a folder"], NO_FILE),
+    "nothing": (STRANGERS["nothing"], NO_FILE),
+    "a truncated file": (lambda path: path.write_bytes(save({WEIGHT: weight()})[:-1]), NOT_WHOLE),
+    "no weight": (checkpoint(a=numbers(1)), LACKS),
+    "a LoRA": (lambda path: write(path, lora_module(NAME)), LACKS),
+    "a weight of another shape": (checkpoint(numbers(320, 4, 1, 1)), MISFIT),
+    "a weight of other outputs": (checkpoint(numbers(640, 4, 3, 3)), MISFIT),
+    "a scalar": (checkpoint(numbers()), MISFIT),
+    "a weight of no size": (checkpoint(numbers(0, 4, 3, 3)), MISFIT),
+    "fp8": (checkpoint(weight(dtype=torch.float8_e4m3fn)), None),
+    "integers": (checkpoint(weight(3, dtype=torch.int8)), None),
+    "bool": (checkpoint(weight(dtype=torch.bool)), None),
+    "zeros": (checkpoint(weight(0)), None),
+    "NaN": (checkpoint(weight(math.nan)), CANNOT),
+    "inf": (checkpoint(weight(math.inf)), CANNOT),
+    "the largest": (checkpoint(weight(3e38, torch.float32)), CANNOT),
+    "an open_clip scalar": (checkpoint(weight(), **{OPEN_CLIP: numbers()}), None),
+}
+
+# ---- DoRAs ---------------------------------------------------------------------------------------
+
+PLAIN = {"lora_up.weight": numbers(320, 2, 1, 1), "lora_down.weight": numbers(2, 4, 3, 3)}
+BY_ROW = {"dora_scale": numbers(320, 1, 1, 1, value=1)}
+DORAS: dict[str, tuple[dict[str, torch.Tensor], str | None]] = {
+    # its tensors, and what it is refused with on a sound base model
+    "by output": (PLAIN | BY_ROW, None),
+    "by input": (PLAIN | {"dora_scale": numbers(1, 4, 1, 1, value=1)}, None),
+    "of zeros": (PLAIN | {"dora_scale": numbers(320, 1, 1, 1, value=0)}, None),
+    "of NaN": (PLAIN | {"dora_scale": numbers(320, 1, 1, 1, value=math.nan)}, CANNOT),
+    "of a scalar": (PLAIN | {"dora_scale": numbers()}, MISFIT),
+    "of another length": (PLAIN | {"dora_scale": numbers(7, 1, 1, 1)}, MISFIT),
+    "of no length": (PLAIN | {"dora_scale": numbers(0, 1, 1, 1)}, MISFIT),
+    "of fp8": (PLAIN | {"dora_scale": BY_ROW["dora_scale"].to(torch.float8_e4m3fn)}, MISFIT),
+    "of zero factors": ({key: t * 0 for key, t in (PLAIN | BY_ROW).items()}, None),
+    "without down": ({"lora_up.weight": PLAIN["lora_up.weight"]} | BY_ROW, MISFIT),
+    "of two ranks": (PLAIN | BY_ROW | {"lora_down.weight": numbers(3, 4, 3, 3)}, MISFIT),
+    "of scalars": (BY_ROW | {"lora_up.weight": numbers(), "lora_down.weight": numbers()}, MISFIT),
+}
+
+
+def dora_file(slicer: Slicer, dora: str) -> Path:
+    tensors = {f"{NAME}.{suffix}": value.clone() for suffix, value in DORAS[dora][0].items()}
+    return write(slicer.folder / "dora.safetensors", tensors)
+
+
+def everything(slicer: Slicer) -> list[object]:
+    return ["--traits", "all", "--traits_file", all_traits(slicer.folder)]
+
+
+def assert_outcome(slicer: Slicer, code: int, sentence: str | None, base: Path) -> None:
+    """Refused with the sentence, or cut into finite numbers."""
+    assert code == (sentence is not None), slicer.err
+    if sentence is None:
+        assert finite(slicer.output)
+    else:
+        # In brackets comes the reason, in the words of the reader.
+        assert slicer.sentence.split(" (")[0] == sentence.format(base=base)
+
+
+@pytest.mark.parametrize("what", BASES)
+def test_a_base_model_that_is_broken_is_refused_or_harmless(slicer, what):
+    lora, base = dora_file(slicer, "by output"), slicer.folder / "base.safetensors"
+    make, sentence = BASES[what]
+    make(base)
+    code = slicer(lora, *everything(slicer), *HALVES, "--base_model", base)
+    assert_outcome(slicer, code, sentence, base)
+
+
+@pytest.mark.parametrize("what", DORAS)
+def test_a_dora_that_is_broken_is_refused_or_harmless(slicer, what):
+    lora, base = dora_file(slicer, what), slicer.folder / "base.safetensors"
+    write(base, {WEIGHT: weight()})
+    code = slicer(lora, *everything(slicer), *HALVES, "--base_model", base)
+    assert_outcome(slicer, code, DORAS[what][1], base)
+
+
+@pytest.mark.parametrize("dora", DORAS)
+def test_a_dora_and_its_base_model_can_be_broken_in_every_combination(slicer, dora):
+    lora = dora_file(slicer, dora)
+    failures = []
+    for index, (what, (make, _)) in enumerate(BASES.items()):
+        base = slicer.folder / f"base{index}.safetensors"
+        make(base)
+        for way in WAYS:
+            before = fingerprint(base)
+            try:
+                code = slicer(lora, *everything(slicer), *way, "--base_model", base)
+                assert code or finite(slicer.output), "became NaN or inf"
+                assert fingerprint(base) == before
+            except (Exception, AssertionError) as error:
+                failures.append(f"{what} {way[0]}: {type(error).__name__} {str(error)[:200]}")
+                slicer.capsys.readouterr()
+    assert failures == []

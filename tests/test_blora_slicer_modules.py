@@ -1,0 +1,396 @@
+"""Modules that are incomplete, odd or of extreme numbers: what cuts, joins and looks make of them.
+
+Each row of the table says which tensors a strength multiplies, or why it is refused. What the
+numbers become is computed here, with torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from broken_files import raw, survey, tensor
+from lora_files import CONTENT, STYLE, change, lora_module, write
+from safetensors.torch import load_file
+from slicing import Slicer, stored
+from torch import Tensor
+
+# A warning would be a line on stderr that tells the user nothing.
+pytestmark = pytest.mark.filterwarnings("error")
+
+NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
+UP, DOWN = "lora_up.weight", "lora_down.weight"
+F8, F8B, HALF, BF, F32, F64 = (
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32,
+    torch.float64,
+)  # fmt: skip
+FLOATS = {HALF: "F16", BF: "BF16", F32: "F32", F64: "F64"}
+PRECISIONS = {"float": F32, "fp16": HALF, "bf16": BF}
+
+
+# ---- Sentences -----------------------------------------------------------------------------------
+
+USE_1 = "cut it at 1.0 and set the strength where the LoRA is used"
+
+
+def no_strength(kind: str, reason: str, advice: str = USE_1) -> str:
+    return (
+        f"the strength of {NAME} in {{lora}} cannot go into the file, because it is {kind} and "
+        f"{reason}: {advice}"
+    )
+
+
+def stored_as(dtype: str) -> str:
+    return f"{NAME} is stored as {dtype}, which can be copied but not changed: {USE_1}"
+
+
+def cannot_hold(suffix: str, dtype: str) -> str:
+    return (
+        f"{NAME}.{suffix} has values that {dtype} cannot hold: lower --alphas, or use "
+        "--save_precision float"
+    )
+
+
+UNKNOWN = no_strength("unknown", "its tensors are of no kind known here")
+OFT = no_strength("OFT", "a rotation cannot be multiplied")
+T_LORA = no_strength("T-LoRA", "the factors it started from are not in it")
+TRAINED = "it needs the weights it was trained on"
+DORA = no_strength("DoRA", TRAINED, f"give the checkpoint as --base_model, or {USE_1}")
+DORA_OF_NONE = no_strength("unknown with DoRA", TRAINED)
+NO_FP32 = f"{NAME} has an alpha that is no number that fp32 can hold"
+NO_FACTOR = (
+    f"{OTHER} would be multiplied by 1.42725e+45, which is no number that fp32 can hold: correct "
+    "--alphas, or the LoRA's alpha"
+)
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module, and what is made of it."""
+
+    tensors: dict[str, Tensor]
+    scaled: set[str] | str  # what a strength multiplies, or the sentence that refuses it
+    change: float | None = None  # its size, as --inspect shows it
+    joined: set[str] | str = frozenset()  # what a join with an alpha of 2 alters, or the refusal
+    not_finite: tuple[str, ...] = ()
+
+
+def numbers(*shape: int, value: float = 0.5, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.full(shape, value).to(dtype)
+
+
+PLAIN = {UP: numbers(1280, 2), DOWN: numbers(2, 1280)}  # on a layer of 1280 x 1280
+
+
+def lora(
+    tensors: dict[str, Tensor],
+    change: float | None = 640.0,
+    joined: set[str] | str = frozenset({"alpha"}),
+    not_finite: tuple[str, ...] = (),
+) -> Case:
+    """A LoRA of rank 2, which becomes its alpha in a join where it has none."""
+    return Case(PLAIN | tensors, {UP}, change, joined, not_finite)
+
+
+def with_alpha(alpha: Tensor, change: float | None, joined: set[str] | str = frozenset()) -> Case:
+    whole = alpha.is_complex() or bool(torch.isfinite(alpha.double()).all())
+    return lora({"alpha": alpha}, change, joined, () if whole else ("alpha",))
+
+
+def large(value: float, dtype: torch.dtype, change: float | None = None) -> Case:
+    """A LoRA of numbers as large, or as small, as the type has them."""
+    ones = numbers(1280, 2, value=1, dtype=dtype)
+    return lora({UP: ones * value, DOWN: ones.T * value, "alpha": ones[0, 0]}, change, frozenset())
+
+
+def odd(dtype: torch.dtype) -> Case:
+    """NaN, inf, and the ends of fp16."""
+    up = torch.ones(1280, 2)
+    up[:3] = torch.tensor([[math.nan, math.inf], [-math.inf, 65504.0], [6e-8, -0.0]])
+    return lora({UP: up.to(dtype)}, None, not_finite=(UP,))
+
+
+def of_type(dtype: torch.dtype, name: str, tensors: dict[str, Tensor] = PLAIN) -> Case:
+    """A LoRA whose factors, or some of them, are of a type that is copied and never changed."""
+    factors = PLAIN | {key: value.to(dtype) for key, value in tensors.items()}
+    return Case(factors, stored_as(name), None, stored_as(name))
+
+
+RANK_0 = {UP: numbers(1280, 0), DOWN: numbers(0, 1280)}
+CASES: dict[str, Case] = {
+    "rank 0": Case(RANK_0, {UP}),
+    "rank 0 with alpha": Case(RANK_0 | {"alpha": numbers()}, {UP}),
+    "up alone": Case({UP: numbers(1280, 2)}, {UP}),
+    "up and alpha": Case({UP: numbers(1280, 2), "alpha": numbers()}, {UP}),
+    "down alone": Case({DOWN: numbers(2, 1280)}, UNKNOWN),
+    "mid alone": Case({"lora_mid.weight": numbers(2, 2, 3, 3)}, UNKNOWN),
+    "alpha alone": Case({"alpha": numbers()}, UNKNOWN),
+    "alpha of one element": with_alpha(numbers(1), 160),
+    "alpha of 1 x 1": with_alpha(numbers(1, 1), 160),
+    "alpha of two elements": with_alpha(numbers(2), 160),
+    "alpha of no elements": with_alpha(numbers(0), 640, {"alpha"}),
+    "alpha 0": with_alpha(numbers(value=0), 640, {"alpha"}),
+    "alpha -0": with_alpha(numbers(value=-0.0), 640, {"alpha"}),
+    "alpha -1": with_alpha(numbers(value=-1), 320),
+    "alpha NaN": with_alpha(numbers(value=math.nan), None, NO_FP32),
+    "alpha inf": with_alpha(numbers(value=math.inf), None, NO_FP32),
+    "alpha tiny": with_alpha(torch.tensor(1e-45), 320 * 2**-149, NO_FACTOR),
+    "alpha huge": with_alpha(torch.tensor(3e38), 320 * 3e38, cannot_hold(UP, "F16")),
+    "alpha beyond fp32": with_alpha(torch.tensor(1e300, dtype=F64), 320 * 1e300, NO_FP32),
+    "alpha as bf16": with_alpha(numbers(dtype=BF), 160),
+    "alpha as fp64": with_alpha(numbers(dtype=F64), 160),
+    "alpha as int64": with_alpha(torch.tensor(2), 640),
+    "alpha as the largest int64": with_alpha(
+        torch.tensor(2**63 - 1), 320 * 2**63, cannot_hold(UP, "F16")
+    ),
+    "alpha as uint8": with_alpha(torch.tensor(2, dtype=torch.uint8), 640),
+    "alpha as bool": with_alpha(torch.tensor(True), 320),
+    "alpha as fp8": with_alpha(numbers(dtype=F8), 160),
+    "alpha as fp8 of the other kind": with_alpha(numbers(dtype=F8B), 160),
+    "alpha as complex": with_alpha(torch.tensor(1 + 2j), None, NO_FP32),
+    "fp8": of_type(F8, "F8_E4M3"),
+    "fp8 of the other kind": of_type(F8B, "F8_E5M2"),
+    "fp8 up alone": of_type(F8, "F8_E4M3", {UP: PLAIN[UP]}),
+    "int8": of_type(torch.int8, "I8"),
+    "bool": of_type(torch.bool, "BOOL"),
+    "complex": of_type(torch.complex64, "C64"),
+    "int64": of_type(torch.int64, "I64"),
+    "all types": Case(
+        {
+            f"part{index}": numbers(3, dtype=dtype)
+            for index, dtype in enumerate(
+                (F64, BF, HALF, F8, F8B, torch.int8, torch.uint8, torch.int16, torch.int64)
+            )
+        },
+        UNKNOWN,
+    ),
+    "NaN and inf in fp16": odd(HALF),
+    "NaN and inf in bf16": odd(BF),
+    "NaN and inf in fp32": odd(F32),
+    "NaN and inf in fp64": odd(F64),
+    "a signalling NaN": lora(
+        {UP: torch.full((1280, 2), 0x7C01, dtype=torch.int16).view(HALF)}, None, not_finite=(UP,)
+    ),
+    "the largest fp16": large(65504.0, HALF, 65504.0**2 * 1280),
+    "the largest bf16": large(3.38e38, BF),
+    "the largest fp32": large(3.4e38, F32),
+    "the largest fp64": large(1e308, F64),
+    "large fp64": large(1e100, F64),
+    "the smallest fp32": large(1e-45, F32, 0.0),
+    "DoRA of a vector": Case(PLAIN | {"dora_scale": numbers(1280)}, DORA, 640, {"alpha"}),
+    "DoRA alone": Case({"dora_scale": numbers(1280, 1)}, DORA_OF_NONE),
+    "half a LoHa": Case({"hada_w1_a": numbers(1280, 2)}, {"hada_w1_a"}),
+    "half a LoKr": Case({"lokr_w1": numbers(2, 2)}, {"lokr_w1"}),
+    "half a factored LoKr": Case({"lokr_w1_a": numbers(2, 2)}, {"lokr_w1_a"}),
+    "a LoKr with a core alone": Case(
+        {"lokr_w1": numbers(2, 2), "lokr_t2": numbers(2, 2, 3, 3)}, {"lokr_w1"}
+    ),
+    "a LoKr of rank 0": Case(
+        {
+            "lokr_w1": numbers(2, 2), "lokr_w2_a": numbers(640, 0), "lokr_w2_b": numbers(0, 640),
+            "alpha": numbers(),
+        },
+        {"lokr_w1"},
+    ),
+    "a bias alone": Case({"diff_b": numbers(1280)}, UNKNOWN),
+    "IA3 without a side": Case({"weight": numbers(1280)}, UNKNOWN),
+    "half a GLoRA": Case({"a2.weight": numbers(2, 1280)}, UNKNOWN),
+    "OFT of a scalar": Case({"oft_blocks": numbers()}, OFT),
+    "OFT of no blocks": Case({"oft_blocks": numbers(0, 2, 2)}, OFT),
+    "T-LoRA alone": Case({"lambda_layer": numbers(2)}, T_LORA),
+    "a LoRA with parts of others": lora(
+        {"hada_w1_a": numbers(1280, 2), "lokr_w1": numbers(2, 2), "oft_blocks": numbers(1)}
+    ),
+    "an unknown suffix": Case({"a.b.c": numbers(2)}, UNKNOWN),
+    "a suffix of escapes": Case({"\x1b[2J\n": numbers(2)}, UNKNOWN),
+}  # fmt: skip
+# Shapes that no layer of 1280 x 1280 has, or that do not fit each other.
+MISFITS: dict[str, Case] = {
+    "no outputs": Case(PLAIN | {UP: numbers(0, 2)}, {UP}, None, {"alpha"}),
+    "no inputs": lora({DOWN: numbers(2, 0)}, 0.0),
+    "other outputs": lora({UP: numbers(640, 2)}, 640 / 2**0.5),
+    "other inputs": lora({DOWN: numbers(2, 2048)}, 640 * 1.6**0.5),
+    "scalars": Case({UP: numbers(), DOWN: numbers()}, {UP}),
+    "vectors": Case(
+        {UP: numbers(1280), DOWN: numbers(1280)}, {UP}, 0.25 * 1280**1.5, {"alpha", UP}
+    ),
+    "five dimensions": lora(
+        {UP: numbers(1280, 2, 1, 1, 1), DOWN: numbers(2, 1280, 3, 3, 3)}, 640 * 27**0.5
+    ),
+    "two ranks": lora({DOWN: numbers(3, 1280)}, None, {"alpha", UP}),
+    "a mid that does not fit": lora({"lora_mid.weight": numbers(3, 4)}, None),
+    "a scalar mid": lora({"lora_mid.weight": numbers()}, None),
+    "DoRA of no length": Case(PLAIN | {"dora_scale": numbers(0, 1)}, DORA, 640, {"alpha"}),
+    "DoRA of a scalar": Case(PLAIN | {"dora_scale": numbers()}, DORA, 640, {"alpha"}),
+    "DoRA of another length": Case(PLAIN | {"dora_scale": numbers(7, 1)}, DORA, 640, {"alpha"}),
+    "a LoHa that does not fit": Case(
+        {
+            "hada_w1_a": numbers(1280, 2), "hada_w1_b": numbers(3, 1280),
+            "hada_w2_a": numbers(4, 2), "hada_w2_b": numbers(2, 7),
+        },
+        {"hada_w1_a"},
+    ),
+    "a LoHa of scalars": Case(
+        {f"hada_w{i}_{x}": numbers() for i in (1, 2) for x in "ab"}, {"hada_w1_a"}
+    ),
+    "a LoHa with half a core": Case(
+        {
+            **{f"hada_w{i}_a": numbers(2, 1280) for i in (1, 2)},
+            **{f"hada_w{i}_b": numbers(2, 1280) for i in (1, 2)},
+            "hada_t1": numbers(2, 2, 3, 3),
+        },
+        {"hada_w1_a"},
+    ),
+    "a LoKr of scalars": Case({"lokr_w1": numbers(), "lokr_w2": numbers()}, {"lokr_w1"}, 0.25),
+    "full without numbers": Case({"diff": numbers(0, 1280)}, {"diff"}, 0.0),
+    "a norm of a scalar": Case({"w_norm": numbers()}, {"w_norm"}, 0.5),
+    "IA3 of no length": Case({"weight": numbers(0), "on_input": torch.tensor(True)}, {"weight"}),
+    "a GLoRA of scalars": Case(
+        {f"{x}{i}.weight": numbers() for x in "ab" for i in (1, 2)}, {"a2.weight", "b2.weight"}
+    ),
+}  # fmt: skip
+ALL = CASES | MISFITS
+WAYS = [
+    # strength, precision
+    *((strength, None) for strength in ("0.5", "0", "-3", "1e-300", "1e38")),
+    *(("1", precision) for precision in PRECISIONS),
+    ("1e6", "fp16"),
+]
+
+
+def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{NAME}.{suffix}": t.contiguous().clone() for suffix, t in tensors.items()}
+
+
+def strange(slicer: Slicer, what: str) -> Path:
+    """One of the modules above as a file."""
+    return write(slicer.folder / "strange.safetensors", named(ALL[what].tensors))
+
+
+def expected(case: Case, strength: float, precision: str | None) -> dict[str, Tensor]:
+    """Each tensor as it is, or multiplied in fp32 (fp64 where it is that) and rounded once."""
+    made = {}
+    for suffix, value in case.tensors.items():
+        made[suffix] = value
+        if value.dtype in FLOATS:
+            wide = value.to(F64 if value.dtype is F64 else F32)
+            if suffix in case.scaled and strength != 1:
+                wide = wide * torch.tensor(strength, dtype=wide.dtype)
+            made[suffix] = wide.to(PRECISIONS[precision] if precision else value.dtype)
+    return made
+
+
+def refusals(case: Case, strength: float, precision: str | None) -> set[str]:
+    """The sentences that a cut may be refused with: none where it must not be."""
+    if strength != 1 and isinstance(case.scaled, str):
+        return {case.scaled}
+    return {
+        cannot_hold(suffix, FLOATS[made.dtype])
+        for suffix, made in expected(case, strength, precision).items()
+        if made.dtype in FLOATS
+        and (made.isinf() & case.tensors[suffix].isfinite()).any()
+    }  # fmt: skip
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert set(found) == {f"{NAME}.{suffix}" for suffix in wanted}
+    for suffix, value in wanted.items():
+        # Not by their bits, as there are many NaN.
+        options = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(found[f"{NAME}.{suffix}"], value, **options)
+
+
+@pytest.mark.parametrize("what", ALL)
+def test_at_strength_1_a_strange_module_is_copied_to_the_byte(slicer, what):
+    lora = strange(slicer, what)
+    for way in ([], ["--no_metadata"]):
+        assert slicer(lora, *way) == 0
+        assert stored(slicer.output) == stored(lora)
+
+
+@pytest.mark.parametrize("what", ALL)
+def test_a_strange_module_is_multiplied_where_it_says_or_refused_with_its_sentence(slicer, what):
+    lora, case = strange(slicer, what), ALL[what]
+    for strength, precision in WAYS:
+        way = [f"--alphas={strength}", *(["--save_precision", precision] if precision else [])]
+        sentences = refusals(case, float(strength), precision)
+        assert slicer(lora, *way) == bool(sentences), way
+        if sentences:
+            assert slicer.sentence in {text.format(lora=lora) for text in sentences}
+        else:
+            assert_same(load_file(slicer.output), expected(case, float(strength), precision))
+
+
+@pytest.mark.parametrize("what", ALL)
+def test_a_strange_module_is_shown_with_the_size_of_its_change(slicer, what):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lora, case = strange(slicer, what), ALL[what]
+    assert slicer(lora, "--inspect") == 0
+    assert "\x1b" not in slicer.out
+    assert slicer(lora, "--inspect", "--json") == 0
+    [facts] = json.loads(slicer.out, parse_constant=refuse)
+    [row] = facts["blocks"]
+    size = None if case.change is None else pytest.approx(case.change, rel=1e-3)
+    assert (facts["modules"], row["change"]) == (1, size)
+    assert facts["not_finite"] == [f"{NAME}.{suffix}" for suffix in case.not_finite]
+
+
+def altered(before: Path, after: Path) -> set[str]:
+    """The suffixes of the module whose bytes are others, or new, in the second file."""
+    old, new = stored(before), stored(after)
+    keys = {key for key in new if key.startswith(NAME) and new[key] != old.get(key)}
+    return {key.removeprefix(f"{NAME}.") for key in keys}
+
+
+@pytest.mark.parametrize("what", ALL)
+@pytest.mark.parametrize("strength", ["1", "0.5"])
+def test_a_strange_module_is_joined_with_a_sound_one_or_refused(slicer, what, strength):
+    lora, case = strange(slicer, what), ALL[what]
+    sound = slicer.folder / "sound.safetensors"
+    write(sound, lora_module(OTHER, alpha=2.0, dtype=F32))
+    outcome, scaled = case.joined, set()
+    if strength != "1":
+        outcome = case.scaled if isinstance(case.scaled, str) else case.joined
+        scaled = {suffix for suffix in case.tensors if suffix in case.scaled}
+    way = ("--traits", "content", "style", f"--alphas={strength}")
+    assert slicer(lora, sound, *way) == isinstance(outcome, str)
+    if isinstance(outcome, str):
+        assert slicer.sentence == outcome.format(lora=lora)
+        return
+    assert altered(lora, slicer.output) == outcome | {s for s in scaled if case.tensors[s].numel()}
+    error = change(slicer.output, OTHER) - change(sound, OTHER)
+    assert error.norm() < 1e-6 * change(sound, OTHER).norm()
+
+
+# ---- Modules by chance ---------------------------------------------------------------------------
+
+SHAPES = [(1280, 2), (2, 1280), (1280,), (1280, 1), (), (2,), (0, 1280), (1280, 0), (2, 2, 3, 3)]
+SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F64": 8}
+
+
+def module_by_chance(chance: random.Random) -> bytes:
+    """A sound file of one module with some tensors of any kinds, shapes, types and numbers."""
+    suffixes = sorted({suffix for case in ALL.values() for suffix in case.tensors})
+    offset, header = 0, {}
+    for suffix in chance.sample(suffixes, chance.randrange(1, 5)):
+        shape, dtype = chance.choice(SHAPES), chance.choice(list(SIZES))
+        stop = offset + math.prod(shape) * SIZES[dtype]
+        header[f"{NAME}.{suffix}"] = tensor(dtype, shape, [offset, stop])
+        offset = stop
+    return raw(header, chance.randbytes(offset))
+
+
+def test_a_module_by_chance_does_no_harm(slicer):
+    chance = random.Random(0)
+    cases = [(index, module_by_chance(chance)) for index in range(300)]
+    assert sum(survey(slicer, cases).values()) == 600
