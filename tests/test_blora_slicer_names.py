@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from lora_files import CONTENT, blora_modules, lora_module, write
+from lora_files import CONTENT, SHAPES, blora_modules, lora_module, write
 from safetensors import safe_open
 from safetensors.torch import load_file
+from slicing import Slicer, all_traits, refusal, slice_lora, stored
 
-import blora_slicer
-
-SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
 BLOCK = "transformer_blocks.0.attn1"
 QUERY = "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q"
 OUT = "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_out_0"
@@ -94,9 +91,23 @@ KEYS = [
 ]
 
 
+def cut_all(slicer: Slicer, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """The keys of a slice of everything in a file of these tensors."""
+    lora = write(slicer.folder / "a.safetensors", tensors)
+    traits = all_traits(slicer.folder)
+    assert slicer(lora, "--traits", "all", "--traits_file", traits) == 0
+    return set(stored(slicer.output))
+
+
+def one_tensor(module: str, suffix: str) -> torch.Tensor:
+    """A tensor of a rank of 1 that fits the module's layer."""
+    made = lora_module(module, rank=1) | {f"{module}.dora_scale": torch.ones(SHAPES[module][0])}
+    return made[f"{module}.{suffix}"]
+
+
 @pytest.mark.parametrize(("key", "module", "suffix"), KEYS, ids=[key for key, _, _ in KEYS])
-def test_a_key_of_any_naming_is_placed(key, module, suffix):
-    assert blora_slicer.place(key) == (module, suffix)
+def test_a_key_of_any_naming_is_placed(slicer, key, module, suffix):
+    assert cut_all(slicer, {key: one_tensor(module, suffix)}) == {f"{module}.{suffix}"}
 
 
 @pytest.mark.parametrize(
@@ -112,15 +123,17 @@ def test_a_key_of_any_naming_is_placed(key, module, suffix):
         "",
     ],
 )
-def test_what_is_not_sdxls_is_not_placed(key):
-    assert blora_slicer.place(key) is None
+def test_what_is_not_sdxls_is_not_placed(slicer, key):
+    lora = write(slicer.folder / "a.safetensors", {key: torch.zeros(1)} | lora_module(QUERY))
+    assert slicer(lora, "--inspect", "--json") == 0
+    [facts] = json.loads(slicer.out)
+    assert (facts["modules"], facts["unplaced"]) == (1, [key])
 
 
-@pytest.mark.parametrize("part", ["unet", "te1", "te2"])
-def test_every_module_of_sdxl_is_placed_under_its_own_name(part):
-    for name in SDXL[part]:
-        module = f"lora_{part}_{name.replace('.', '_')}"
-        assert blora_slicer.place(f"{module}.alpha") == (module, "alpha")
+def test_every_layer_of_sdxl_is_placed_under_its_own_name(slicer):
+    assert len(SHAPES) == 794 + 72 + 193
+    alphas = {f"{module}.alpha": torch.tensor(1.0) for module in SHAPES}
+    assert cut_all(slicer, alphas) == set(alphas)
 
 
 def as_peft(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -140,7 +153,7 @@ def test_a_peft_file_comes_out_whole_in_kohyas_names(tmp_path):
     tensors = blora_modules(CONTENT, alpha=None)
     lora = write(tmp_path / "peft.safetensors", as_peft(tensors))
     output = tmp_path / "slice.safetensors"
-    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 0
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
     kept = load_file(output)
     assert set(kept) == set(tensors)
     assert all(torch.equal(kept[key], tensors[key]) for key in kept)
@@ -161,7 +174,7 @@ def test_the_alpha_of_pefts_settings_becomes_the_modules(tmp_path, settings, alp
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
     lora = write(tmp_path / "peft.safetensors", tensors, metadata)
     output = tmp_path / "slice.safetensors"
-    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 0
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
     kept = load_file(output)
     found = kept.get(f"{QUERY}.alpha")
     assert (found is None) if alpha is None else found.item() == pytest.approx(alpha)
@@ -169,11 +182,23 @@ def test_the_alpha_of_pefts_settings_becomes_the_modules(tmp_path, settings, alp
         assert "lora_adapter_metadata" not in file.metadata()
 
 
+def test_an_alpha_that_is_stored_wins_over_pefts_settings(tmp_path):
+    tensors = as_peft(lora_module(QUERY, alpha=None))
+    stored_alpha = f"unet.up_blocks.0.attentions.0.{BLOCK}.to_q.alpha"
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 1})}
+    for alpha in (3.0, 0.0):
+        tensors[stored_alpha] = torch.tensor(alpha)
+        lora = write(tmp_path / "peft.safetensors", tensors, metadata)
+        output = tmp_path / "slice.safetensors"
+        assert slice_lora("--loras", lora, "--output_path", output) == 0
+        assert load_file(output)[f"{QUERY}.alpha"].item() == alpha
+
+
 def test_keys_that_cannot_be_placed_are_counted_and_the_first_named(tmp_path, capsys):
     strange = {f"strange.{letter}": torch.zeros(1) for letter in "abcde"}
     lora = write(tmp_path / "a.safetensors", blora_modules(CONTENT) | strange)
     output = tmp_path / "slice.safetensors"
-    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 0
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
     assert capsys.readouterr().err == (
         "note: 5 tensors of a.safetensors are none of SDXL's and are left out: "
         "strange.a, strange.b, strange.c and 2 more\n"
@@ -186,7 +211,6 @@ def test_one_module_under_two_names_is_refused(tmp_path, capsys):
     twice |= as_peft(twice)
     lora = write(tmp_path / "twice.safetensors", twice)
     output = tmp_path / "slice.safetensors"
-    assert blora_slicer.main(["--loras", str(lora), "--output_path", str(output)]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: {lora} holds {QUERY}.lora_")
-    assert err.endswith(" twice, under two names: keep one\n")
+    sentence = refusal(capsys, "--loras", lora, "--output_path", output)
+    assert sentence.startswith(f"{lora} holds {QUERY}.lora_")
+    assert sentence.endswith(" twice, under two names: keep one")
