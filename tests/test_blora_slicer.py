@@ -1,9 +1,10 @@
-"""What blora_slicer.py promises, on tiny real LoRA files."""
+"""What blora_slicer.py promises, on small real LoRA files."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -196,15 +197,17 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("loras", "traits", "alphas", "cuts"), PAIRS)
-def test_loras_traits_and_alphas_pair_by_order(loras, traits, alphas, cuts):
-    known = blora_slicer.load_traits(SCRIPT.with_name("blora_traits.json"))
-    planned = blora_slicer.plan_cuts(
-        [Path(name) for name in loras.split()],
-        traits.split() or ["content"],
-        [float(alpha) for alpha in alphas.split()] or [1.0],
-        known,
-    )
-    assert [f"{c.lora}:{c.trait.name}:{c.strength:g}" for c in planned] == cuts.split()
+def test_loras_traits_and_alphas_pair_by_order(
+    tmp_path, output, capsys, loras, traits, alphas, cuts
+):
+    for name in loras.split():
+        write_lora(tmp_path / name, blora_modules(CONTENT, STYLE, LAYOUT, rank=1))
+    options = [("--traits", traits), ("--alphas", alphas)]
+    args = [word for option, text in options if text for word in (option, *text.split())]
+    args += ["--not_combined", "--output_path", output]
+    assert slice_lora("--loras", *(tmp_path / name for name in loras.split()), *args) == 0
+    said = re.findall(r"^(\w+) of (\w+) at (\S+):", capsys.readouterr().out, re.M)
+    assert [f"{lora}:{trait}:{strength}" for trait, lora, strength in said] == cuts.split()
 
 
 def test_not_combined_writes_one_file_for_each_trait_beside_the_output_path(lora, output):
@@ -393,6 +396,41 @@ def test_names_from_a_file_cannot_drive_the_terminal(tmp_path, output, capsys):
     assert sentence.endswith("it holds \\x1b[2J\\n.weight")
 
 
+ODD_TRAIT = "\x1b[2J\n"
+SHOWN = r"\x1b[2J\n"
+TRAIT_NAMES = [
+    # the whitelist of the trait of this name, options, and where its name is shown
+    ("lora_", ["--traits", ODD_TRAIT], "out"),
+    ("lora_", ["--traits", ODD_TRAIT, "--not_combined"], "out"),
+    ("lora_", ["--traits", ODD_TRAIT, "--debug"], "err"),
+    ("lora_", ["--traits", ODD_TRAIT, ODD_TRAIT], "err"),  # both hold the same modules
+    ("lora_", ["--traits", f"not {ODD_TRAIT}"], "err"),
+    ("lora_", ["--traits", "unknown"], "err"),
+    ("nothing", ["--traits", ODD_TRAIT], "err"),
+    ("lora_", ["--inspect"], "out"),
+]
+
+
+@pytest.mark.parametrize(("whitelist", "options", "stream"), TRAIT_NAMES)
+def test_names_from_a_traits_file_cannot_drive_the_terminal(
+    lora, output, capsys, whitelist, options, stream
+):
+    traits = lora.with_name("traits.json")
+    traits.write_text(json.dumps({ODD_TRAIT: {"whitelist": [whitelist]}}))
+    place = [] if "--inspect" in options else ["--output_path", output]
+    slice_lora("--loras", lora, "--traits_file", traits, *options, *place)
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert SHOWN in getattr(captured, stream)
+
+
+def test_a_trait_of_another_form_is_named_without_what_drives_the_terminal(lora, output, capsys):
+    traits = lora.with_name("traits.json")
+    traits.write_text(json.dumps({ODD_TRAIT: 1}))
+    sentence = refusal(capsys, "--loras", lora, "--traits_file", traits, "--output_path", output)
+    assert sentence.startswith(f'trait "{SHOWN}" in {traits} is not of the form ')
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_part(lora, output):
     output.write_bytes(b"old")
@@ -421,15 +459,49 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_part(lora, outpu
         ),
         (["--loras", "a", "--alphas", "nan"], "argument --alphas: 'nan' is not a finite number"),
         (["--loras", "a", "--alphas", "inf"], "argument --alphas: 'inf' is not a finite number"),
+        (["--loras", "a", "--alphas", "1e39"], "argument --alphas: '1e39' is not a finite number"),
+        (
+            ["--loras", "a", "--alphas=-3.5e38"],
+            "argument --alphas: '-3.5e38' is not a finite number",
+        ),
         (["--loras", "a", "--alphas", "x"], "argument --alphas: 'x' is not a finite number"),
         (["--loras", "a", "--trait_file", "b"], "unrecognized arguments: --trait_file b"),
     ],
 )
 def test_a_command_line_mistake_exits_2(capsys, args, message):
     with pytest.raises(SystemExit) as stop:
-        blora_slicer.main(args)
+        slice_lora(*args)
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith(f"blora_slicer.py: error: {message}\n")
+
+
+WRITING = {
+    "--traits": ["style"],
+    "--alphas": ["0.5"],
+    "--output_path": ["slice.safetensors"],
+    "--debug": [],
+    "--not_combined": [],
+    "--save_precision": ["fp16"],
+    "--base_model": ["sdxl.safetensors"],
+    "--no_metadata": [],
+}
+
+
+@pytest.mark.parametrize(("option", "values"), WRITING.items(), ids=WRITING)
+def test_what_has_a_say_in_a_slice_does_not_go_with_inspect(lora, capsys, option, values):
+    with pytest.raises(SystemExit) as stop:
+        slice_lora("--loras", lora, "--inspect", option, *values)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        f"blora_slicer.py: error: --inspect writes nothing: leave out {option}\n"
+    )
+
+
+def test_every_option_is_for_a_slice_or_goes_with_inspect(capsys):
+    with pytest.raises(SystemExit):
+        slice_lora("--help")
+    options = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
+    assert options == {*WRITING, "--loras", "--traits_file", "--inspect", "--json"}
 
 
 # ---- As a program --------------------------------------------------------------------------------
@@ -438,8 +510,8 @@ def test_a_command_line_mistake_exits_2(capsys, args, message):
 def test_it_runs_from_any_folder_with_the_traits_and_the_output_beside_the_script(lora, tmp_path):
     home = tmp_path / "kohya & co (1)!"
     home.mkdir()
-    for name in ("blora_slicer.py", "blora_traits.json"):
-        (home / name).write_bytes((SCRIPT.parent / name).read_bytes())
+    for path in (*SCRIPT.parent.glob("blora_*.py"), SCRIPT.with_name("blora_traits.json")):
+        (home / path.name).write_bytes(path.read_bytes())
     done = subprocess.run(
         [sys.executable, home / "blora_slicer.py", "--loras", lora.name],
         cwd=lora.parent,
