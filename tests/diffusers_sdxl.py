@@ -1,37 +1,36 @@
-"""diffusers' own U-Net in the shape of SDXL, whole or tiny."""
+"""diffusers' own U-Net in the shape of SDXL, without the gigabytes of its weights."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 
-def sdxl_unet(
-    widths: tuple[int, int, int] = (320, 640, 1280),
-    heads: tuple[int, int, int] = (5, 10, 20),
-    context: int = 2048,
-    time_ids: int = 256,
-    embedding: int = 2816,
-    sample_size: int = 128,
-) -> UNet2DConditionModel:
-    """A U-Net with SDXL's blocks and depths; its defaults are SDXL's own widths."""
-    return UNet2DConditionModel(
-        sample_size=sample_size,
-        block_out_channels=widths,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=heads,
-        cross_attention_dim=context,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=time_ids,
-        projection_class_embeddings_input_dim=embedding,
-    )
-
-
-def sdxl_unet_without_weights() -> UNet2DConditionModel:
-    """The whole U-Net on the meta device: names, classes and shapes."""
+def sdxl_unet_without_weights(depths: tuple[int, int, int] = (1, 2, 10)) -> UNet2DConditionModel:
+    """The U-Net on the meta device: names, classes and shapes; the depths are SDXL's own."""
     with torch.device("meta"):
-        return sdxl_unet()
+        return UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            transformer_layers_per_block=depths,
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+def sdxl_unet_of_zeros(depths: tuple[int, int, int]) -> UNet2DConditionModel:
+    """A U-Net of SDXL's widths, each of whose weights is one zero seen in the weight's shape."""
+    unet = sdxl_unet_without_weights(depths)
+    for name, weight in list(unet.named_parameters()):
+        layer, _, own = name.rpartition(".")
+        zeros = nn.Parameter(torch.zeros(()).expand(weight.shape))
+        setattr(unet.get_submodule(layer), own, zeros)
+    return unet

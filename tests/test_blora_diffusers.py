@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from lora_algebra import Module, read_modules, weight_change
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-import blora_slicer
+from lora_forms import FORMS, make_module
+from lora_forms import write_modules as write
+from slicing import all_traits, slice_lora
+from torch import Tensor
 
 TRANSFORMER = "transformer_blocks.0"
 # Layers in kohya's sgm names, and where diffusers' pipeline has them.
@@ -48,30 +48,32 @@ TRAITS = {
 
 @pytest.fixture(scope="module")
 def pipeline():
-    """SDXL's pipeline with few and narrow layers, all where SDXL has them."""
+    """SDXL's pipeline with few layers, each where SDXL has it and as wide."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from diffusers_sdxl import sdxl_unet
+    from diffusers_sdxl import sdxl_unet_of_zeros
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    text = CLIPTextConfig(
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=32,
-        vocab_size=99,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    unet = sdxl_unet((32, 64, 128), (2, 4, 8), 64, time_ids=8, embedding=80, sample_size=32)
+    configs = [
+        CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=1,
+            num_attention_heads=width // 64,
+            projection_dim=width,
+            vocab_size=99,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        for width in (768, 1280)
+    ]
     return StableDiffusionXLPipeline(
         vae=None,
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
+        text_encoder=CLIPTextModel(configs[0]),
+        text_encoder_2=CLIPTextModelWithProjection(configs[1]),
         tokenizer=None,
         tokenizer_2=None,
-        unet=unet,
+        unet=sdxl_unet_of_zeros((1, 1, 1)),
         scheduler=EulerDiscreteScheduler(),
     )
 
@@ -94,29 +96,12 @@ def warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def layer(pipeline, name: str) -> nn.Module:
-    component, path = (UNET_LAYERS | TEXT_LAYERS)[name]
-    return getattr(pipeline, component).get_submodule(path)
-
-
-def make_loras(pipeline, rank: int, alpha: float | None, dtype: torch.dtype, seed: int):
+def make_loras(rank: int, alpha: float | None, dtype: torch.dtype, seed: int) -> dict[str, Module]:
     """A LoRA module for every layer, in kohya's names."""
-    noise = torch.Generator().manual_seed(seed)
-    modules: dict[str, Module] = {}
-    for name in UNET_LAYERS | TEXT_LAYERS:
-        outputs, inputs = layer(pipeline, name).weight.shape
-        modules[name] = {
-            "lora_up.weight": torch.randn(outputs, rank, generator=noise).to(dtype),
-            "lora_down.weight": torch.randn(rank, inputs, generator=noise).to(dtype),
-        }
-        if alpha is not None:
-            modules[name]["alpha"] = torch.tensor(alpha, dtype=dtype)
-    return modules
-
-
-def write(path: Path, modules: dict[str, Module]) -> Path:
-    save_file({f"{n}.{s}": t for n, m in modules.items() for s, t in m.items()}, path)
-    return path
+    return {
+        name: make_module(name, FORMS["LoRA"], rank, alpha, dtype, 100 * seed + index)
+        for index, name in enumerate(UNET_LAYERS | TEXT_LAYERS)
+    }
 
 
 def loaded_changes(pipeline, path: Path) -> dict[str, Tensor]:
@@ -164,7 +149,7 @@ COMBINED = [
 def test_each_layer_changes_by_the_strength_times_its_source(pipeline, tmp_path, warnings, cuts):
     loras, wanted = [], {}
     for seed, (trait, (rank, alpha, strength)) in enumerate(cuts.items()):
-        modules = make_loras(pipeline, rank, alpha, torch.float32, seed)
+        modules = make_loras(rank, alpha, torch.float32, seed)
         loras.append(write(tmp_path / f"{trait}.safetensors", modules))
         for name, module in modules.items():
             if name.startswith(TRAITS[trait]):
@@ -172,17 +157,17 @@ def test_each_layer_changes_by_the_strength_times_its_source(pipeline, tmp_path,
     output = tmp_path / "out.safetensors"
     args = ["--loras", *loras, "--traits", *cuts, "--output_path", output, "--alphas"]
     args += [strength for _, _, strength in cuts.values()]
-    assert blora_slicer.main([str(arg) for arg in args]) == 0
+    assert slice_lora(*args) == 0
     assert_loads_as(pipeline, output, wanted, 1e-5)
     assert warnings == []
 
 
 def test_a_combined_file_of_two_types_loads_as_what_it_stores(pipeline, tmp_path, warnings):
-    half = write(tmp_path / "a.safetensors", make_loras(pipeline, 4, 0.3, torch.float16, 1))
-    brain = write(tmp_path / "b.safetensors", make_loras(pipeline, 2, 1.0, torch.bfloat16, 2))
+    half = write(tmp_path / "a.safetensors", make_loras(4, 0.3, torch.float16, 1))
+    brain = write(tmp_path / "b.safetensors", make_loras(2, 1.0, torch.bfloat16, 2))
     output = tmp_path / "out.safetensors"
     args = ["--traits", "content", "style", "--alphas", "0.6", "1", "--output_path", output]
-    assert blora_slicer.main([str(arg) for arg in ["--loras", half, brain, *args]]) == 0
+    assert slice_lora("--loras", half, brain, *args) == 0
     stored = {name: weight_change(module) for name, module in read_modules(output).items()}
     assert_loads_as(pipeline, output, stored, 1e-5)
     source = read_modules(half) | {
@@ -233,10 +218,8 @@ def test_what_diffusers_saved_itself_is_sliced_as_diffusers_loads_it(
 ):
     lora, output = save_with_diffusers(pipeline, tmp_path, settings), tmp_path / "out.safetensors"
     wanted = loaded_changes(pipeline, lora)
-    traits = tmp_path / "traits.json"
-    traits.write_text(json.dumps({"all": {"whitelist": ["lora_"]}}))
-    args = ["--traits", "all", "--traits_file", traits, "--output_path", output]
-    assert blora_slicer.main([str(arg) for arg in ["--loras", lora, *args]]) == 0
+    args = ["--traits", "all", "--traits_file", all_traits(tmp_path), "--output_path", output]
+    assert slice_lora("--loras", lora, *args) == 0
     unet, te1, te2 = ("lora_unet_", "lora_te1_", "lora_te2_")
     assert {name[:9] for name in read_modules(output)} == {unet[:9], te1[:9], te2[:9]}
     changes = {name: weight_change(module) for name, module in read_modules(output).items()}
