@@ -17,7 +17,6 @@ Exit code 1 where the training would fail. Warnings never stop it.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import glob
 import importlib.util
 import json
@@ -26,14 +25,24 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import blora_memory
-from blora_slicer import SliceError, Trait, block_of, first_few, load_traits, printable
+try:
+    import blora_memory
+    from blora_lora import read_header
+    from blora_options import Options, as_whole, load_toml, parse_options, with_config_file
+    from blora_preset import BUILT_IN_PRESETS, load_preset, trained_layers
+    from blora_sdxl import Layer, Trait, block_of, load_traits
+    from blora_words import BloraError, file_size, first_few, printable
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: no {missing.name}.py beside {Path(__file__).name}: copy all files of the bundle "
+        "that have blora in their names into this folder"
+    )
 
 HERE = Path(__file__).resolve().parent
 PLACEHOLDER = "path/to/sd_xl_base_1.0.safetensors"  # what the launchers hold before they are edited
@@ -74,246 +83,6 @@ class Report:
     notes: list[str] = field(default_factory=list)
     plan: dict[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
-
-
-class PreflightError(Exception):
-    """What would stop the training; the message is one sentence that says what to do."""
-
-
-# ---- SDXL ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A module of SDXL: its class, and the shape of its weight where it has one."""
-
-    kind: str
-    shape: tuple[int, ...] = ()
-
-    @property
-    def is_leaf(self) -> bool:
-        return self.kind in ("Linear", "Conv2d")
-
-    @property
-    def is_kernel(self) -> bool:
-        """A convolution with a kernel larger than 1 x 1."""
-        return self.shape[2:] > (1, 1)
-
-    def parameters(self, rank: int) -> int:
-        """Numbers of a LoRA of this rank: lora_down with the kernel, and lora_up."""
-        outputs, inputs, *kernel = self.shape
-        return rank * (inputs * math.prod(kernel) + outputs)
-
-
-def resnet(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, Layer]]:
-    """A residual block with its time embedding of 1280."""
-    yield name, Layer("ResnetBlock2D")
-    yield f"{name}.in_layers.2", Layer("Conv2d", (outputs, inputs, 3, 3))
-    yield f"{name}.emb_layers.1", Layer("Linear", (outputs, 1280))
-    yield f"{name}.out_layers.3", Layer("Conv2d", (outputs, outputs, 3, 3))
-    if inputs != outputs:
-        yield f"{name}.skip_connection", Layer("Conv2d", (outputs, inputs, 1, 1))
-
-
-def transformer(name: str, width: int, depth: int) -> Iterator[tuple[str, Layer]]:
-    """Transformer blocks over a text of 2048 wide tokens."""
-    yield name, Layer("Transformer2DModel")
-    yield f"{name}.proj_in", Layer("Linear", (width, width))
-    for index in range(depth):
-        block = f"{name}.transformer_blocks.{index}"
-        yield block, Layer("BasicTransformerBlock")
-        for attention, source in (("attn1", width), ("attn2", 2048)):
-            yield f"{block}.{attention}", Layer("CrossAttention")
-            for projection, inputs in (
-                ("to_q", width),
-                ("to_k", source),
-                ("to_v", source),
-                ("to_out.0", width),
-            ):
-                yield f"{block}.{attention}.{projection}", Layer("Linear", (width, inputs))
-        yield f"{block}.ff", Layer("FeedForward")
-        yield f"{block}.ff.net.0", Layer("GEGLU")
-        yield f"{block}.ff.net.0.proj", Layer("Linear", (8 * width, width))
-        yield f"{block}.ff.net.2", Layer("Linear", (width, 4 * width))
-    yield f"{name}.proj_out", Layer("Linear", (width, width))
-
-
-def unet_layers() -> dict[str, Layer]:
-    """The SDXL U-Net in sgm names: three levels of two blocks down, and of three blocks up."""
-    levels = ((320, 0), (640, 2), (1280, 10))  # width, transformer depth
-    found: list[tuple[str, Layer]] = [
-        ("time_embed.0", Layer("Linear", (1280, 320))),
-        ("time_embed.2", Layer("Linear", (1280, 1280))),
-        ("label_emb.0.0", Layer("Linear", (1280, 2816))),
-        ("label_emb.0.2", Layer("Linear", (1280, 1280))),
-        ("input_blocks.0.0", Layer("Conv2d", (320, 4, 3, 3))),
-    ]
-    number, inputs, skips = 1, 320, [320]
-    for level, (width, depth) in enumerate(levels):
-        for _ in range(2):
-            found += resnet(f"input_blocks.{number}.0", inputs, width)
-            found += transformer(f"input_blocks.{number}.1", width, depth) if depth else ()
-            number, inputs = number + 1, width
-            skips.append(width)
-        if level < 2:
-            found.append((f"input_blocks.{number}.0", Layer("Downsample2D")))
-            found.append((f"input_blocks.{number}.0.op", Layer("Conv2d", (width, width, 3, 3))))
-            number += 1
-            skips.append(width)
-    found += resnet("middle_block.0", 1280, 1280)
-    found += transformer("middle_block.1", 1280, 10)
-    found += resnet("middle_block.2", 1280, 1280)
-    for number in range(9):
-        width, depth = levels[2 - number // 3]
-        found += resnet(f"output_blocks.{number}.0", inputs + skips.pop(), width)
-        found += transformer(f"output_blocks.{number}.1", width, depth) if depth else ()
-        if number in (2, 5):
-            name = f"output_blocks.{number}.2"
-            found.append((name, Layer("Upsample2D")))
-            found.append((f"{name}.conv", Layer("Conv2d", (width, width, 3, 3))))
-        inputs = width
-    found.append(("out.2", Layer("Conv2d", (4, 320, 3, 3))))
-    return dict(found)
-
-
-def text_encoder_layers(depth: int, width: int) -> dict[str, Layer]:
-    """A CLIP text encoder: 12 layers of 768 in the first of SDXL, 32 of 1280 in the second."""
-    found = {}
-    for index in range(depth):
-        layer = f"text_model.encoder.layers.{index}"
-        found[layer] = Layer("CLIPEncoderLayer")
-        found[f"{layer}.self_attn"] = Layer("CLIPAttention")
-        for projection in ("k", "v", "q", "out"):
-            found[f"{layer}.self_attn.{projection}_proj"] = Layer("Linear", (width, width))
-        found[f"{layer}.mlp"] = Layer("CLIPMLP")
-        found[f"{layer}.mlp.fc1"] = Layer("Linear", (4 * width, width))
-        found[f"{layer}.mlp.fc2"] = Layer("Linear", (width, 4 * width))
-    return found
-
-
-def sdxl_layers() -> dict[str, dict[str, Layer]]:
-    """All three networks, by the name that kohya's keys have for them."""
-    second = text_encoder_layers(32, 1280)
-    second["text_projection"] = Layer("Linear", (1280, 1280))
-    return {"te1": text_encoder_layers(12, 768), "te2": second, "unet": unet_layers()}
-
-
-# ---- Options of the training ---------------------------------------------------------------------
-
-
-def as_number(name: str, value: object) -> float:
-    """A setting's value as a finite number, refused by the setting's name."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise PreflightError(f"{name}={printable(str(value))} is not a number: correct it")
-    return number
-
-
-def as_whole(name: str, value: object, least: int = 1) -> int:
-    """A setting's value as a whole number that is not too small."""
-    number = int(as_number(name, value))
-    if number < least:
-        raise PreflightError(f"{name}={printable(str(value))} is below {least}: correct it")
-    return number
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line of the training, as argparse would read it: the last value wins."""
-
-    given: dict[str, list[str]]
-
-    def has(self, name: str) -> bool:
-        """Whether it is given; the GUI writes what is not as an empty text."""
-        return self.given.get(name, [""]) != [""]
-
-    def text(self, name: str, default: str = "") -> str:
-        return (self.given.get(name) or [""])[-1] or default
-
-    def number(self, name: str, default: float) -> float:
-        return as_number(f"--{name}", self.text(name, str(default)))
-
-    def whole(self, name: str, default: int, least: int = 1) -> int:
-        return as_whole(f"--{name}", self.text(name, str(default)), least)
-
-    def is_on(self, name: str) -> bool:
-        """Whether a switch is given, or a number other than 0."""
-        return self.has(name) and (not self.text(name) or self.number(name, 0) != 0)
-
-    def caches(self, what: str) -> bool:
-        """Whether it is cached; to do so on disk is enough for sd-scripts."""
-        return self.has(f"cache_{what}") or self.has(f"cache_{what}_to_disk")
-
-    def pairs(self, name: str) -> dict[str, str]:
-        """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
-        return dict(item.partition("=")[::2] for item in self.given.get(name, []))
-
-    def asks_lycoris(self, name: str, default: str = "false") -> bool:
-        """Whether a network argument is on; LyCORIS takes every word but "false" for true."""
-        return self.pairs("network_args").get(name, default).lower() != "false"
-
-
-def parse_options(words: list[str]) -> Options:
-    """`--name=value`, `--name value ...` and `--name` alone, without knowing them all."""
-    given: dict[str, list[str]] = {}
-    name = ""
-    for word in words:
-        if re.match(r"--\w", word):
-            name, equals, value = word[2:].partition("=")
-            given[name] = [value] if equals else []
-        elif name:
-            given[name].append(word)
-    return Options(given)
-
-
-def with_config_file(options: Options) -> Options:
-    """The options with those of --config_file under them, which is how the GUI passes all."""
-    if not options.has("config_file"):
-        return options
-    if not options.text("config_file"):
-        raise PreflightError("--config_file names no file: add it")
-    path = Path(options.text("config_file"))
-    if path.suffix != ".toml":
-        path = path.with_name(path.name + ".toml")
-    given: dict[str, list[str]] = {}
-    for name, value in flattened(load_toml(path, "--config_file")).items():
-        if value is True:
-            given[name] = []
-        elif value is not False:
-            given[name] = [str(item) for item in (value if isinstance(value, list) else [value])]
-    return Options(given | options.given)
-
-
-def flattened(table: dict[str, Any]) -> dict[str, Any]:
-    """A config file's options without its sections, which sd-scripts ignores."""
-    flat = {}
-    for key, value in table.items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    return flat
-
-
-def load_toml(path: Path, what: str) -> dict[str, Any]:
-    """A TOML file, read as sd-scripts and LyCORIS read it."""
-    try:
-        import toml
-    except ImportError as error:
-        raise PreflightError("no toml in this Python: install kohya's requirements") from error
-    try:
-        return toml.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PreflightError(
-            f'no {what} at "{path}": write one there, or correct the path'
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PreflightError(f'cannot read the {what} "{path}" ({error})') from error
-    except (toml.TomlDecodeError, IndexError, ValueError, TypeError) as error:
-        text = printable(str(error))
-        raise PreflightError(
-            f'the {what} "{path}" is not valid TOML ({text}): correct it'
-        ) from error
 
 
 # ---- Packages ------------------------------------------------------------------------------------
@@ -382,38 +151,12 @@ OTHER_MODELS = (
 )
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file; refused where the file is not as long as it says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise PreflightError(f'"{path}" is cut off or no safetensors file: download it again')
-        try:
-            header = json.loads(file.read(length))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-            missing = 8 + length + max(ends, default=0) - size
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            RecursionError,
-        ) as error:
-            raise PreflightError(f'"{path}" is no safetensors file: download it again') from error
-    if missing:
-        told = f"{missing:,} bytes shorter" if missing > 0 else f"{-missing:,} bytes longer"
-        raise PreflightError(f'"{path}" is {told} than its header says: download it again')
-    return header
-
-
 def check_checkpoint(options: Options, report: Report) -> None:
     """Whether the base is an SDXL checkpoint, and whole; its data is not read."""
     given = options.text("pretrained_model_name_or_path")
     path = Path(given)
     if given in ("", PLACEHOLDER):
-        raise PreflightError(
+        raise BloraError(
             "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to "
             "your SDXL checkpoint"
         )
@@ -429,7 +172,7 @@ def check_checkpoint(options: Options, report: Report) -> None:
     ):
         report.notes.append(f'"{given}" is no file here, taken for a model of the Hugging Face hub')
     elif not path.is_file():
-        raise PreflightError(
+        raise BloraError(
             f'no checkpoint at "{given}": correct BLORA_CHECKPOINT at the top of the launcher'
         )
     elif path.suffix != ".safetensors":
@@ -439,16 +182,16 @@ def check_checkpoint(options: Options, report: Report) -> None:
 
 
 def check_sdxl(path: Path, options: Options, report: Report) -> None:
-    keys = read_header(path).keys()
+    keys = read_header(path)[0].keys()
     if not all(key in keys for key in SDXL_KEYS):
         kinds = (
             kind for pattern, kind in OTHER_MODELS if any(re.fullmatch(pattern, k) for k in keys)
         )
-        raise PreflightError(
+        raise BloraError(
             f'"{path}" is {next(kinds, "something else")}, not an SDXL checkpoint: give the one to '
             "train on"
         )
-    report.plan["base"] += f" (SDXL, {gigabytes(path.stat().st_size)})"
+    report.plan["base"] += f" (SDXL, {file_size(path.stat().st_size)})"
     if "v_pred" in keys and not options.has("v_parameterization"):
         report.warnings.append(
             f'"{path}" says it predicts v: add --v_parameterization --zero_terminal_snr'
@@ -484,7 +227,7 @@ def load_subsets(options: Options, report: Report) -> list[Subset]:
         path = Path(options.text("train_data_dir"))
         config = {"datasets": [{"subsets": folders_with_repeats(path)}]}
     else:
-        raise PreflightError("there are no images: give --dataset_config")
+        raise BloraError("there are no images: give --dataset_config")
     tables = [
         {**config.get("general", {}), **dataset, **subset}
         for dataset in config.get("datasets", [])
@@ -500,7 +243,7 @@ def load_subsets(options: Options, report: Report) -> list[Subset]:
     problems = [subset for subset in found if isinstance(subset, str)]
     (report.warnings if subsets else report.errors).extend(problems)
     if not tables:
-        raise PreflightError(f'"{path}" names no folder of images: add one')
+        raise BloraError(f'"{path}" names no folder of images: add one')
     return subsets
 
 
@@ -510,7 +253,7 @@ def load_config(path: Path) -> dict[str, Any]:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise PreflightError(
+            raise BloraError(
                 f'the dataset config "{path}" is not valid JSON: correct it'
             ) from error
     else:
@@ -523,7 +266,7 @@ def load_config(path: Path) -> dict[str, Any]:
         for table in tables
     )
     if not fine or not isinstance(config.get("general", {}), dict):
-        raise PreflightError(
+        raise BloraError(
             f'the dataset config "{path}" is not of the form [[datasets]], [[datasets.subsets]]: '
             "correct it"
         )
@@ -533,7 +276,7 @@ def load_config(path: Path) -> dict[str, Any]:
 def folders_with_repeats(path: Path) -> list[dict[str, Any]]:
     """Folders named N_words in a folder, as --train_data_dir has them."""
     if not path.is_dir():
-        raise PreflightError(f'no folder of images at "{path}": correct --train_data_dir')
+        raise BloraError(f'no folder of images at "{path}": correct --train_data_dir')
     named = [(re.fullmatch(r"(\d+)(_.*)?", folder.name), folder) for folder in path.iterdir()]
     return [
         {"image_dir": str(folder), "num_repeats": int(name[1]), "class_tokens": name[2] or ""}
@@ -623,90 +366,6 @@ def place_of(name: str, options: Options) -> str:
 
 # ---- The preset ----------------------------------------------------------------------------------
 
-# What LyCORIS 3.4 and later accept (VALID_PRESET_KEYS); before that unknown keys did nothing.
-PRESET_KEYS = (
-    "enable_conv", "target_module", "target_name", "module_algo_map", "name_algo_map",
-    "lora_prefix", "use_fnmatch", "unet_target_module", "unet_target_name",
-    "text_encoder_target_module", "text_encoder_target_name", "exclude_name",
-)  # fmt: skip
-BUILT_IN_PRESETS = (
-    "full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only",
-    "unet-convblock-only", "ia3",
-)  # fmt: skip
-# What LyCORIS targets in SDXL where a preset does not say: classes of the U-Net, then of text.
-DEFAULT_TARGETS = {
-    "unet_target_module": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"],
-    "unet_target_name": [
-        "conv_in",
-        "conv_out",
-        "time_embedding.linear_1",
-        "time_embedding.linear_2",
-    ],
-    "text_encoder_target_module": ["CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"],
-    "text_encoder_target_name": [],
-}
-
-
-def load_preset(path: Path) -> dict[str, Any]:
-    """A preset with the defaults of what it leaves out; refused with keys LyCORIS refuses."""
-    preset = load_toml(path, "preset")
-    unknown = [key for key in preset if key not in PRESET_KEYS]
-    if unknown:
-        raise PreflightError(
-            f'the preset "{path}" has keys that LyCORIS refuses ({first_few(unknown)}): '
-            "remove them; dora_wd and the like are given as --network_args"
-        )
-    for key in (*DEFAULT_TARGETS, "exclude_name"):
-        value = preset.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise PreflightError(f'{key} in the preset "{path}" is not a list of texts: correct it')
-    return {**DEFAULT_TARGETS, "enable_conv": True, **preset}
-
-
-def matches(patterns: list[str], name: str, preset: dict[str, Any]) -> bool:
-    """Whether LyCORIS takes the name for one of these: itself, or a match from its start."""
-    if name in patterns:
-        return True
-    if preset.get("use_fnmatch"):
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    try:
-        return any(re.match(pattern, name) for pattern in patterns)
-    except re.error as error:
-        raise PreflightError(
-            f"a pattern of the preset is no regular expression ({error})"
-        ) from error
-
-
-def selected(layers: dict[str, Layer], part: str, preset: dict[str, Any]) -> dict[str, Layer]:
-    """The layers of one network that LyCORIS trains under the preset, by their own names."""
-    classes, names = preset[f"{part}_target_module"], preset[f"{part}_target_name"]
-    excluded = preset.get("exclude_name", [])
-    found: dict[str, Layer] = {}
-    for name, layer in layers.items():
-        if matches(excluded, name, preset):
-            continue
-        by_name = matches(names, name, preset)
-        if layer.kind in classes and not by_name:
-            inside = {n: inner for n, inner in layers.items() if n.startswith(f"{name}.")}
-            found |= {n: i for n, i in inside.items() if not matches(excluded, n, preset)}
-        elif by_name:
-            found[name] = layer
-    return {
-        name: layer
-        for name, layer in found.items()
-        if layer.is_leaf and (preset["enable_conv"] or not layer.is_kernel)
-    }
-
-
-def trained_layers(preset: dict[str, Any]) -> dict[str, Layer]:
-    """All layers of SDXL that the preset selects, by kohya's module names."""
-    modules = {}
-    for network, layers in sdxl_layers().items():
-        part = "unet" if network == "unet" else "text_encoder"
-        for name, layer in selected(layers, part, preset).items():
-            modules[f"lora_{network}_{name.replace('.', '_')}"] = layer
-    return modules
-
 
 def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
     """Modules in words: "80 content (output_blocks.0.1), 80 style (output_blocks.1.1)"."""
@@ -719,7 +378,7 @@ def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
 
 def check_network_args(options: Options) -> None:
     if options.asks_lycoris("bypass_mode") and options.asks_lycoris("dora_wd"):
-        raise PreflightError(
+        raise BloraError(
             "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: "
             "remove one of the two from --network_args"
         )
@@ -746,16 +405,16 @@ def check_preset(options: Options, report: Report) -> dict[str, Layer]:
         )
         modules = {name: layer for name, layer in modules.items() if name not in text}
     if not modules:
-        raise PreflightError(f'the preset "{given}" selects no module of SDXL: correct its names')
+        raise BloraError(f'the preset "{given}" selects no module of SDXL: correct its names')
     report.modules = list(modules)
     try:
         known = load_traits(HERE / "blora_traits.json")
-    except SliceError as error:  # the training does without
+    except BloraError as error:  # the training does without
         report.warnings.append(str(error))
         known = {}
     report.plan["modules"] = f"{len(modules)}: {count_by_trait(list(modules), known)}"
     if any(preset.get(key) for key in ("module_algo_map", "name_algo_map")):
-        report.notes.append("the preset gives modules settings of their own: no size can be told")
+        report.notes.append("the preset gives modules settings of their own: size unknown")
         return {}
     return modules
 
@@ -787,10 +446,6 @@ def saved_files(length: Length, options: Options) -> int:
     if options.has("save_last_n_epochs"):
         by_epoch = min(by_epoch, int(options.number("save_last_n_epochs", 0)))
     return by_step + by_epoch + 1
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def plan_length(subsets: list[Subset], options: Options, report: Report) -> Length:
@@ -865,11 +520,11 @@ def plan_memory(
             more = blora_memory.activations(replace(backward, checkpointing=False)) - kept
             hint = (
                 " (BLORA_SAVE_MEMORY=0, which is without --gradient_checkpointing: "
-                f"{gigabytes(more)} more)"
+                f"{file_size(more)} more)"
             )
-    told = [f"{gigabytes(size)} {part}" for part, size in parts.items()]
+    told = [f"{file_size(size)} {part}" for part, size in parts.items()]
     told += [f"{part} of unknown size" for part in unknown]
-    total = gigabytes(sum(parts.values()))
+    total = file_size(sum(parts.values()))
     report.plan["memory"] = f"{total} at least, computed: {', '.join(told)}{hint}"
     check_card(parts, backward, options, report)
 
@@ -882,8 +537,8 @@ def check_card(
     if card is not None and total > card:
         room = card - total + parts.get("activations", 0)
         report.warnings.append(
-            f"the card has {gigabytes(card)} of memory, and this training takes at least "
-            f"{gigabytes(total)} (computed): {memory_advice(room, backward, options)}"
+            f"the card has {file_size(card)} of memory, and this training takes at least "
+            f"{file_size(total)} (computed): {memory_advice(room, backward, options)}"
         )
 
 
@@ -917,7 +572,7 @@ def plan_size(
         parameters += sum(layer.shape[axis] for layer in modules.values())
     trained = 2 if options.has("full_fp16") or options.has("full_bf16") else 4  # bytes a number
     size = parameters * BYTES.get(options.text("save_precision"), trained)
-    report.plan["rank"] += f": {parameters:,} parameters, {gigabytes(size)} a file"
+    report.plan["rank"] += f": {parameters:,} parameters, {file_size(size)} a file"
     backward = blora_memory.Backward(
         frozenset(block_of(module) for module in modules if module.startswith("lora_unet")),
         options.text("network_module") == OUR_NETWORK
@@ -944,12 +599,12 @@ def check_disk(length: Length, size: float, options: Options, report: Report) ->
         parent for parent in (output.absolute(), *output.absolute().parents) if parent.is_dir()
     )
     free, saves = shutil.disk_usage(folder).free, saved_files(length, options)
-    report.plan["saves"] = f"{saves} of {gigabytes(size)} in {output} ({gigabytes(free)} free)"
+    report.plan["saves"] = f"{saves} of {file_size(size)} in {output} ({file_size(free)} free)"
     earlier = output.glob(f"{glob.escape(options.text('output_name', 'last'))}*.safetensors")
     overwritten = sum(file.stat().st_size for file in earlier)
     if saves * size > free + overwritten:
         report.errors.append(
-            f"{saves} saves of {gigabytes(size)} do not fit into the {gigabytes(free)} free at "
+            f"{saves} saves of {file_size(size)} do not fit into the {file_size(free)} free at "
             f'"{folder}": make room, or raise --save_every_n_steps'
         )
 
@@ -964,7 +619,7 @@ def check(script: Path, words: list[str]) -> Report:
     def attempt(step: Callable[..., Any], *args: Any) -> Any:
         try:
             return step(*args)
-        except PreflightError as error:
+        except BloraError as error:
             report.errors.append(str(error))
         except OSError as error:
             report.errors.append(f"cannot look at everything ({printable(str(error))}): correct it")

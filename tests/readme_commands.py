@@ -9,6 +9,7 @@ from sdxl_train_network_options import build_parser as sd_scripts_parser
 
 import blora_preflight
 import blora_slicer
+from blora_sdxl import load_traits
 
 # fast has every setting of classic, and one more.
 SETTINGS = set(
@@ -38,7 +39,7 @@ def check_cmd(words: list[str]) -> None:
 def check_slicer(command: list[str]) -> None:
     """Options that the slicer takes, and traits that it has."""
     args = blora_slicer.build_parser().parse_args(command[2:])
-    known = blora_slicer.load_traits(args.traits_file)
+    known = load_traits(args.traits_file)
     assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
 
 

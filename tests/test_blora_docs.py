@@ -22,9 +22,12 @@ from make_dataset import draw
 from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
 from safetensors.torch import save_file
 
+import blora_lora
 import blora_memory
 import blora_preflight
+import blora_preset
 import blora_slicer
+from blora_sdxl import sdxl_layers
 
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
@@ -182,7 +185,7 @@ def test_the_sample_dataset_config_has_the_launchers_paths():
 
 def test_the_table_of_blocks_is_that_of_the_model():
     rows = {}
-    for name, layer in blora_preflight.unet_layers().items():
+    for name, layer in sdxl_layers()["unet"].items():
         if found := re.match(r"(.+)\.transformer_blocks\.\d+\.attn[12]\.to_", name):
             modules, parameters = rows.get(found[1], (0, 0))
             rows[found[1]] = modules + 1, parameters + layer.parameters(1)
@@ -239,7 +242,7 @@ def test_a_preset_that_fits_nothing_is_refused_as_shown(kohya):
 def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
     add_own_blocks(kohya)
     _, cut, shown = own_commands()
-    layers = blora_preflight.trained_layers(blora_preflight.load_preset(Path("my_middle.toml")))
+    layers = blora_preset.trained_layers(blora_preset.load_preset(Path("my_middle.toml")))
     tensors = {}
     for name, layer in layers.items():
         outputs, inputs = layer.shape
@@ -251,7 +254,7 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
     done = run(cut)
     assert done.stderr == ""
     assert done.stdout.splitlines() == [s for s in shown if s.startswith(("middle of", "->"))]
-    kept, _ = blora_slicer.read_header(Path("my_middle.safetensors"), "")
+    kept, _ = blora_lora.read_header(Path("my_middle.safetensors"))
     assert {key.split(".")[0] for key in kept} == {n for n in layers if "_middle_block_1_" in n}
 
 
@@ -259,8 +262,8 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
 
 
 def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
-    layers = blora_preflight.trained_layers(
-        blora_preflight.load_preset(ROOT / "lycoris_presets/blora_content_style.toml")
+    layers = blora_preset.trained_layers(
+        blora_preset.load_preset(ROOT / "lycoris_presets/blora_content_style.toml")
     )
     unet = [layer for name, layer in layers.items() if name.startswith("lora_unet_")]
 

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from kohya_folder import ROOT
 
-from blora_preflight import unet_layers
+from blora_sdxl import sdxl_layers
 
 SVG = "{http://www.w3.org/2000/svg}"
 PICTURES = ["blora_blocks.svg", "blora_rank.svg"]
@@ -140,7 +140,7 @@ def test_a_trait_is_drawn_where_the_traits_file_has_it(bundle):
 def trained_shapes() -> list[tuple[int, ...]]:
     """The matrices of content and style, found without the traits."""
     attention = re.compile(r"output_blocks\.[01]\.1\..*attn\d\.to_")
-    return [layer.shape for name, layer in unet_layers().items() if attention.match(name)]
+    return [layer.shape for name, layer in sdxl_layers()["unet"].items() if attention.match(name)]
 
 
 def test_the_line_is_where_a_lora_outgrows_its_matrices():

@@ -224,9 +224,7 @@ def test_modules_with_settings_of_their_own_have_no_size_that_is_told(kohya, cap
     shipped = Path("lycoris_presets/blora_content_style.toml").read_text()
     Path("own.toml").write_text(f'{shipped}\n[{setting}.CrossAttention]\nalgo = "loha"\n')
     report = checked(capsys, network_args=["preset=own.toml"])
-    assert report["notes"] == [
-        "the preset gives modules settings of their own: no size can be told"
-    ]
+    assert report["notes"] == ["the preset gives modules settings of their own: size unknown"]
     assert len(report["modules"]) == 160
     assert not {"rank", "memory", "saves"} & report["plan"].keys()
 

@@ -12,7 +12,7 @@ from kohya_folder import ROOT
 from lycoris_releases import LYCORIS, NEWEST, PRESETS, trained
 from preset_modules import CONTENT, EXPECTED, LAYOUT, STYLE, block_modules, text_encoder_modules
 
-import blora_slicer
+from blora_sdxl import load_traits
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_the_first_comment_says_which_blocks_for_which_launcher_and_what_it_cost
     assert costs == [modules["unet_parameters"], modules["text_encoder_parameters"]]
 
 
-TRAITS = blora_slicer.load_traits(ROOT / "blora_traits.json")
+TRAITS = load_traits(ROOT / "blora_traits.json")
 
 
 @pytest.mark.slow

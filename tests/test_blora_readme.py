@@ -14,8 +14,9 @@ from kohya_folder import ROOT, copy_command
 from launcher_text import FAST_CHANGES, outline
 from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
 
-import blora_preflight
 import blora_slicer
+from blora_preset import load_preset, trained_layers
+from blora_sdxl import load_traits
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLAN = ("base  ", "images  ", "training  ", "modules  ", "rank  ", "memory  ", "saves  ")
@@ -92,7 +93,7 @@ def test_every_option_trait_preset_and_setting_is_in_it():
     parser = blora_slicer.build_parser()
     options = [o for action in parser._actions for o in action.option_strings if o != "--help"]
     names = [option for option in options if option.startswith("--")]
-    names += blora_slicer.load_traits(ROOT / "blora_traits.json")
+    names += load_traits(ROOT / "blora_traits.json")
     names += [path.stem for path in (ROOT / "lycoris_presets").iterdir()]
     missing = [name for name in names if f"| `{name}` |" not in README]
     assert not missing
@@ -107,7 +108,7 @@ def test_every_setting_is_in_it_with_its_default(setting):
 
 def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
     for path in (ROOT / "lycoris_presets").iterdir():
-        layers = blora_preflight.trained_layers(blora_preflight.load_preset(path))
+        layers = trained_layers(load_preset(path))
         unet = sum(x.parameters(1) for name, x in layers.items() if "_unet_" in name)
         text = sum(x.parameters(1) for name, x in layers.items() if "_te" in name)
         [row] = [line for line in README.splitlines() if line.startswith(f"| `{path.stem}` |")]
@@ -137,9 +138,7 @@ def test_its_links_within_the_repository_lead_somewhere():
 
 def test_the_size_it_shows_is_that_of_the_file():
     """Content has half of the two blocks' parameters, in fp32; the header is below 0.1 MB."""
-    layers = blora_preflight.trained_layers(
-        blora_preflight.load_preset(ROOT / "lycoris_presets/blora_content_style.toml")
-    )
+    layers = trained_layers(load_preset(ROOT / "lycoris_presets/blora_content_style.toml"))
     content = [layer for name, layer in layers.items() if "_output_blocks_0_1_" in name]
     size = 4 * sum(layer.parameters(1024) for layer in content)
     assert (

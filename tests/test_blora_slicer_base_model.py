@@ -81,14 +81,9 @@ DORAS: dict[str, tuple[dict[str, torch.Tensor], str | None]] = {
     "by input": (PLAIN | {"dora_scale": numbers(1, 4, 1, 1, value=1)}, None),
     "of zeros": (PLAIN | {"dora_scale": numbers(320, 1, 1, 1, value=0)}, None),
     "of NaN": (PLAIN | {"dora_scale": numbers(320, 1, 1, 1, value=math.nan)}, CANNOT),
-    "of a scalar": (PLAIN | {"dora_scale": numbers()}, MISFIT),
-    "of another length": (PLAIN | {"dora_scale": numbers(7, 1, 1, 1)}, MISFIT),
-    "of no length": (PLAIN | {"dora_scale": numbers(0, 1, 1, 1)}, MISFIT),
     "of fp8": (PLAIN | {"dora_scale": BY_ROW["dora_scale"].to(torch.float8_e4m3fn)}, MISFIT),
     "of zero factors": ({key: t * 0 for key, t in (PLAIN | BY_ROW).items()}, None),
     "without down": ({"lora_up.weight": PLAIN["lora_up.weight"]} | BY_ROW, MISFIT),
-    "of two ranks": (PLAIN | BY_ROW | {"lora_down.weight": numbers(3, 4, 3, 3)}, MISFIT),
-    "of scalars": (BY_ROW | {"lora_up.weight": numbers(), "lora_down.weight": numbers()}, MISFIT),
 }
 
 

@@ -143,7 +143,7 @@ def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
         "   640  20.0%  ####",
         "base: sdxl_base_v1-0",
         "trigger words: sks (3)",
-        "not SDXL's: 1 tensors: strange.weight",
+        "tensors that do not belong to SDXL (1): strange.weight",
     ]
 
 

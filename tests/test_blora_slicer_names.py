@@ -200,7 +200,7 @@ def test_keys_that_cannot_be_placed_are_counted_and_the_first_named(tmp_path, ca
     output = tmp_path / "slice.safetensors"
     assert slice_lora("--loras", lora, "--output_path", output) == 0
     assert capsys.readouterr().err == (
-        "note: 5 tensors of a.safetensors are none of SDXL's and are left out: "
+        "note: 5 tensors of a.safetensors do not belong to SDXL and were skipped: "
         "strange.a, strange.b, strange.c and 2 more\n"
     )
     assert set(load_file(output)) == set(blora_modules(CONTENT))

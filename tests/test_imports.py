@@ -22,6 +22,13 @@ def test_no_two_files_of_the_bundle_import_each_other():
     TopologicalSorter(among_themselves).prepare()  # a CycleError says who imports whom
 
 
+def test_no_script_of_the_bundle_is_imported_by_another_file_of_it():
+    scripts = {name for name in BUNDLE if "\ndef main(" in (ROOT / f"{name}.py").read_text("utf-8")}
+    assert {"blora_preflight", "blora_slicer"} <= scripts
+    found = {name: imports & scripts for name, imports in BUNDLE.items()}
+    assert {name: imports for name, imports in found.items() if imports} == {}
+
+
 def test_no_file_imports_a_test_file():
     tests = {path.stem for path in TESTS.glob("test_*.py")}
     found = {path.name: imported(path) & tests for path in TESTS.rglob("*.py")}

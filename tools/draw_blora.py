@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from blora_preflight import BYTES, OPTIMIZER_STATE, Layer, matching, unet_layers
-from blora_slicer import load_traits, sgm_name
+from blora_preflight import BYTES, OPTIMIZER_STATE, matching
+from blora_sdxl import Layer, load_traits, sdxl_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 720  # of both pictures; a phone shows half of that, and text of 20 px as 10 px
@@ -123,21 +123,6 @@ class Block:
         return 136 if self.trait else 98
 
 
-def kohya_module(layer: str) -> str:
-    """The name of a U-Net layer's module in a kohya file."""
-    return "lora_unet_" + layer.replace(".", "_")
-
-
-def diffusers_name(block: str) -> str:
-    """What diffusers calls an attention block: the name that the slicer translates to this one."""
-    levels = [f"{way}_blocks.{level}" for way in ("down", "up") for level in range(3)]
-    names = [f"{level}.attentions.{index}" for level in levels for index in range(3)]
-    layer = f"{block}.proj_in".replace(".", "_")
-    [name] = [name for name in [*names, "mid_block.attentions.0"]
-              if sgm_name(f"{name}.proj_in".replace(".", "_")) == layer]  # fmt: skip
-    return name
-
-
 def slot_name(block: str) -> str:
     """The slot of a block in a block-weight vector: IN08, MID, OUT00."""
     way, number = re.match(r"(in|mid|out)\w+\.(\d)", block).groups()
@@ -146,7 +131,7 @@ def slot_name(block: str) -> str:
 
 def unet_blocks() -> dict[str, Block]:
     """All blocks by their sgm name, such as "input_blocks.4"."""
-    layers, traits = unet_layers(), load_traits(ROOT / "blora_traits.json").values()
+    layers, traits = sdxl_layers()["unet"], load_traits(ROOT / "blora_traits.json").values()
     names = [f"{way}_blocks.{number}" for way in ("input", "output") for number in range(9)]
     blocks = {}
     for name in [*names, "middle_block"]:
@@ -156,11 +141,11 @@ def unet_blocks() -> dict[str, Block]:
         if not depth:
             blocks[name] = Block(name, ROLES.get(name, "no attention"))
             continue
-        query = kohya_module(f"{attention}.transformer_blocks.0.attn1.to_q")
+        query = layers[f"{attention}.transformer_blocks.0.attn1.to_q"].module
         blocks[name] = Block(
             attention,
             f"{depth} transformer blocks",
-            diffusers_name(attention),
+            layers[attention].diffusers,
             slot_name(attention),
             next((trait.name for trait in traits if trait.keeps(query)), ""),
         )
@@ -329,9 +314,9 @@ def trained_layers() -> list[Layer]:
     traits = load_traits(ROOT / "blora_traits.json")
     return [
         layer
-        for name, layer in unet_layers().items()
+        for layer in sdxl_layers()["unet"].values()
         if layer.is_leaf
-        and any(traits[trait].keeps(kohya_module(name)) for trait in ("content", "style"))
+        and any(traits[trait].keeps(layer.module) for trait in ("content", "style"))
     ]
 
 

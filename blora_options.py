@@ -1,0 +1,126 @@
+"""The options of a training as blora_preflight.py reads them, without knowing them all.
+
+A command line, with the options of --config_file under it, which is how the kohya_ss GUI passes
+all. Values are read by the setting's name, and a BloraError says which one is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blora_words import BloraError, printable
+
+
+def as_number(name: str, value: object) -> float:
+    """A setting's value as a finite number, refused by the setting's name."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BloraError(f"{name}={printable(str(value))} is not a number: correct it")
+    return number
+
+
+def as_whole(name: str, value: object, least: int = 1) -> int:
+    """A setting's value as a whole number that is not too small."""
+    number = int(as_number(name, value))
+    if number < least:
+        raise BloraError(f"{name}={printable(str(value))} is below {least}: correct it")
+    return number
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of the training, as argparse would read it: the last value wins."""
+
+    given: dict[str, list[str]]
+
+    def has(self, name: str) -> bool:
+        """Whether it is given; the GUI writes what is not as an empty text."""
+        return self.given.get(name, [""]) != [""]
+
+    def text(self, name: str, default: str = "") -> str:
+        return (self.given.get(name) or [""])[-1] or default
+
+    def number(self, name: str, default: float) -> float:
+        return as_number(f"--{name}", self.text(name, str(default)))
+
+    def whole(self, name: str, default: int, least: int = 1) -> int:
+        return as_whole(f"--{name}", self.text(name, str(default)), least)
+
+    def is_on(self, name: str) -> bool:
+        """Whether a switch is given, or a number other than 0."""
+        return self.has(name) and (not self.text(name) or self.number(name, 0) != 0)
+
+    def caches(self, what: str) -> bool:
+        """Whether it is cached; to do so on disk is enough for sd-scripts."""
+        return self.has(f"cache_{what}") or self.has(f"cache_{what}_to_disk")
+
+    def pairs(self, name: str) -> dict[str, str]:
+        """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
+        return dict(item.partition("=")[::2] for item in self.given.get(name, []))
+
+    def asks_lycoris(self, name: str, default: str = "false") -> bool:
+        """Whether a network argument is on; LyCORIS takes every word but "false" for true."""
+        return self.pairs("network_args").get(name, default).lower() != "false"
+
+
+def parse_options(words: list[str]) -> Options:
+    """`--name=value`, `--name value ...` and `--name` alone, without knowing them all."""
+    given: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if re.match(r"--\w", word):
+            name, equals, value = word[2:].partition("=")
+            given[name] = [value] if equals else []
+        elif name:
+            given[name].append(word)
+    return Options(given)
+
+
+def with_config_file(options: Options) -> Options:
+    """The options with those of --config_file under them, which is how the GUI passes all."""
+    if not options.has("config_file"):
+        return options
+    if not options.text("config_file"):
+        raise BloraError("--config_file names no file: add it")
+    path = Path(options.text("config_file"))
+    if path.suffix != ".toml":
+        path = path.with_name(path.name + ".toml")
+    given: dict[str, list[str]] = {}
+    for name, value in flattened(load_toml(path, "--config_file")).items():
+        if value is True:
+            given[name] = []
+        elif value is not False:
+            given[name] = [str(item) for item in (value if isinstance(value, list) else [value])]
+    return Options(given | options.given)
+
+
+def flattened(table: dict[str, Any]) -> dict[str, Any]:
+    """A config file's options without its sections, which sd-scripts ignores."""
+    flat = {}
+    for key, value in table.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def load_toml(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file, read as sd-scripts and LyCORIS read it."""
+    try:
+        import toml
+    except ImportError as error:
+        raise BloraError("no toml in this Python: install kohya's requirements") from error
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BloraError(f'no {what} at "{path}": write one there, or correct the path') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BloraError(f'cannot read the {what} "{path}" ({error})') from error
+    except (toml.TomlDecodeError, IndexError, ValueError, TypeError) as error:
+        text = printable(str(error))
+        raise BloraError(f'the {what} "{path}" is not valid TOML ({text}): correct it') from error

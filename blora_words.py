@@ -1,0 +1,43 @@
+"""What all programs of the bundle say alike: the one error type, escaped text, numbers in words.
+
+The lowest room: every other blora file may import it, and it imports none of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+NAMED = 3  # how many of many keys a message names
+
+
+class BloraError(Exception):
+    """A mistake the user can fix; the message is one sentence that says how."""
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could move a terminal's cursor written as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_few(keys: Iterable[str]) -> str:
+    """Some of many keys, escaped: "a, b, c and 7 more"."""
+    keys = [printable(key) for key in keys]
+    more = len(keys) - NAMED
+    return ", ".join(keys[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def span(values: Iterable[float | None]) -> str:
+    """Numbers in words: "4", or "4 to 8" where they differ, "-" where there are none."""
+    known = sorted({value for value in values if value is not None})
+    return " to ".join(f"{value:g}" for value in dict.fromkeys(known[:1] + known[-1:])) or "-"
+
+
+def file_size(size: float) -> str:
+    """Bytes in words: "56.4 MB", "1.80 GB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def say(sentence: str) -> None:
+    """Print what is not a result: it goes to stderr."""
+    print(sentence, file=sys.stderr)
