@@ -1,7 +1,7 @@
 @echo off
 rem Keeps the content of a B-LoRA as a smaller LoRA: model.safetensors, beside this file.
 rem Edit the setting below and run it, or drop one or more LoRA files on it.
-rem Options given to it are handed on: blora_slicer --traits style --alphas 0.8
+rem Options given to it are passed on: blora_slicer --traits style --alphas 0.8
 setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------

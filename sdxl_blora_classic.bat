@@ -1,7 +1,7 @@
 @echo off
 rem Trains content and style of an SDXL B-LoRA together, with the original bundle's settings.
 rem Edit the settings below, or better a copy of this file, and run it.
-rem Options given to it are handed on last and win: sdxl_blora_classic --max_train_steps=10
+rem Options given to it are appended last and override the recipe: sdxl_blora_classic --max_train_steps=10
 setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
@@ -13,7 +13,7 @@ rem Rank and alpha. 1024 saves 1.8 GB in fp32; 64, the paper's, 113 MB, and trai
 if not defined BLORA_RANK set "BLORA_RANK=1024"
 rem The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. Write / for \.
 if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.safetensors"
-rem The blocks to train: one of lycoris_presets, seen from this folder.
+rem The blocks to train: one of lycoris_presets, relative to this folder.
 if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_style.toml"
 rem Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="

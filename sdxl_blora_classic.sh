@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains content and style of an SDXL B-LoRA together, with the original bundle's settings.
 # Edit the settings below, or better a copy of this file, and run it.
-# Options given to it are handed on last and win: sdxl_blora_classic --max_train_steps=10
+# Options given to it are appended last and override the recipe: sdxl_blora_classic --max_train_steps=10
 set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------
@@ -13,7 +13,7 @@ BLORA_REVISION="${BLORA_REVISION:-1}"
 BLORA_RANK="${BLORA_RANK:-1024}"
 # The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. Write / for \.
 BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-path/to/sd_xl_base_1.0.safetensors}"
-# The blocks to train: one of lycoris_presets, seen from this folder.
+# The blocks to train: one of lycoris_presets, relative to this folder.
 BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
 # Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 BLORA_ACCELERATE_ARGS="${BLORA_ACCELERATE_ARGS:-}"

@@ -3,7 +3,7 @@ rem Trains content and style of an SDXL B-LoRA together, as classic but for thes
 rem gradients that a B-LoRA does not need (blora_network), latents are cached, attention is torch's
 rem own, no warm-up, no bias correction, and files in fp16.
 rem Edit the settings below, or better a copy of this file, and run it.
-rem Options given to it are handed on last and win: sdxl_blora_fast --max_train_steps=10
+rem Options given to it are appended last and override the recipe: sdxl_blora_fast --max_train_steps=10
 setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
@@ -15,7 +15,7 @@ rem Rank and alpha. 1024 saves 0.9 GB in fp16; 64, the paper's, 56 MB, and train
 if not defined BLORA_RANK set "BLORA_RANK=1024"
 rem The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. Write / for \.
 if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.safetensors"
-rem The blocks to train: one of lycoris_presets, seen from this folder.
+rem The blocks to train: one of lycoris_presets, relative to this folder.
 if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_style.toml"
 rem 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
 if not defined BLORA_SAVE_MEMORY set "BLORA_SAVE_MEMORY=1"

@@ -3,7 +3,7 @@
 # gradients that a B-LoRA does not need (blora_network), latents are cached, attention is torch's
 # own, no warm-up, no bias correction, and files in fp16.
 # Edit the settings below, or better a copy of this file, and run it.
-# Options given to it are handed on last and win: sdxl_blora_fast --max_train_steps=10
+# Options given to it are appended last and override the recipe: sdxl_blora_fast --max_train_steps=10
 set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------
@@ -15,7 +15,7 @@ BLORA_REVISION="${BLORA_REVISION:-1}"
 BLORA_RANK="${BLORA_RANK:-1024}"
 # The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. Write / for \.
 BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-path/to/sd_xl_base_1.0.safetensors}"
-# The blocks to train: one of lycoris_presets, seen from this folder.
+# The blocks to train: one of lycoris_presets, relative to this folder.
 BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
 # 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
 BLORA_SAVE_MEMORY="${BLORA_SAVE_MEMORY:-1}"

@@ -78,7 +78,9 @@ def seconds(command: list[str], folder: Path) -> float:
 def main() -> int:
     """Measure, and print one Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument(
+        "--runs", type=int, default=9, help="measured rounds (default: %(default)s)"
+    )
     runs = parser.parse_args().runs
     times: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as name:

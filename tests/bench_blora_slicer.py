@@ -252,8 +252,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=5, help="measured rounds (5)")
-    parser.add_argument("--folder", type=Path, help="where to make the files (the system's)")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="measured rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to make the files (default: the system's)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_blora_", dir=args.folder) as folder:
         reached = bench(Path(folder), args.runs, lambda line: print(line, flush=True))

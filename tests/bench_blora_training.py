@@ -270,13 +270,17 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kohya", required=True, type=Path, help="a folder of sd-scripts")
-    parser.add_argument("--size", type=int, default=1024, help="pixels a side (default: 1024)")
+    parser.add_argument(
+        "--size", type=int, default=1024, help="pixels a side (default: %(default)s)"
+    )
     parser.add_argument(
         "--blocks", action="store_true", help="count by the first trained block too"
     )
     parser.add_argument("--time", type=int, metavar="SIZE", help="time steps of this size as well")
-    parser.add_argument("--rank", type=int, default=64, help="of the timed steps (default: 64)")
-    parser.add_argument("--runs", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument(
+        "--rank", type=int, default=64, help="of the timed steps (default: %(default)s)"
+    )
+    parser.add_argument("--runs", type=int, default=5, help="timed rounds (default: %(default)s)")
     return parser
 
 

@@ -81,9 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--images", type=int, default=6, help="how many (default: 6)")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
-    parser.add_argument("--repeats", type=int, default=2, help="num_repeats (default: 2)")
+    parser.add_argument("--images", type=int, default=6, help="how many (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="num_repeats (default: %(default)s)")
     return parser
 
 
