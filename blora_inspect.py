@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,17 @@ class Row:
 
 
 def gram_norm(left: np.ndarray, right: np.ndarray) -> float:
-    """The Frobenius norm of left @ right, from products as small as the rank."""
+    """The Frobenius norm of left [out, rank] @ right [rank, ...], from products [rank, rank]."""
     left, right = left.reshape(left.shape[0], -1), right.reshape(right.shape[0], -1)
     square = np.sum((left.T @ left) * (right @ right.T), dtype="f8")
     return math.sqrt(max(0.0, float(square)))
 
 
 def lora_norm(t: dict[str, np.ndarray]) -> float:
-    """Of up @ down, or up @ mid @ down for a LoCon with a kernel of its own."""
+    """Of up [out, rank] @ down [rank, in, ...].
+
+    With a tucker core mid [rank, rank, ...] between them, down is [rank, in].
+    """
     down = t[LORA_DOWN]
     if LORA_MID in t:
         down = np.einsum("rs...,si->ri...", t[LORA_MID], down.reshape(down.shape[:2]))
@@ -66,9 +70,11 @@ def lora_norm(t: dict[str, np.ndarray]) -> float:
 
 
 def loha_norm(t: dict[str, np.ndarray]) -> float:
-    """Of (w1_a @ w1_b) * (w2_a @ w2_b), some rows at a time."""
+    """Of (w1_a @ w1_b) * (w2_a @ w2_b), some rows at a time: a is [out, rank], b [rank, in ...].
+
+    With tucker cores t1 and t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
+    """
     square = 0.0
-    # With a tucker core, a is [rank, out] and the core takes b's place.
     a1, a2 = (t[f"hada_w{i}_a"].T if "hada_t1" in t else t[f"hada_w{i}_a"] for i in (1, 2))
     b1, b2 = t["hada_w1_b"], t["hada_w2_b"]
     if "hada_t1" in t:
@@ -81,7 +87,10 @@ def loha_norm(t: dict[str, np.ndarray]) -> float:
 
 
 def lokr_norm(t: dict[str, np.ndarray]) -> float:
-    """Of kron(w1, w2): the product of their norms."""
+    """Of kron(w1, w2), the product of their norms; each is whole or a [out, rank] @ b [rank, ...].
+
+    With a tucker core t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
+    """
     norms = []
     for i in (1, 2):
         if f"lokr_w{i}" in t:
@@ -94,20 +103,26 @@ def lokr_norm(t: dict[str, np.ndarray]) -> float:
     return norms[0] * norms[1]
 
 
-def diff_norm(t: dict[str, np.ndarray]) -> float:
-    """Of a change that is stored as it is."""
-    parts = (t[key] for key in ("diff", "diff_b", "w_norm", "b_norm") if key in t)
+def stored_norm(t: dict[str, np.ndarray], suffixes: Iterable[str]) -> float:
+    """Of changes that are stored as they are, of any shape."""
+    parts = (t[suffix] for suffix in suffixes if suffix in t)
     return math.sqrt(sum(float(np.sum(np.square(part), dtype="f8")) for part in parts))
+
+
+def weight_norm(t: dict[str, np.ndarray]) -> float:
+    """Of a whole weight."""
+    return stored_norm(t, ("diff", "w_norm"))
 
 
 # The others change a weight in proportion to itself, so their size is not in the file.
 NORMS = {
-    "LoRA": lora_norm, "LoHa": loha_norm, "LoKr": lokr_norm, "full": diff_norm, "norm": diff_norm,
+    "LoRA": lora_norm, "LoHa": loha_norm, "LoKr": lokr_norm, "full": weight_norm,
+    "norm": weight_norm,
 }  # fmt: skip
 
 
 def measure(module: Module) -> tuple[float | None, list[str]]:
-    """The Frobenius norm of a module's change, and its keys that hold NaN or inf.
+    """The Frobenius norm of a module's change, bias included, and its keys that hold NaN or inf.
 
     The change of a DoRA is that of its factors: what its scale adds depends on the base model.
     None where the size is not known: a factor is missing, of a type without values, or misfits.
@@ -122,7 +137,8 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
         return None, broken
     try:
         with np.errstate(all="ignore"):
-            norm = NORMS[module.algorithm.name](known) * abs(module.scale)
+            weight = NORMS[module.algorithm.name](known) * module.scale
+            norm = math.hypot(weight, stored_norm(known, ("diff_b", "b_norm")))
     except (KeyError, ValueError):  # a factor is missing, or has no numbers
         return None, broken
     return norm if math.isfinite(norm) else None, broken
@@ -133,8 +149,8 @@ def table_row(
 ) -> Row:
     """The line for these modules of one block."""
     tensors = [tensor for module in modules for tensor in module.tensors.values()]
-    found = [norms[module.name] for module in modules]
-    change = None if None in found else math.hypot(*found)
+    changes = [norms[module.name] for module in modules]
+    change = None if None in changes else math.hypot(*changes)
     change = None if change is None or math.isinf(change) else change
     wide = [tensor.dtype for tensor in tensors if tensor.shape] or [t.dtype for t in tensors]
     return Row(
@@ -169,7 +185,7 @@ def training_facts(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
-    """All that --inspect tells of a file."""
+    """All that --inspect shows of a file."""
     groups: dict[tuple[str, str], list[Module]] = {}
     norms, broken = {}, []
     for name, module in tqdm(lora.modules.items(), desc=lora.path.name, delay=1, leave=False):

@@ -48,7 +48,7 @@ class Backward:
     copies: int  # bytes of the LoRA as autocast makes it 16 bits, where it is not
 
 
-def place(block: str) -> tuple[int, ...]:
+def position(block: str) -> tuple[int, ...]:
     """Where a block comes in the U-Net's forward pass; what is none of them comes first."""
     part, *numbers = block.split(".")
     parts = ("input_blocks", "middle_block", "output_blocks", "out")
@@ -60,10 +60,10 @@ def activations(backward: Backward) -> int:
 
     Of a block that is not in the table, the next one's: the least that is held.
     """
-    first = min(map(place, backward.blocks), default=())
-    later = [figures for block, figures in FROM_BLOCK.items() if place(block) >= first]
+    first = min(map(position, backward.blocks), default=())
+    later = [figures for block, figures in FROM_BLOCK.items() if position(block) >= first]
     held = later[0] if later else (0, 0)
-    if not backward.stops_early or first < place(next(iter(FROM_BLOCK))):
+    if not backward.stops_early or first < position(next(iter(FROM_BLOCK))):
         held = ALL
     size = held[0] if backward.checkpointing else held[1]
     copies = 0 if backward.checkpointing else backward.copies

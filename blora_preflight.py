@@ -348,14 +348,14 @@ def check_caches(subsets: list[Subset], options: Options, report: Report) -> Non
                 report.errors.append(f"--{cache} does not go with --{name}: leave one of them out")
             if any(subset.settings.get(name) for subset in subsets):
                 report.errors.append(
-                    f"--{cache} does not go with {name} in {place_of(name, options)}: "
+                    f"--{cache} does not go with {name} in {config_line(name, options)}: "
                     "change that line, or leave the option out"
                 )
     if options.has("cache_text_encoder_outputs") and not options.has("network_train_unet_only"):
         report.errors.append("--cache_text_encoder_outputs needs --network_train_unet_only: add it")
 
 
-def place_of(name: str, options: Options) -> str:
+def config_line(name: str, options: Options) -> str:
     """Where a setting stands in the dataset config: "config.toml line 3"."""
     path = Path(options.text("dataset_config"))
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -30,10 +30,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blora_strength import BaseModel
 
 
 def missing_file(name: str) -> str:
@@ -49,7 +53,6 @@ try:
         HASHES,
         Lora,
         Module,
-        Tensor,
         fp32_holds,
         json_object,
         read_lora,
@@ -154,7 +157,7 @@ def check_fit(module: Module, lora: Path) -> None:
         )
 
 
-def cut_slice(lora: Lora, cut: Cut, base: Callable[[Module], Tensor] | None) -> Slice:
+def cut_slice(lora: Lora, cut: Cut, base: BaseModel | None) -> Slice:
     """The modules the trait keeps, at the cut's strength; refused where there are none."""
     kept = [module for name, module in lora.modules.items() if cut.trait.keeps(name)]
     if not kept:
@@ -444,9 +447,9 @@ def run_cut(args: argparse.Namespace) -> None:
     loras = read_once(args.loras)
     base = None
     if args.base_model:
-        from blora_strength import base_model
+        from blora_strength import read_base_model
 
-        base = base_model(args.base_model)
+        base = read_base_model(args.base_model)
     finished = []
     for output, own in plan.items():
         slices = [cut_slice(loras[cut.lora], cut, base) for cut in own]

@@ -165,9 +165,7 @@ def multiply(module: Module, factor: float, suffixes: Iterable[str]) -> Module:
     return replace(module, tensors=module.tensors | made)
 
 
-def at_strength(
-    module: Module, strength: float, lora: Path, base: Callable[[Module], Tensor] | None
-) -> Module:
+def at_strength(module: Module, strength: float, lora: Path, base: BaseModel | None) -> Module:
     """The module with its change multiplied by the strength; BloraError where it cannot be.
 
     The strength goes into one factor alone: the change is a product of factors, so each further
@@ -176,7 +174,7 @@ def at_strength(
     if DORA not in module.tensors and module.algorithm.scaled:
         return multiply(module, strength, {*module.algorithm.scaled, *ADDED})
     if module.label == "DoRA" and base:
-        baked = bake_dora(module, strength, base(module))
+        baked = bake_dora(module, strength, base.weight(module))
         return multiply(baked, strength, ADDED)
     reason = module.algorithm.reason
     advice = "cut it at 1.0 and set the strength where the LoRA is used"
@@ -323,27 +321,35 @@ def bake_dora(module: Module, strength: float, weight: Tensor) -> Module:
     return replace(module, tensors=module.tensors | made)
 
 
-def base_model(path: Path) -> Callable[[Module], Tensor]:
-    """A look-up of weights in an SDXL checkpoint, by module."""
-    if not path.is_file():
-        raise BloraError(f"no file at {path}: correct --base_model")
-    tensors, _ = read_header(path)
-
-    def weight(module: Module) -> Tensor:
-        key, third = checkpoint_weight(module.layer) or ("", None)
-        if key not in tensors:
-            raise BloraError(
-                f"{path} holds no weight for {module.name}: give the SDXL checkpoint, as one "
-                ".safetensors file, that the LoRA was trained on"
-            )
-        return tensors[key] if third is None else rows_of_three(tensors[key], third)
-
-    return weight
-
-
 def rows_of_three(tensor: Tensor, third: int) -> Tensor:
-    """A third of a tensor's rows, counted from 0; no checking, bake_dora sees what does not fit."""
+    """A third of a tensor's rows, counted from 0; bake_dora refuses what then does not fit."""
     size = tensor.size // 3
     start = tensor.source.start + third * size
     shape = (tensor.shape[0] // 3, *tensor.shape[1:]) if tensor.shape else ()
     return replace(tensor, shape=shape, source=Span(tensor.source.path, start, start + size))
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """An SDXL checkpoint, of which a DoRA needs the weights that it was trained on."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+
+    def weight(self, module: Module) -> Tensor:
+        """The weight of the module's layer; BloraError where the checkpoint has none."""
+        key, third = checkpoint_weight(module.layer) or ("", None)
+        if key not in self.tensors:
+            raise BloraError(
+                f"{self.path} holds no weight for {module.name}: give the SDXL checkpoint, as one "
+                ".safetensors file, that the LoRA was trained on"
+            )
+        tensor = self.tensors[key]
+        return tensor if third is None else rows_of_three(tensor, third)
+
+
+def read_base_model(path: Path) -> BaseModel:
+    """The checkpoint by its header; BloraError where it cannot be read."""
+    if not path.is_file():
+        raise BloraError(f"no file at {path}: correct --base_model")
+    return BaseModel(path, read_header(path)[0])

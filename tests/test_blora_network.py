@@ -31,7 +31,7 @@ from network_cases import (
     with_both,
 )
 
-from blora_memory import place
+from blora_memory import position
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,9 @@ def test_the_backward_pass_ends_at_the_first_trained_layer(folder, release, pres
     theirs, ours = steps(release, folder)[f"{preset}, {checkpointing}"].values()
     stop, spared = STOPS[preset]
     assert len(theirs["reached"]) == 36
-    assert ours["reached"] == [name for name in theirs["reached"] if place(name) >= place(stop)]
+    assert ours["reached"] == [
+        name for name in theirs["reached"] if position(name) >= position(stop)
+    ]
     assert ours["log"] == [
         f"early stop: the backward pass ends at {stop} and spares {spared} of the U-Net's 794 "
         "layers"

@@ -147,6 +147,18 @@ def test_a_change_of_the_bias_beside_the_factors_is_multiplied_too(tmp_path, out
     assert torch.equal(load_file(output)[f"{name}.diff_b"], torch.full((1280,), 0.5))
 
 
+@pytest.mark.parametrize("strength", ["-1e-5", "-.5", "-2"])
+def test_a_negative_strength_is_a_number_however_it_is_written(tmp_path, output, strength):
+    lora = write_lora(
+        tmp_path / "a.safetensors", blora_modules(CONTENT, STYLE, dtype=torch.float32)
+    )
+    args = ("--traits", "content", "style", "--alphas", "0.5", strength, "--output_path", output)
+    assert slice_lora("--loras", lora, *args) == 0
+    style = STYLE.format(0, 1, "q")
+    wanted = float(strength) * change(lora, style)
+    assert (change(output, style) - wanted).norm() < 1e-6 * wanted.norm()
+
+
 def test_fp16_is_scaled_in_fp32_and_rounded_once(lora, output):
     assert slice_lora("--loras", lora, "--alphas", "0.3", "--output_path", output) == 0
     for key, tensor in load_file(output).items():

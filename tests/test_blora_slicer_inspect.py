@@ -85,7 +85,6 @@ DORA = {name: form for name, form in REFUSED.items() if "DoRA" in name}
 BY_THE_WEIGHT = {name: form for name, form in FORMS.items() if name.startswith(("IA3", "GLoRA"))}
 BY_THE_WEIGHT |= {name: form for name, form in REFUSED.items() if name not in DORA}
 MEASURED = {name: form for name, form in (FORMS | DORA).items() if name not in BY_THE_WEIGHT}
-del MEASURED["LoRA, with bias"]
 
 
 def frobenius(module: Module) -> float:
