@@ -14,17 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from blora_lora import (
-    ALPHA,
-    FLOATS,
-    LORA_DOWN,
-    LORA_MID,
-    LORA_UP,
-    NUMBERS,
-    Lora,
-    Module,
-    json_object,
-)
+from blora_lora import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, Lora, Module, json_object
+from blora_safetensors import FLOATS, NUMBERS
 from blora_sdxl import Trait, block_of
 from blora_strength import values
 from blora_words import file_size, first_few, printable, span

@@ -33,9 +33,9 @@ from typing import Any
 
 try:
     import blora_memory
-    from blora_lora import read_header
     from blora_options import Options, as_whole, load_toml, parse_options, with_config_file
     from blora_preset import BUILT_IN_PRESETS, load_preset, trained_layers
+    from blora_safetensors import read_header
     from blora_sdxl import Layer, Trait, block_of, load_traits
     from blora_words import BloraError, file_size, first_few, printable
 except ModuleNotFoundError as missing:

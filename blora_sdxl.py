@@ -249,6 +249,8 @@ def find_layer(text: str) -> tuple[Layer, str] | None:
 
     None where SDXL has no such layer.
     """
+    if layer := layers_by_module().get(text):  # most files have these names alone
+        return layer, text.removeprefix(f"lora_{layer.network}_")
     text = text.removeprefix("base_model.model.")  # PEFT's, before any of the others
     for prefix, network in PREFIXES.items():
         if text.startswith(prefix):

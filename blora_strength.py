@@ -14,21 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from blora_lora import (
-    ADDED,
-    DORA,
+from blora_lora import ADDED, DORA, LORA_DOWN, LORA_MID, LORA_UP, Module, with_alpha
+from blora_safetensors import (
     FLOATS,
-    LORA_DOWN,
-    LORA_MID,
-    LORA_UP,
-    Module,
+    Files,
     Span,
     Tensor,
     as_fp32,
     fp32_holds,
     number,
     read_header,
-    with_alpha,
 )
 from blora_sdxl import checkpoint_weight
 from blora_words import BloraError, printable
@@ -103,7 +98,7 @@ class Changed(Tensor):
     def size(self) -> int:
         return math.prod(self.shape) * FLOATS[self.dtype]
 
-    def chunks(self) -> Iterator[bytes | memoryview]:
+    def chunks(self, files: Files) -> Iterator[bytes | memoryview]:
         """The bytes to write; BloraError where a value becomes inf that was none."""
         if self.solve:
             with np.errstate(all="ignore"):  # what has no solution is refused in a sentence
@@ -111,7 +106,8 @@ class Changed(Tensor):
             wide = "F64" if made.dtype.itemsize == 8 else "F32"
             yield self.checked(*convert(made.tobytes(), wide, self.factor, self.dtype))
             return
-        pieces = [self.source] if isinstance(self.source, bytes) else self.source.chunks(PIECE)
+        at_hand = isinstance(self.source, bytes)
+        pieces = [self.source] if at_hand else files.chunks(self.source, PIECE)
         for piece in pieces:
             if FLOATS[self.stored] != 2:
                 yield self.checked(*convert(piece, self.stored, self.factor, self.dtype))

@@ -7,6 +7,7 @@ import subprocess
 from kohya_folder import ROOT
 
 BUNDLE = [
+    "blora_cut.py",
     "blora_dataset.toml",
     "blora_inspect.py",
     "blora_lora.py",
@@ -15,6 +16,7 @@ BUNDLE = [
     "blora_options.py",
     "blora_preflight.py",
     "blora_preset.py",
+    "blora_safetensors.py",
     "blora_sdxl.py",
     "blora_slicer.bat",
     "blora_slicer.py",

@@ -22,11 +22,11 @@ from make_dataset import draw
 from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
 from safetensors.torch import save_file
 
-import blora_lora
 import blora_memory
 import blora_preflight
 import blora_preset
 import blora_slicer
+from blora_safetensors import read_header
 from blora_sdxl import sdxl_layers
 
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
@@ -254,7 +254,7 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
     done = run(cut)
     assert done.stderr == ""
     assert done.stdout.splitlines() == [s for s in shown if s.startswith(("middle of", "->"))]
-    kept, _ = blora_lora.read_header(Path("my_middle.safetensors"))
+    kept, _ = read_header(Path("my_middle.safetensors"))
     assert {key.split(".")[0] for key in kept} == {n for n in layers if "_middle_block_1_" in n}
 
 

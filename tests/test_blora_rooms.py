@@ -12,9 +12,12 @@ from kohya_folder import ROOT
 from lora_files import CONTENT, blora_modules, write
 
 ROOMS = {
-    "blora_slicer.py": ["blora_words", "blora_sdxl", "blora_lora"],
+    "blora_slicer.py": [
+        "blora_words", "blora_sdxl", "blora_safetensors", "blora_lora", "blora_cut",
+    ],
     "blora_preflight.py": [
-        "blora_words", "blora_sdxl", "blora_lora", "blora_options", "blora_preset", "blora_memory",
+        "blora_words", "blora_sdxl", "blora_safetensors", "blora_options", "blora_preset",
+        "blora_memory",
     ],
 }  # fmt: skip
 COPY_ALL = "copy all files of the bundle that have blora in their names into this folder\n"

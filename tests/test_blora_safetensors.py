@@ -39,7 +39,7 @@ from safetensors.torch import save
 from slicing import Stored, one_sentence, opens, stored, too_new
 
 import blora_slicer
-from blora_lora import DTYPES, read_header
+from blora_safetensors import DTYPES, read_header
 from blora_words import BloraError
 
 # A warning would be a line on stderr that tells the user nothing.
