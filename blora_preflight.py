@@ -359,7 +359,8 @@ def config_line(name: str, options: Options) -> str:
     """Where a setting stands in the dataset config: "config.toml line 3"."""
     path = Path(options.text("dataset_config"))
     lines = path.read_text(encoding="utf-8").splitlines()
-    setting = re.compile(rf"\s*\"?{name}\"?\s*[=:]\s*(?!false|0\b(?!\.[1-9]))")
+    off = r"\s*(false|0(\.0*)?)\s*([,#}]|$)"
+    setting = re.compile(rf"\s*\"?{name}\"?\s*[=:](?!{off})")
     numbers = [str(i) for i, line in enumerate(lines, 1) if setting.match(line)]
     return f'"{path}"' + (f" line {' and '.join(numbers)}" if numbers else "")
 
