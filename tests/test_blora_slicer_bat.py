@@ -85,7 +85,8 @@ def test_a_path_pasted_from_explorer_arrives_without_its_quote_marks(bat, kohya,
 def test_without_a_python_it_says_so_in_one_sentence(bat, tmp_path):
     path = make_kohya(tmp_path / "kohya")
     done, calls = bat.run(path / "blora_slicer.bat", [], path, tmp_path / "log", {})
-    assert done.output.splitlines() == [
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
         "No python in venv, .venv or the active environment: install kohya's requirements, or "
         "activate the environment that has them."
     ]
@@ -105,6 +106,18 @@ def test_it_uses_the_venv_of_its_folder(bat, tmp_path, venv):
     programs = bat.make_venv(path / venv)
     _, [call] = bat.run(path / "blora_slicer.bat", [], tmp_path, tmp_path / "log", {})
     assert bat.program_folder(call) == programs
+    assert call.env["VIRTUAL_ENV"] == bat.shown(path / venv)
+
+
+def test_it_does_the_same_where_a_caller_expands_exclamation_marks(bat, tmp_path):
+    path = make_kohya(tmp_path / "kohya")
+    bat.make_venv(path / "venv")
+    lines = f'@setlocal EnableDelayedExpansion\n@"{bat.shown(path / "blora_slicer.bat")}"\n'
+    (path / "caller.bat").write_text(lines, newline="\r\n")
+    env = {"BLORA_LORA": f"D:/{ODD}.safetensors"}
+    done, [call] = bat.run(path / "caller.bat", [], path, tmp_path / "log", env)
+    assert (done.returncode, done.output) == (0, "")
+    assert call.argv[2:] == ["--loras", f"D:/{ODD}.safetensors"]
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
