@@ -75,7 +75,6 @@ TUCKER = {
     LORA_MID: {LORA_MID: "r s k", LORA_DOWN: "s i"},
     "hada_t1": {"hada_t1": "r s k", "hada_w1_a": "r o", "hada_w1_b": "s i"},
     "hada_t2": {"hada_t2": "t u k", "hada_w2_a": "t o", "hada_w2_b": "u i"},
-    "lokr_t1": {"lokr_t1": "q u k", "lokr_w1_a": "q p", "lokr_w1_b": "u j"},
     "lokr_t2": {"lokr_t2": "r s k", "lokr_w2_a": "r o", "lokr_w2_b": "s i"},
 }
 

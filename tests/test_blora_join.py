@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact_strength import assert_scaled, both_traits
 from lora_algebra import Module, final_weight, read_modules
+from lora_files import CONTENT, STYLE
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, WEIGHTS, base_weight, make_module
 from lora_forms import write_modules as write
 from slicing import Stored, refusal, slice_lora, stored
@@ -27,12 +28,16 @@ def loras(
 
 
 def join(
-    folder: Path, first: dict[str, Module], second: dict[str, Module]
+    folder: Path,
+    first: dict[str, Module],
+    second: dict[str, Module],
+    strengths: tuple[float, float] = (1, 1),
 ) -> tuple[Stored, Stored, Path]:
-    """Two files joined at strength 1: the bytes before and after, and the file."""
+    """Two files joined: the bytes before and after, and the file."""
     a, b = write(folder / "a.safetensors", first), write(folder / "b.safetensors", second)
     output = folder / "out.safetensors"
-    assert slice_lora("--loras", a, b, *both_traits(folder), "--output_path", output) == 0
+    args = (*both_traits(folder), "--alphas", *strengths, "--output_path", output)
+    assert slice_lora("--loras", a, b, *args) == 0
     return stored(a) | stored(b), stored(output), output
 
 
@@ -63,6 +68,32 @@ def test_differing_alphas_become_one_and_the_changes_stay(tmp_path, first, secon
             assert all(after[f"{name}.{suffix}"] == before[f"{name}.{suffix}"] for suffix in source)
         # lora_down never changes.
         assert after[f"{name}.lora_down.weight"] == before[f"{name}.lora_down.weight"]
+
+
+def test_a_strength_and_a_common_alpha_are_both_in_the_result(tmp_path):
+    sources = loras(INPUT, [4.0, 1.0], torch.float64), loras(OUTPUT, [2.0], torch.float64)
+    _, _, output = join(tmp_path, *sources, strengths=(0.3, -2))
+    result = read_modules(output)
+    assert {float(module["alpha"]) for module in result.values()} == {1.0}
+    for strength, source in zip((0.3, -2), sources, strict=True):
+        for name, module in source.items():
+            assert_scaled(name, result[name], module, strength)
+
+
+def test_files_of_one_layout_are_not_taken_for_each_other(tmp_path):
+    # What is kept of the second begins at the very byte where that of the first ends.
+    names = [CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")]
+    first, second = (
+        {name: make_module(name, LORA, 2, 1.0, torch.float16, seed) for name in names}
+        for seed in (1, 2)
+    )
+    a, b = write(tmp_path / "a.safetensors", first), write(tmp_path / "b.safetensors", second)
+    output = tmp_path / "out.safetensors"
+    args = ("--traits", "content", "style", "--output_path", output)
+    assert slice_lora("--loras", a, b, *args) == 0
+    kept = {key: value for key, value in stored(a).items() if key.startswith(names[0])}
+    kept |= {key: value for key, value in stored(b).items() if key.startswith(names[1])}
+    assert stored(output) == kept
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.3, 2.0])

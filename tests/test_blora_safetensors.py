@@ -229,6 +229,10 @@ HEADERS: dict[str, object] = {
     "a float shape": {ALPHA: tensor(shape=[1.0])},
     "a shape of true": {ALPHA: tensor(shape=[True])},
     "a shape that overflows": {ALPHA: tensor(shape=[2**32, 2**32])},
+    "a shape that overflows on the way to nothing": {
+        ALPHA: tensor(),
+        "a": tensor(shape=[2**40, 2**40, 0], offsets=[4, 4]),
+    },
     "a shape that overflows to fit": {ALPHA: tensor(shape=[2**62, 4], offsets=[0, 0])},
     "a length beyond 64 bits": {ALPHA: tensor(shape=[2**64])},
     "an empty dtype": {ALPHA: tensor("")},
