@@ -7,6 +7,7 @@ blora_strength.py, which is loaded where they change.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -182,7 +183,7 @@ def metadata_number(numbers: set[float | None], before: str | None) -> str | Non
 
 
 def join_metadata(loras: list[Lora]) -> dict[str, str]:
-    """What all sources say alike; what differs is told for each under ss_blora_sources.
+    """Entries that are the same in all sources; the rest is listed by source in ss_blora_sources.
 
     Tag frequencies are joined, their folders named after their LoRA: A1111 shows them all.
     """
@@ -218,7 +219,9 @@ def build_metadata(slices: list[Slice], modules: list[Module], output: Path) -> 
     ranked = [module for module in modules if module.rank]
     sizes = {
         "ss_network_dim": {float(module.rank) for module in ranked},
-        "ss_network_alpha": {module.alpha or float(module.rank) for module in ranked},
+        "ss_network_alpha": {
+            alpha for module in ranked if math.isfinite(alpha := module.alpha or float(module.rank))
+        },
     }
     for key, numbers in sizes.items():
         value = metadata_number(numbers, metadata.get(key))

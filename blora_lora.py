@@ -1,6 +1,7 @@
 """What a LoRA is: the algorithms and their tensors, a module, and a file of any naming as modules.
 
-blora_cut.py cuts LoRAs that it reads, blora_strength.py and blora_inspect.py look at its modules.
+blora_slicer.py reads LoRAs with it; blora_cut.py, blora_strength.py and blora_inspect.py work on
+their modules.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from blora_safetensors import Tensor, as_fp32, number, read_header
 from blora_sdxl import Layer, find_layer, layers_by_module
-from blora_words import BloraError, first_few
+from blora_words import BloraError, first_few, printable
 
 # ---- Algorithms and modules ----------------------------------------------------------------------
 
@@ -88,6 +89,7 @@ class Module:
 
     @property
     def layer(self) -> Layer:
+        """The layer of SDXL that it changes."""
         return layers_by_module()[self.name]
 
     @property
@@ -129,7 +131,7 @@ class Module:
         """What the product of the factors is multiplied with: alpha / rank, or 1."""
         return (self.alpha or self.rank) / self.rank if self.rank else 1.0
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Whether the factors fit each other and the layer's weight."""
         axes = dict(AXES)
@@ -184,10 +186,10 @@ class Lora:
 
 # How PEFT, diffusers and the original B-LoRA spell a suffix, behind a layer's name with dots.
 SUFFIXES = {
-    LORA_DOWN: r"(\.lora_A(\.\w+)?|(\.lora|_lora|\.lora_linear_layer)\.down|\.lora_down)\.weight$",
-    LORA_UP: r"(\.lora_B(\.\w+)?|(\.lora|_lora|\.lora_linear_layer)\.up|\.lora_up)\.weight$",
-    DORA: r"(\.lora_magnitude_vector(\.\w+)?(\.weight)?|\.dora_scale)$",
-    ALPHA: r"(\.lora|_lora)?\.alpha$",
+    LORA_DOWN: r"(\.lora_A(\.\w+)?|(\.lora|_lora|\.lora_linear_layer)\.down|\.lora_down)\.weight\Z",
+    LORA_UP: r"(\.lora_B(\.\w+)?|(\.lora|_lora|\.lora_linear_layer)\.up|\.lora_up)\.weight\Z",
+    DORA: r"(\.lora_magnitude_vector(\.\w+)?(\.weight)?|\.dora_scale)\Z",
+    ALPHA: r"(\.lora|_lora)?\.alpha\Z",
 }
 # PEFT's settings of each network in the metadata, as diffusers writes them.
 PEFT_SETTINGS = {"unet.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2"}
@@ -281,7 +283,9 @@ def read_lora(path: Path) -> Lora:
             continue
         name, suffix, layers[name] = found
         if suffix in modules.setdefault(name, {}):
-            raise BloraError(f"{path} holds {name}.{suffix} twice, under two names: keep one")
+            raise BloraError(
+                f"{path} holds {name}.{printable(suffix)} twice, under two names: keep one"
+            )
         if suffix == DORA and "magnitude" in key:  # PEFT's, of [out] or [1, out, 1, 1]: by row
             shape = (math.prod(tensor.shape), 1, *tensor.shape[2:])
             tensor = replace(tensor, shape=shape)

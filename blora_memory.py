@@ -7,6 +7,7 @@ pass. The driver, torch and its kernels need some more, so the sum is the least 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -35,6 +36,23 @@ FROM_BLOCK = {
     "output_blocks.5.1": (821 * MEGABYTE, 882 * MEGABYTE),
 }
 PIXELS = 1024 * 1024  # of those figures; what is held grows with pixels and batch alike
+
+
+BYTES = {"float": 4, "fp16": 2, "bf16": 2}  # of a number, by --save_precision
+# fp32 numbers that an optimizer keeps for each parameter, beside its gradient.
+OPTIMIZER_STATE = (
+    (r"prodigy", 4.0),
+    (r"(paged)?adamw8bit", 0.5),
+    (r"(paged)?lion8bit|sgdnesterov8bit", 0.25),
+    (r"(paged)?adamw(32bit)?|adamwschedulefree|dadaptadam.*", 2.0),
+    (r"lion|sgdnesterov", 1.0),
+)
+
+
+def optimizer_state(optimizer: str) -> float | None:
+    """fp32 numbers that an optimizer of this name keeps for each parameter; None if not known."""
+    name = optimizer.lower()
+    return next((n for pattern, n in OPTIMIZER_STATE if re.fullmatch(pattern, name)), None)
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ try:
     from blora_safetensors import read_header
     from blora_sdxl import Layer, Trait, block_of, load_traits
     from blora_words import BloraError, file_size, first_few, printable
-except ModuleNotFoundError as missing:
+except ImportError as missing:
     sys.exit(
-        f"error: no {missing.name}.py beside {Path(__file__).name}: copy all files of the bundle "
-        "that have blora in their names into this folder"
+        f"error: {missing.name}.py beside {Path(__file__).name} is missing, or of another version: "
+        "copy all files of the bundle that have blora in their names into this folder"
     )
 
 HERE = Path(__file__).resolve().parent
@@ -58,16 +58,7 @@ OPTIMIZER_PACKAGES = (
     (r"adafactor", "transformers"),
 )
 INSTALLED_AS = {"lycoris": "lycoris_lora", "lion_pytorch": "lion-pytorch"}
-# fp32 numbers that an optimizer keeps for each parameter, beside its gradient.
-OPTIMIZER_STATE = (
-    (r"prodigy", 4.0),
-    (r"(paged)?adamw8bit", 0.5),
-    (r"(paged)?lion8bit|sgdnesterov8bit", 0.25),
-    (r"(paged)?adamw(32bit)?|adamwschedulefree|dadaptadam.*", 2.0),
-    (r"lion|sgdnesterov", 1.0),
-)
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
-BYTES = {"float": 4, "fp16": 2, "bf16": 2}
 DEFAULT_STEPS = 1600  # of sd-scripts, where neither steps nor epochs are given
 
 
@@ -479,7 +470,7 @@ def largest_batch(subsets: list[Subset], options: Options) -> int:
     largest = 0
     for subset in subsets:
         given = subset.settings.get("resolution", options.text("resolution"))
-        if given == "":  # an error that load_subsets has told
+        if given == "":  # load_subsets has reported it
             continue
         sides = str(given).strip("[]()").split(",")
         width, height = (as_whole("resolution", side) for side in (sides[0], sides[-1]))
@@ -507,7 +498,7 @@ def plan_memory(
     parts = {**model_parts(options), "LoRA": lora, "gradients": lora}
     unknown = []
     optimizer = options.text("optimizer_type", "AdamW")
-    state = matching(OPTIMIZER_STATE, optimizer)
+    state = blora_memory.optimizer_state(optimizer)
     if state is None:
         unknown.append(f"{printable(optimizer)} state")
     else:
@@ -572,7 +563,7 @@ def plan_size(
         axis = 0 if options.asks_lycoris("wd_on_output", "true") else 1
         parameters += sum(layer.shape[axis] for layer in modules.values())
     trained = 2 if options.has("full_fp16") or options.has("full_bf16") else 4  # bytes a number
-    size = parameters * BYTES.get(options.text("save_precision"), trained)
+    size = parameters * blora_memory.BYTES.get(options.text("save_precision"), trained)
     report.plan["rank"] += f": {parameters:,} parameters, {file_size(size)} a file"
     backward = blora_memory.Backward(
         frozenset(block_of(module) for module in modules if module.startswith("lora_unet")),

@@ -90,12 +90,6 @@ class Span:
     start: int
     stop: int
 
-    def read(self) -> bytes:
-        # Unbuffered: an alpha is 2 bytes, and a buffer reads thousands.
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            return file.read(self.stop - self.start)
-
 
 class Files:
     """The files that a LoRA is written from, each opened once; a context that closes them."""
@@ -113,7 +107,7 @@ class Files:
     def chunks(self, span: Span, size: int = CHUNK) -> Iterator[bytes]:
         """The span's bytes, `size` at a time; BloraError where the file has become shorter."""
         if span.path not in self.opened:
-            self.opened[span.path] = span.path.open("rb", buffering=0)
+            self.opened[span.path] = span.path.open("rb")
         file, left = self.opened[span.path], span.stop - span.start
         file.seek(span.start)
         while left:
@@ -140,8 +134,9 @@ class Tensor:
         return self.source.stop - self.source.start
 
     def read(self) -> bytes:
-        """The stored bytes."""
-        return self.source if isinstance(self.source, bytes) else self.source.read()
+        """All of its bytes."""
+        with Files() as files:
+            return b"".join(self.chunks(files))
 
     def chunks(self, files: Files) -> Iterator[bytes]:
         """The bytes to write."""
@@ -167,7 +162,7 @@ def finite(text: str) -> float:
 
 
 def whole(text: str) -> float:
-    """A number without a fraction; safetensors takes -0 for one that has it."""
+    """A number without a fraction; safetensors reads -0 as a float."""
     value = finite(text)
     return value if text == "-0" else int(text)
 
@@ -175,7 +170,7 @@ def whole(text: str) -> float:
 def parse_json(text: bytes) -> tuple[tuple[str, Any], ...]:
     """The header's JSON by the rules of safetensors' own parser; ValueError where it has none.
 
-    Objects are tuples of their pairs, so that a key which is there twice can be told.
+    Objects are tuples of their pairs, so that duplicate keys are noticed.
     """
     header = json.loads(
         text.decode("utf-8"),
@@ -197,6 +192,7 @@ def depth(value: object) -> int:
 
 
 def is_counts(value: object) -> bool:
+    """Whether it is a list of numbers that 64 bits hold, none of them negative."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in value)
 
 
@@ -211,7 +207,8 @@ def parse_tensor(key: str, value: object, path: Path, data: int) -> Tensor:
         raise ValueError(f"{key} has too many lists in lists")
     dtype, shape, offsets = (dict(pairs)[field] for field in FIELDS)
     fine = isinstance(dtype, str) and re.fullmatch("[A-Z][A-Z0-9_]*", dtype)
-    if not (fine and is_counts(shape) and is_counts(offsets) and len(offsets) == 2):
+    fine = fine and is_counts(shape) and is_counts(offsets) and len(offsets) == 2
+    if not fine or offsets[0] > offsets[1]:
         raise ValueError(f"{key} has no type, shape or offsets")
     return Tensor(dtype, tuple(shape), Span(path, data + offsets[0], data + offsets[1]))
 
@@ -267,8 +264,9 @@ def parse_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and its metadata; the tensors' bytes are not read.
 
-    BloraError where the file cannot be read or is not whole: what the safetensors library takes
-    is taken (but for a type written as an object), and types that are too new for it.
+    It accepts every file that the safetensors library accepts, and types newer than the library; a
+    type that is written as an object is refused. BloraError where the file cannot be read or is
+    not whole.
     """
     try:
         return parse_file(path)
@@ -364,6 +362,7 @@ class Hashes:
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self) -> None:
+        """Hash what add() hands over, until there is no more."""
         position = 0
         while (chunk := self.chunks.get()) is not None:
             self.model.update(chunk)
@@ -372,6 +371,7 @@ class Hashes:
             self.room.put(None)
 
     def add(self, chunk: bytes) -> None:
+        """Hand a chunk over; waits while too many are in memory."""
         self.room.get()
         self.chunks.put(chunk)
 
@@ -394,8 +394,11 @@ def with_progress(chunks: Iterator[bytes], total: int) -> Iterator[bytes]:
     if total < SHOW_PROGRESS:
         yield from chunks
         return
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:  # the bar is all that it is for
+        yield from chunks
+        return
     with tqdm(total=total, unit="B", unit_scale=True, delay=1, leave=False) as bar:
         for chunk in chunks:
             yield chunk
@@ -404,16 +407,19 @@ def with_progress(chunks: Iterator[bytes], total: int) -> Iterator[bytes]:
 
 def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a whole file; its hashes go into the room that the metadata has for them."""
-    file.write(header_bytes(tensors, metadata))
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     total = sum(tensor.size for tensor in tensors.values())
+    file.write(header_bytes(tensors, metadata))
+    if not HASHES.keys() & metadata.keys():
+        file.writelines(with_progress(file_chunks(tensors), total))
+        return
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     with Hashes(len(header_bytes(tensors, training))) as hashes:
         for chunk in with_progress(file_chunks(tensors), total):
             hashes.add(chunk)
             file.write(chunk)
-    if metadata:
-        file.seek(0)
-        file.write(header_bytes(tensors, metadata | hashes.digests()))
+    digests = {key: digest for key, digest in hashes.digests().items() if key in metadata}
+    file.seek(0)
+    file.write(header_bytes(tensors, metadata | digests))
 
 
 def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:

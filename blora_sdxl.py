@@ -1,6 +1,7 @@
 """What SDXL is: every layer with its class and weight shape, every name it goes by, and traits.
 
-Layers are built from SDXL's own plan (arXiv 2307.01952) and held by a test against a real model.
+Layers are built from SDXL's architecture (arXiv 2307.01952); a test checks them against diffusers'
+and transformers' own models.
 blora_lora.py asks it which layer a key means, blora_preflight.py what a preset selects, and
 blora_strength.py where a checkpoint holds a weight.
 

@@ -28,6 +28,7 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -37,8 +38,8 @@ from pathlib import Path
 def missing_file(name: str) -> str:
     """What to say where one of the bundle's own files is not there."""
     return (
-        f"error: no {name}.py beside {Path(__file__).name}: copy all files of the bundle that have "
-        "blora in their names into this folder"
+        f"error: {name}.py beside {Path(__file__).name} is missing, or of another version: "
+        "copy all files of the bundle that have blora in their names into this folder"
     )
 
 
@@ -59,7 +60,7 @@ try:
     from blora_safetensors import fp32_holds, shorten_metadata, write_file
     from blora_sdxl import load_traits
     from blora_words import BloraError, file_size, first_few, say
-except ModuleNotFoundError as missing:
+except ImportError as missing:
     sys.exit(missing_file(missing.name))
 
 HERE = Path(__file__).resolve().parent
@@ -88,7 +89,7 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def is_same(output: Path, path: Path) -> bool:
-    """Whether both are one file; an input that cannot be looked at is told of when it is read."""
+    """Whether both are one file; an input that cannot be looked at is reported when it is read."""
     with suppress(OSError):
         return path.exists() and output.samefile(path)
     return False
@@ -105,10 +106,14 @@ def with_blanks(argv: list[str]) -> list[str]:
 
     def is_negative(word: str) -> bool:
         with suppress(ValueError):
-            return word.startswith("-") and math.isfinite(float(word))
+            float(word)
+            return word.startswith("-")
         return False
 
-    return [f" {word}" if is_negative(word) else word for word in argv]
+    known = r"-\d+|-\d*\.\d+"  # the negative numbers that argparse takes for values itself
+    return [
+        f" {word}" if is_negative(word) and not re.fullmatch(known, word) else word for word in argv
+    ]
 
 
 def strength(text: str) -> float:
@@ -118,7 +123,7 @@ def strength(text: str) -> float:
     except ValueError:
         value = math.nan
     if not fp32_holds(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text.strip()!r} is not a finite fp32 number")
     return value
 
 
@@ -135,14 +140,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--traits",
         nargs="+",
         default=[DEFAULT_TRAIT],
-        help="what to keep of each (default: %(default)s)",
+        help=f"what to keep of each (default: {DEFAULT_TRAIT})",
     )
     add(
         "--alphas",
         type=strength,
         nargs="+",
         default=[DEFAULT_STRENGTH],
-        help="the strength of each: 0.5 is half, -1 the opposite (default: %(default)s)",
+        help=f"the strength of each: 0.5 is half, -1 the opposite (default: {DEFAULT_STRENGTH})",
     )
     add(
         "--output_path",
@@ -267,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     except BloraError as error:
         say(f"error: {error}")
         return 1
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name.startswith("blora_"):
             say(missing_file(error.name))
         else:

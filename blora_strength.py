@@ -1,7 +1,8 @@
 """What a strength does to values: decode, multiply, encode, and DoRA against the base model.
 
-blora_slicer.py loads it where values change, blora_inspect.py to look at them. A tensor that
-changes is described at once and computed when it is written, so that a cut needs little memory.
+blora_slicer.py and blora_cut.py load it where values change, blora_inspect.py to look at them. A
+tensor that changes is described at once and computed when it is written, so that a cut needs little
+memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from blora_lora import ADDED, DORA, LORA_DOWN, LORA_MID, LORA_UP, Module, with_alpha
 from blora_safetensors import (
     FLOATS,
+    FORMATS,
     Files,
     Span,
     Tensor,
@@ -31,10 +33,6 @@ from blora_words import BloraError, printable
 # ---- Values --------------------------------------------------------------------------------------
 
 PIECE = 1 << 18  # bytes of stored values that are changed at a time: they stay in the cache
-NUMPY = {
-    "F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "U8": "u1", "I8": "i1",
-    "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8",
-}  # fmt: skip
 # The smallest numbers that round to inf.
 OVERFLOW = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": (2 - 2**-24) * 2.0**127}
 
@@ -47,16 +45,16 @@ def decode(data: bytes, dtype: str, shape: tuple[int, ...] = (-1,)) -> np.ndarra
     if dtype in ("F8_E4M3", "F8_E5M2"):
         every = np.array([number(dtype, bytes([bits])) for bits in range(256)], dtype="f4")
         return every[np.frombuffer(data, "u1")].reshape(shape)
-    if dtype not in NUMPY:
+    if dtype not in FORMATS:
         raise BloraError(f"values of type {dtype} can be copied, but not changed: cut at 1.0")
-    stored = np.frombuffer(data, NUMPY[dtype]).reshape(shape)
+    stored = np.frombuffer(data, FORMATS[dtype]).reshape(shape)
     return stored.astype("f8" if stored.dtype.itemsize == 8 else "f4")
 
 
 def encode(values: np.ndarray, dtype: str) -> bytes:
     """Values as stored bytes, each rounded once to the nearest."""
     if dtype != "BF16":
-        return values.astype(NUMPY[dtype]).tobytes()
+        return values.astype(FORMATS[dtype]).tobytes()
     # bf16 is the upper half of fp32; half of the last bit kept, with ties to even, rounds it.
     wide = np.ascontiguousarray(values, dtype="<f4").view("<u4")
     rounded = wide + 0x7FFF + ((wide >> 16) & 1)
@@ -78,7 +76,7 @@ def convert(data: bytes, stored: str, factor: float, dtype: str) -> tuple[bytes,
         return encode(exact, dtype), over & np.isfinite(before)
 
 
-@cache
+@lru_cache(maxsize=8)  # 0.3 MB each, and a join has a factor for each alpha
 def every_value(stored: str, factor: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """convert() of all 65,536 values of a 16-bit type, to be looked up by their bits."""
     data, became_inf = convert(np.arange(1 << 16, dtype="<u2").tobytes(), stored, factor, dtype)
@@ -119,6 +117,7 @@ class Changed(Tensor):
             yield np.take(table, bits, mode="wrap").view("u1").data
 
     def checked(self, data: bytes, became_inf: np.ndarray) -> bytes:
+        """The data, unless some of its values became inf."""
         if became_inf.any():
             raise BloraError(
                 f"{printable(self.key)} has values that {self.dtype} cannot hold: lower --alphas, "
@@ -142,6 +141,16 @@ def changed(module: Module, suffix: str, factor: float = 1.0, dtype: str = "") -
     return Changed(dtype, tensor.shape, tensor.source, key, tensor.dtype, factor)
 
 
+def check_floats(module: Module, suffixes: Iterable[str]) -> None:
+    """Refuse to change tensors of a type that can only be copied."""
+    for suffix in suffixes:
+        if module.tensors[suffix].dtype not in FLOATS:
+            raise BloraError(
+                f"{module.name} is stored as {module.tensors[suffix].dtype}, which can be copied "
+                "but not changed: cut it at 1.0 and set the strength where the LoRA is used"
+            )
+
+
 def multiply(module: Module, factor: float, suffixes: Iterable[str]) -> Module:
     """The module with these of its tensors multiplied, computed when they are written.
 
@@ -150,14 +159,9 @@ def multiply(module: Module, factor: float, suffixes: Iterable[str]) -> Module:
     if not fp32_holds(factor):
         raise BloraError(f"{module.name} would be multiplied by {factor:g}, which is no number "
                          "that fp32 can hold: correct --alphas, or the LoRA's alpha")  # fmt: skip
-    own = [suffix for suffix in suffixes if suffix in module.tensors]
-    for suffix in own:
-        if module.tensors[suffix].dtype not in FLOATS:
-            raise BloraError(
-                f"{module.name} is stored as {module.tensors[suffix].dtype}, which can be copied "
-                "but not changed: cut it at 1.0 and set the strength where the LoRA is used"
-            )
-    made = {suffix: changed(module, suffix, factor) for suffix in own}
+    present = [suffix for suffix in suffixes if suffix in module.tensors]
+    check_floats(module, present)
+    made = {suffix: changed(module, suffix, factor) for suffix in present}
     return replace(module, tensors=module.tensors | made)
 
 
@@ -304,9 +308,10 @@ def bake_dora(module: Module, strength: float, weight: Tensor) -> Module:
 
     BloraError where module and weight do not fit, at once or then.
     """
-    dora, scale = Dora(module, strength, weight), module.tensors[DORA]
-    if scale.dtype not in FLOATS or not scale.shape or LORA_DOWN not in module.tensors:
+    dora = Dora(module, strength, weight)
+    if LORA_DOWN not in module.tensors:
         raise dora.misfit
+    check_floats(module, (dora.factor, DORA))
     made = {
         suffix: Changed(
             tensor.dtype, tensor.shape, b"", f"{module.name}.{suffix}", tensor.dtype, solve=solve

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on a CPU in three minutes: train a B-LoRA with the real launcher, real accelerate,
+# The whole job on a CPU in a minute: train a B-LoRA with the real launcher, real accelerate,
 # real LyCORIS and real Prodigy on a toy SDXL, cut content and style, and show what each file holds.
 #   bash tests/demo.sh [a new folder for the kohya checkout]
 set -euo pipefail
@@ -32,7 +32,8 @@ python make_dataset.py _in/lora/sdxl/demo
 say "Train content and style together"
 export BLORA_NAME=demo BLORA_RANK=4 BLORA_CHECKPOINT=toy_sdxl.safetensors
 export BLORA_ACCELERATE_ARGS="--cpu --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
-./sdxl_blora_classic.sh --mixed_precision=no --max_train_steps=200 --lr_warmup_steps=0
+export TOY_REAL_ATTENTION=1
+./sdxl_blora_classic.sh --mixed_precision=no --max_train_steps=10 --lr_warmup_steps=0
 
 say "Cut it"
 python blora_slicer.py --loras _out/lora/sdxl/demo_1/demo_1.safetensors \

@@ -75,7 +75,7 @@ def test_the_settings_and_overrides_reached_the_training(demo):
     assert metadata["ss_network_module"] == "lycoris.kohya"
     assert metadata["ss_network_dim"] == "4"
     assert float(metadata["ss_network_alpha"]) == 4
-    assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == "200"
+    assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == "10"
     assert metadata["ss_optimizer"].lower().startswith("prodigyopt.prodigy.prodigy")
     network_args = json.loads(metadata["ss_network_args"])
     assert network_args["preset"] == "lycoris_presets/blora_content_style.toml"
@@ -83,7 +83,7 @@ def test_the_settings_and_overrides_reached_the_training(demo):
 
 def test_it_shows_the_command_the_progress_and_what_each_file_holds(demo):
     assert "cp -r *blora* lycoris_presets <kohya folder>/" in demo.printed
-    assert re.search(r"100%\|.*200/200", demo.printed)
+    assert re.search(r"100%\|.*10/10", demo.printed)
     assert re.search(r"content of demo_1\.safetensors at 1: 80 modules, 240 tensors", demo.printed)
     shown = re.findall(r"^(output_blocks\S+) +(\w+) +80 +LoRA +4 +4 +F32", demo.printed, re.M)
     content, style = ("output_blocks.0.1", "content"), ("output_blocks.1.1", "style")

@@ -268,7 +268,7 @@ def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
     unet = [layer for name, layer in layers.items() if name.startswith("lora_unet_")]
 
     def gigabytes(rank: int, optimizer: str) -> float:
-        state = blora_preflight.matching(blora_preflight.OPTIMIZER_STATE, optimizer)
+        state = blora_memory.optimizer_state(optimizer)
         return sum(4 * layer.parameters(rank) * (2 + state) for layer in unet) / 1e9
 
     small, large = gigabytes(64, "AdamW8bit"), gigabytes(1024, "prodigy")

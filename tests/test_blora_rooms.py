@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ ROOMS = {
         "blora_memory",
     ],
 }  # fmt: skip
+NOT_THERE = "is missing, or of another version"
 COPY_ALL = "copy all files of the bundle that have blora in their names into this folder\n"
 
 
@@ -51,7 +53,15 @@ def test_a_program_without_one_of_its_files_says_what_to_copy(bundle, program, r
     (bundle / f"{room}.py").unlink()
     done = run(bundle / program, "--help")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: no {room}.py beside {program}: {COPY_ALL}"
+    assert done.stderr == f"error: {room}.py beside {program} {NOT_THERE}: {COPY_ALL}"
+
+
+def test_a_file_of_another_version_is_named_too(bundle):
+    (bundle / "blora_words.py").write_text("# nothing of what the others ask for\n")
+    for program in ROOMS:
+        done = run(bundle / program, "--help")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"error: blora_words.py beside {program} {NOT_THERE}: {COPY_ALL}"
 
 
 @pytest.mark.parametrize(
@@ -67,10 +77,19 @@ def test_what_only_some_cuts_need_is_missed_by_those_alone(bundle, lora, room, o
     assert run(bundle / "blora_slicer.py", "--loras", lora).returncode == 0
     done = run(bundle / "blora_slicer.py", "--loras", lora, *options)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: no {room}.py beside blora_slicer.py: {COPY_ALL}"
+    assert done.stderr == f"error: {room}.py beside blora_slicer.py {NOT_THERE}: {COPY_ALL}"
 
 
 def test_a_cut_at_1_needs_no_package_at_all(bundle, lora):
+    done = run("-S", bundle / "blora_slicer.py", "--loras", lora)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (bundle / "model.safetensors").is_file()
+
+
+def test_a_large_cut_without_tqdm_is_written_without_a_bar(bundle, lora):
+    reader = bundle / "blora_safetensors.py"
+    shown = re.sub("(?m)^SHOW_PROGRESS = .*$", "SHOW_PROGRESS = 0", reader.read_text("utf-8"))
+    reader.write_text(shown, "utf-8")
     done = run("-S", bundle / "blora_slicer.py", "--loras", lora)
     assert (done.returncode, done.stderr) == (0, "")
     assert (bundle / "model.safetensors").is_file()

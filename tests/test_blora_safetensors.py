@@ -39,7 +39,15 @@ from safetensors.torch import save
 from slicing import Stored, one_sentence, opens, stored, too_new
 
 import blora_slicer
-from blora_safetensors import DTYPES, read_header
+from blora_safetensors import (
+    DTYPES,
+    HASHES,
+    Tensor,
+    header_bytes,
+    read_header,
+    shorten_metadata,
+    write_file,
+)
 from blora_words import BloraError
 
 # A warning would be a line on stderr that tells the user nothing.
@@ -355,6 +363,22 @@ def test_metadata_too_long_for_a_header_is_cut_down_in_seconds(tmp_path, count, 
     assert int.from_bytes(output.read_bytes()[:8], "little") < 1 << 20
 
 
+def test_a_file_of_a_header_near_1_mib_is_whole_whatever_has_room_in_it(tmp_path):
+    short = {"ss_seed": "1", "modelspec.title": "t"}
+    metadata = short | {key: "0" * digits for key, digits in HASHES.items()}
+    many = {f"{n:05}": Tensor("U8", (1,), b"x") for n in range(15_000)}
+    free = (1 << 20) - len(header_bytes(many, {}))
+    kept = set()
+    for length in range(free - 400, free, 8):
+        tensors = many | {"a" * length: Tensor("U8", (1,), b"y")}
+        fitting, _ = shorten_metadata(tensors, metadata)
+        write_file(tensors, fitting, tmp_path / "a.safetensors")
+        _, found = library(tmp_path / "a.safetensors")
+        assert found.keys() == fitting.keys()
+        kept.add(frozenset(found))
+    assert len(kept) > 2, "the sizes that are tried reach the limit"
+
+
 # ---- Files that are something else ---------------------------------------------------------------
 
 
@@ -418,6 +442,12 @@ def test_a_type_that_is_not_known_yet_is_copied_and_comes_last(slicer, dtype):
     assert header[ALPHA] == tensor(dtype, [3], [1, 6])
     assert header[other] == tensor("U8", [1], [0, 1])
     assert data == b"!newer"
+
+
+def test_a_type_that_is_not_known_yet_may_have_any_size_but_none_below_0(slicer):
+    lora = slicer.folder / "a.safetensors"
+    write_bytes(lora, raw({ALPHA: tensor("Q4", [1], [4, 0])}, b"data"))
+    assert "is not a whole safetensors file" in slicer.refuses(lora)
 
 
 def test_types_and_their_order_in_a_file_are_those_of_the_library():

@@ -469,14 +469,27 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_part(lora, outpu
             ["--loras", "a", "--alphas", "1", "1"],
             "--alphas: 2 values for 1 slice(s), leave some out",
         ),
-        (["--loras", "a", "--alphas", "nan"], "argument --alphas: 'nan' is not a finite number"),
-        (["--loras", "a", "--alphas", "inf"], "argument --alphas: 'inf' is not a finite number"),
-        (["--loras", "a", "--alphas", "1e39"], "argument --alphas: '1e39' is not a finite number"),
+        (
+            ["--loras", "a", "--alphas", "nan"],
+            "argument --alphas: 'nan' is not a finite fp32 number",
+        ),
+        (
+            ["--loras", "a", "--alphas", "inf"],
+            "argument --alphas: 'inf' is not a finite fp32 number",
+        ),
+        (
+            ["--loras", "a", "--alphas", "1e39"],
+            "argument --alphas: '1e39' is not a finite fp32 number",
+        ),
         (
             ["--loras", "a", "--alphas=-3.5e38"],
-            "argument --alphas: '-3.5e38' is not a finite number",
+            "argument --alphas: '-3.5e38' is not a finite fp32 number",
         ),
-        (["--loras", "a", "--alphas", "x"], "argument --alphas: 'x' is not a finite number"),
+        (
+            ["--loras", "a", "--alphas", "-inf"],
+            "argument --alphas: '-inf' is not a finite fp32 number",
+        ),
+        (["--loras", "a", "--alphas", "x"], "argument --alphas: 'x' is not a finite fp32 number"),
         (["--loras", "a", "--trait_file", "b"], "unrecognized arguments: --trait_file b"),
     ],
 )

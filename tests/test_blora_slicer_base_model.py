@@ -44,6 +44,10 @@ LACKS = (
     f"{{base}} holds no weight for {NAME}: give the SDXL checkpoint, as one .safetensors file, "
     "that the LoRA was trained on"
 )
+STORED = (
+    f"{NAME} is stored as F8_E4M3, which can be copied but not changed: cut it at 1.0 and set the "
+    "strength where the LoRA is used"
+)
 MISFIT = (
     f"{NAME} does not fit its weight in {{base}}: give the checkpoint that the LoRA was trained "
     "on, or cut it at 1.0"
@@ -81,7 +85,8 @@ DORAS: dict[str, tuple[dict[str, torch.Tensor], str | None]] = {
     "by input": (PLAIN | {"dora_scale": numbers(1, 4, 1, 1, value=1)}, None),
     "of zeros": (PLAIN | {"dora_scale": numbers(320, 1, 1, 1, value=0)}, None),
     "of NaN": (PLAIN | {"dora_scale": numbers(320, 1, 1, 1, value=math.nan)}, CANNOT),
-    "of fp8": (PLAIN | {"dora_scale": BY_ROW["dora_scale"].to(torch.float8_e4m3fn)}, MISFIT),
+    "of fp8": (PLAIN | {"dora_scale": BY_ROW["dora_scale"].to(torch.float8_e4m3fn)}, STORED),
+    "of fp8 factors": ({s: t.to(torch.float8_e4m3fn) for s, t in PLAIN.items()} | BY_ROW, STORED),
     "of zero factors": ({key: t * 0 for key, t in (PLAIN | BY_ROW).items()}, None),
     "without down": ({"lora_up.weight": PLAIN["lora_up.weight"]} | BY_ROW, MISFIT),
 }

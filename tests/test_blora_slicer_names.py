@@ -214,3 +214,18 @@ def test_one_module_under_two_names_is_refused(tmp_path, capsys):
     sentence = refusal(capsys, "--loras", lora, "--output_path", output)
     assert sentence.startswith(f"{lora} holds {QUERY}.lora_")
     assert sentence.endswith(" twice, under two names: keep one")
+
+
+def test_a_suffix_that_is_there_twice_is_named_without_its_escapes(tmp_path, capsys):
+    other = QUERY.replace("output_blocks_0_1", "up_blocks_0_attentions_0")
+    twice = {f"{name}.\x1b[2J": torch.zeros(1) for name in (QUERY, other)}
+    lora = write(tmp_path / "twice.safetensors", twice)
+    sentence = refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors")
+    assert sentence == f"{lora} holds {QUERY}.\\x1b[2J twice, under two names: keep one"
+
+
+def test_a_dotted_key_with_a_line_break_behind_it_is_none(tmp_path, capsys):
+    key = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"
+    lora = write(tmp_path / "a.safetensors", {f"{key}\n": torch.zeros(1280, 1)})
+    sentence = refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors")
+    assert sentence == f"{lora} is no SDXL LoRA: it holds {key}\\n"

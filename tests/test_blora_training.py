@@ -154,9 +154,10 @@ def test_a_training_goes_on_from_a_file_as_with_lycoris(kohya, fast, more):
     assert all(not torch.equal(before[n], after[n]) for n in before if n.endswith("up.weight"))
 
 
-def test_a_slice_of_what_blora_network_trained_names_lycoris(fast, tmp_path):
+def test_a_slice_of_what_blora_network_trained_names_lycoris(kohya, tmp_path):
+    wide = train(kohya, FAST, TOY_REAL_ATTENTION="1")
     output = tmp_path / "content.safetensors"
-    argv = ["--loras", str(fast.file), "--output_path", str(output)]
+    argv = ["--loras", str(wide.file), "--output_path", str(output)]
     assert blora_slicer.main(argv) == 0
     assert Trained("", output).metadata["ss_network_module"] == "lycoris.kohya"
 

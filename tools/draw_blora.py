@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from blora_preflight import BYTES, OPTIMIZER_STATE, matching
+from blora_memory import BYTES, optimizer_state
 from blora_sdxl import Layer, load_traits, sdxl_layers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,7 +341,7 @@ def rank_picture() -> str:
     per_rank = sum(layer.parameters(1) for layer in layers)
     file = BYTES["fp16"] * per_rank
     # For each parameter its value, its gradient and Prodigy's state.
-    memory = BYTES["float"] * (1 + 1 + matching(OPTIMIZER_STATE, "prodigy")) * per_rank
+    memory = BYTES["float"] * (1 + 1 + optimizer_state("prodigy")) * per_rank
     # A LoRA of rank (in x out) / (in + out) holds as many numbers as the matrix.
     outgrown = {
         math.prod(layer.shape) // layer.parameters(1): TIMES.join(map(str, layer.shape[::-1]))

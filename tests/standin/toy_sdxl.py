@@ -6,6 +6,10 @@ selects here is what it selects in SDXL. Only the widths differ: 8, 16 and 32 ch
 SDXL has 320, 640 and 1280. The weights are random; they follow `torch.manual_seed`. Gradient
 checkpointing has sd-scripts' rules: the same modules, only in training, use_reentrant=True.
 
+With TOY_REAL_ATTENTION=1 in the environment the attention of the two B-LoRA blocks has SDXL's own
+widths, so that what is trained is a LoRA for SDXL, which the slicer cuts. A step takes a second
+then, in place of a hundredth.
+
 A random network gives some answer where it should name the noise, so its loss starts well above
 1. Training can take that answer back: the loss falls towards 1, and there is nothing more to
 learn here.
@@ -14,8 +18,11 @@ learn here.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Iterable
+from copy import copy
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +42,22 @@ ENCODER_SHAPES = ((8, 12), (16, 32))
 CONTEXT_WIDTH = sum(width for width, _ in ENCODER_SHAPES)
 POOLED_WIDTH = ENCODER_SHAPES[1][0]
 
+# Of SDXL's output_blocks.0.1 and 1.1: attention, and the text that it looks at.
+REAL_WIDTH, REAL_CONTEXT = 1280, 2048
+
 TOKENS = 16  # CLIP has 77
 VOCABULARY = 1024
 START, END = VOCABULARY, VOCABULARY + 1
 
 
 def make_unet() -> nn.Module:
-    return with_full_signal(ToyUNet())
+    unet = with_full_signal(ToyUNet())
+    if os.environ.get("TOY_REAL_ATTENTION") == "1":
+        for number in (0, 1):
+            for block in unet.output_blocks[number][1].transformer_blocks:
+                block.attn1 = RealAttention(REAL_WIDTH)
+                block.attn2 = RealAttention(REAL_CONTEXT)
+    return unet
 
 
 def make_text_encoders() -> list[nn.Module]:
@@ -123,6 +139,34 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+
+@cache
+def real_layer(inputs: int, bias: bool) -> nn.Linear:
+    """A layer of SDXL's widths, one for all modules that have them: it is never trained."""
+    return with_full_signal(nn.Linear(inputs, REAL_WIDTH, bias=bias))
+
+
+class RealAttention(CrossAttention):
+    """Attention of SDXL's widths, for what is a few channels wide: it is repeated before, and the
+    first channels are kept after it."""
+
+    def __init__(self, context_width: int):
+        nn.Module.__init__(self)
+        self.to_q = copy(real_layer(REAL_WIDTH, False))
+        self.to_k, self.to_v = (copy(real_layer(context_width, False)) for _ in range(2))
+        self.to_out = nn.ModuleList([copy(real_layer(REAL_WIDTH, True))])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        real = super().forward(
+            repeated(x, self.to_q.in_features), repeated(context, self.to_k.in_features)
+        )
+        return real[..., : x.shape[-1]]
+
+
+def repeated(x: Tensor, width: int) -> Tensor:
+    """The last axis over and over, until it is so wide."""
+    return x.repeat(1, 1, math.ceil(width / x.shape[-1]))[..., :width]
 
 
 class GEGLU(nn.Module):
