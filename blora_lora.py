@@ -201,8 +201,8 @@ def split_key(key: str) -> tuple[str, str] | None:
         layer, _, suffix = key.partition(".")
         return (layer, suffix) if suffix else None
     for suffix, pattern in SUFFIXES.items():
-        if found := re.search(pattern, key):
-            return key[: found.start()], suffix
+        if match := re.search(pattern, key):
+            return key[: match.start()], suffix
     return None
 
 
@@ -212,8 +212,8 @@ def find_module(key: str) -> tuple[str, str, str] | None:
     None where SDXL has no such layer.
     """
     parts = split_key(key)
-    found = find_layer(parts[0]) if parts else None
-    return (found[0].module, parts[1], found[1]) if found else None
+    placed = find_layer(parts[0]) if parts else None
+    return (placed[0].module, parts[1], placed[1]) if placed else None
 
 
 def json_object(text: str | None) -> dict[str, Any]:
@@ -277,11 +277,11 @@ def read_lora(path: Path) -> Lora:
     layers: dict[str, str] = {}  # modules by the names that PEFT's patterns are about
     unplaced = []
     for key, tensor in tensors.items():
-        found = find_module(key)
-        if found is None:
+        placed = find_module(key)
+        if placed is None:
             unplaced.append(key)
             continue
-        name, suffix, layers[name] = found
+        name, suffix, layers[name] = placed
         if suffix in modules.setdefault(name, {}):
             raise BloraError(
                 f"{path} holds {name}.{printable(suffix)} twice, under two names: keep one"

@@ -38,14 +38,14 @@ def as_whole(name: str, value: object, least: int = 1) -> int:
 class Options:
     """The command line of the training, as argparse would read it: the last value wins."""
 
-    given: dict[str, list[str]]
+    values: dict[str, list[str]]
 
     def has(self, name: str) -> bool:
         """Whether it is given; the GUI writes what is not as an empty text."""
-        return self.given.get(name, [""]) != [""]
+        return self.values.get(name, [""]) != [""]
 
     def text(self, name: str, default: str = "") -> str:
-        return (self.given.get(name) or [""])[-1] or default
+        return (self.values.get(name) or [""])[-1] or default
 
     def number(self, name: str, default: float) -> float:
         return as_number(f"--{name}", self.text(name, str(default)))
@@ -63,7 +63,7 @@ class Options:
 
     def pairs(self, name: str) -> dict[str, str]:
         """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
-        return dict(item.partition("=")[::2] for item in self.given.get(name, []))
+        return dict(item.partition("=")[::2] for item in self.values.get(name, []))
 
     def asks_lycoris(self, name: str, default: str = "false") -> bool:
         """Whether a network argument is on; LyCORIS takes every word but "false" for true."""
@@ -72,15 +72,15 @@ class Options:
 
 def parse_options(words: list[str]) -> Options:
     """`--name=value`, `--name value ...` and `--name` alone, without knowing them all."""
-    given: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     name = ""
     for word in words:
         if re.match(r"--\w", word):
             name, equals, value = word[2:].partition("=")
-            given[name] = [value] if equals else []
+            values[name] = [value] if equals else []
         elif name:
-            given[name].append(word)
-    return Options(given)
+            values[name].append(word)
+    return Options(values)
 
 
 def with_config_file(options: Options) -> Options:
@@ -92,13 +92,13 @@ def with_config_file(options: Options) -> Options:
     path = Path(options.text("config_file"))
     if path.suffix != ".toml":
         path = path.with_name(path.name + ".toml")
-    given: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for name, value in flattened(load_toml(path, "--config_file")).items():
         if value is True:
-            given[name] = []
+            values[name] = []
         elif value is not False:
-            given[name] = [str(item) for item in (value if isinstance(value, list) else [value])]
-    return Options(given | options.given)
+            values[name] = [str(item) for item in (value if isinstance(value, list) else [value])]
+    return Options(values | options.values)
 
 
 def flattened(table: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
 DEFAULT_STEPS = 1600  # of sd-scripts, where neither steps nor epochs are given
 
 
-# ---- What is found -------------------------------------------------------------------------------
+# ---- The report ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -144,30 +144,30 @@ OTHER_MODELS = (
 
 def check_checkpoint(options: Options, report: Report) -> None:
     """Whether the base is an SDXL checkpoint, and whole; its data is not read."""
-    given = options.text("pretrained_model_name_or_path")
-    path = Path(given)
-    if given in ("", PLACEHOLDER):
+    name = options.text("pretrained_model_name_or_path")
+    path = Path(name)
+    if name in ("", PLACEHOLDER):
         raise BloraError(
             "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to "
             "your SDXL checkpoint"
         )
-    report.plan["base"] = given
+    report.plan["base"] = name
     if path.is_dir():
         report.notes.append(
-            f'"{given}" is a folder, taken for a diffusers model and not looked into'
+            f'"{name}" is a folder, taken for a diffusers model and not looked into'
         )
     elif (
         not path.exists()
-        and re.fullmatch(r"[\w.-]+/[\w.-]+", given)
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
         and not path.suffix[1:].isalpha()
     ):
-        report.notes.append(f'"{given}" is no file here, taken for a model of the Hugging Face hub')
+        report.notes.append(f'"{name}" is no file here, taken for a model of the Hugging Face hub')
     elif not path.is_file():
         raise BloraError(
-            f'no checkpoint at "{given}": correct BLORA_CHECKPOINT at the top of the launcher'
+            f'no checkpoint at "{name}": correct BLORA_CHECKPOINT at the top of the launcher'
         )
     elif path.suffix != ".safetensors":
-        report.notes.append(f'"{given}" is no .safetensors file and was not looked into')
+        report.notes.append(f'"{name}" is no .safetensors file and was not looked into')
     else:
         check_sdxl(path, options, report)
 
@@ -229,9 +229,9 @@ def load_subsets(options: Options, report: Report) -> list[Subset]:
     looked_into = [table for table in tables if "metadata_file" not in table]
     if len(looked_into) < len(tables):
         report.notes.append("subsets with a metadata_file were not looked into")
-    found = [load_subset(settings, options, path) for settings in looked_into]
-    subsets = [subset for subset in found if isinstance(subset, Subset)]
-    problems = [subset for subset in found if isinstance(subset, str)]
+    loaded = [load_subset(settings, options, path) for settings in looked_into]
+    subsets = [subset for subset in loaded if isinstance(subset, Subset)]
+    problems = [subset for subset in loaded if isinstance(subset, str)]
     (report.warnings if subsets else report.errors).extend(problems)
     if not tables:
         raise BloraError(f'"{path}" names no folder of images: add one')
@@ -381,11 +381,11 @@ def check_preset(options: Options, report: Report) -> dict[str, Layer]:
     if options.text("network_module") not in ("lycoris.kohya", OUR_NETWORK):
         report.notes.append("no LyCORIS network, so there is no preset to look at")
         return {}
-    given = options.pairs("network_args").get("preset", "full")
-    if given in BUILT_IN_PRESETS:
-        report.notes.append(f'"{given}" is a preset of LyCORIS itself and was not looked into')
+    name = options.pairs("network_args").get("preset", "full")
+    if name in BUILT_IN_PRESETS:
+        report.notes.append(f'"{name}" is a preset of LyCORIS itself and was not looked into')
         return {}
-    preset = load_preset(Path(given))
+    preset = load_preset(Path(name))
     modules = trained_layers(preset)
     if options.has("network_train_text_encoder_only"):
         modules = {name: layer for name, layer in modules.items() if name.startswith("lora_te")}
@@ -397,7 +397,7 @@ def check_preset(options: Options, report: Report) -> dict[str, Layer]:
         )
         modules = {name: layer for name, layer in modules.items() if name not in text}
     if not modules:
-        raise BloraError(f'the preset "{given}" selects no module of SDXL: correct its names')
+        raise BloraError(f'the preset "{name}" selects no module of SDXL: correct its names')
     report.modules = list(modules)
     try:
         known = load_traits(HERE / "blora_traits.json")
@@ -469,10 +469,10 @@ def largest_batch(subsets: list[Subset], options: Options) -> int:
     """Pixels of a batch where it is largest; buckets keep to the area of the resolution."""
     largest = 0
     for subset in subsets:
-        given = subset.settings.get("resolution", options.text("resolution"))
-        if given == "":  # load_subsets has reported it
+        resolution = subset.settings.get("resolution", options.text("resolution"))
+        if resolution == "":  # load_subsets has reported it
             continue
-        sides = str(given).strip("[]()").split(",")
+        sides = str(resolution).strip("[]()").split(",")
         width, height = (as_whole("resolution", side) for side in (sides[0], sides[-1]))
         largest = max(largest, width * height * subset.batch_size)
     return largest
@@ -514,10 +514,10 @@ def plan_memory(
                 " (BLORA_SAVE_MEMORY=0, which is without --gradient_checkpointing: "
                 f"{file_size(more)} more)"
             )
-    told = [f"{file_size(size)} {part}" for part, size in parts.items()]
-    told += [f"{part} of unknown size" for part in unknown]
+    summands = [f"{file_size(size)} {part}" for part, size in parts.items()]
+    summands += [f"{part} of unknown size" for part in unknown]
     total = file_size(sum(parts.values()))
-    report.plan["memory"] = f"{total} at least, computed: {', '.join(told)}{hint}"
+    report.plan["memory"] = f"{total} at least, computed: {', '.join(summands)}{hint}"
     check_card(parts, backward, options, report)
 
 
@@ -549,7 +549,7 @@ def memory_advice(room: float, backward: blora_memory.Backward, options: Options
 def plan_size(
     modules: dict[str, Layer], subsets: list[Subset], options: Options, report: Report
 ) -> float | None:
-    """Rank, parameters and memory; the size of a saved file, or None where it cannot be told."""
+    """Rank, parameters and memory; the size of a saved file, or None where that is unknown."""
     rank = options.whole("network_dim", 4)
     alpha = options.number("network_alpha", 1)
     network = options.pairs("network_args")
@@ -636,7 +636,7 @@ def check(script: Path, words: list[str]) -> Report:
     return report
 
 
-def tell(report: Report) -> None:
+def print_report(report: Report) -> None:
     """What is wrong on stderr; on stdout the plan, unless the training cannot begin."""
     for kind, sentences in (("error", report.errors), ("warning", report.warnings)):
         for sentence in sentences:
@@ -674,7 +674,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(asdict(report), indent=2))
     else:
-        tell(report)
+        print_report(report)
     return 1 if report.errors else 0
 
 

@@ -70,19 +70,19 @@ def selected(layers: dict[str, Layer], part: str, preset: dict[str, Any]) -> dic
     """The layers of one network that LyCORIS trains under the preset, by their own names."""
     classes, names = preset[f"{part}_target_module"], preset[f"{part}_target_name"]
     excluded = preset.get("exclude_name", [])
-    found: dict[str, Layer] = {}
+    chosen: dict[str, Layer] = {}
     for name, layer in layers.items():
         if matches(excluded, name, preset):
             continue
         by_name = matches(names, name, preset)
         if layer.kind in classes and not by_name:
             inside = {n: inner for n, inner in layers.items() if n.startswith(f"{name}.")}
-            found |= {n: i for n, i in inside.items() if not matches(excluded, n, preset)}
+            chosen |= {n: i for n, i in inside.items() if not matches(excluded, n, preset)}
         elif by_name:
-            found[name] = layer
+            chosen[name] = layer
     return {
         name: layer
-        for name, layer in found.items()
+        for name, layer in chosen.items()
         if layer.is_leaf and (preset["enable_conv"] or not layer.is_kernel)
     }
 

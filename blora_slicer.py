@@ -246,8 +246,8 @@ def run_cut(args: argparse.Namespace) -> None:
         # they are for products of matrices, and of all cuts only a DoRA's has any.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     finished = []
-    for output, own in plan.items():
-        slices = [cut_slice(loras[cut.lora], cut, base) for cut in own]
+    for output, planned in plan.items():
+        slices = [cut_slice(loras[cut.lora], cut, base) for cut in planned]
         finished.append((output, slices, *finish(slices, output, args)))
     for output, slices, modules, metadata in finished:
         write_file(file_tensors(modules), metadata, output)

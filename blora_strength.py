@@ -69,7 +69,7 @@ def values(tensor: Tensor) -> np.ndarray:
 
 def convert(data: bytes, stored: str, factor: float, dtype: str) -> tuple[bytes, np.ndarray]:
     """Stored values times a factor, as `dtype`; and which of them became inf on the way."""
-    with np.errstate(all="ignore"):  # what becomes inf is told; the rest is the LoRA's own
+    with np.errstate(all="ignore"):  # what becomes inf is reported; the rest was in the LoRA
         before = decode(data, stored)
         exact = before if factor == 1 else before * before.dtype.type(factor)
         over = np.abs(exact) >= OVERFLOW.get(dtype, math.inf)
