@@ -7,10 +7,11 @@ pass. The driver, torch and its kernels need some more, so the sum is the least 
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+
+from blora_options import matching
 
 # Parameters of SDXL's models, as sd-scripts builds them.
 UNET = 2_567_463_684
@@ -51,8 +52,7 @@ OPTIMIZER_STATE = (
 
 def optimizer_state(optimizer: str) -> float | None:
     """fp32 numbers that an optimizer of this name keeps for each parameter; None if not known."""
-    name = optimizer.lower()
-    return next((n for pattern, n in OPTIMIZER_STATE if re.fullmatch(pattern, name)), None)
+    return matching(OPTIMIZER_STATE, optimizer)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ def as_whole(name: str, value: object, least: int = 1) -> int:
     return number
 
 
+def matching(table: tuple[tuple[str, Any], ...], name: str) -> Any:
+    """The value of the first pattern that is the whole name, in any case."""
+    return next((value for pattern, value in table if re.fullmatch(pattern, name.lower())), None)
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line of the training, as argparse would read it: the last value wins."""

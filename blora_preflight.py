@@ -33,7 +33,14 @@ from typing import Any
 
 try:
     import blora_memory
-    from blora_options import Options, as_whole, load_toml, parse_options, with_config_file
+    from blora_options import (
+        Options,
+        as_whole,
+        load_toml,
+        matching,
+        parse_options,
+        with_config_file,
+    )
     from blora_preset import BUILT_IN_PRESETS, load_preset, trained_layers
     from blora_safetensors import read_header
     from blora_sdxl import Layer, Trait, block_of, load_traits
@@ -77,11 +84,6 @@ class Report:
 
 
 # ---- Packages ------------------------------------------------------------------------------------
-
-
-def matching(table: tuple[tuple[str, Any], ...], name: str) -> Any:
-    """The value of the first pattern that is the whole name, in any case."""
-    return next((value for pattern, value in table if re.fullmatch(pattern, name.lower())), None)
 
 
 def check_script(script: Path, report: Report) -> None:
