@@ -17,7 +17,7 @@ from tqdm import tqdm
 from blora_lora import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, Lora, Module, json_object
 from blora_safetensors import FLOATS, NUMBERS
 from blora_sdxl import Trait, block_of
-from blora_strength import values
+from blora_strength import through_core, values
 from blora_words import file_size, first_few, printable, span
 
 BAR = 20  # characters for the whole change
@@ -56,7 +56,7 @@ def lora_norm(t: dict[str, np.ndarray]) -> float:
     """
     down = t[LORA_DOWN]
     if LORA_MID in t:
-        down = np.einsum("rs...,si->ri...", t[LORA_MID], down.reshape(down.shape[:2]))
+        down = through_core(t[LORA_MID], down)
     return gram_norm(t[LORA_UP], down)
 
 
@@ -69,7 +69,7 @@ def loha_norm(t: dict[str, np.ndarray]) -> float:
     a1, a2 = (t[f"hada_w{i}_a"].T if "hada_t1" in t else t[f"hada_w{i}_a"] for i in (1, 2))
     b1, b2 = t["hada_w1_b"], t["hada_w2_b"]
     if "hada_t1" in t:
-        b1, b2 = (np.einsum("ij...,jr->ir...", t[f"hada_t{i}"], t[f"hada_w{i}_b"]) for i in (1, 2))
+        b1, b2 = (through_core(t[f"hada_t{i}"], t[f"hada_w{i}_b"]) for i in (1, 2))
     b1, b2 = b1.reshape(b1.shape[0], -1), b2.reshape(b2.shape[0], -1)
     for start in range(0, a1.shape[0], ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
@@ -89,7 +89,7 @@ def lokr_norm(t: dict[str, np.ndarray]) -> float:
             continue
         a, b = t[f"lokr_w{i}_a"], t[f"lokr_w{i}_b"]
         if f"lokr_t{i}" in t:
-            a, b = a.T, np.einsum("ij...,jr->ir...", t[f"lokr_t{i}"], b)
+            a, b = a.T, through_core(t[f"lokr_t{i}"], b)
         norms.append(gram_norm(a, b))
     return norms[0] * norms[1]
 

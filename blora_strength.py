@@ -223,6 +223,11 @@ def with_common_alpha(modules: list[Module]) -> list[Module]:
 # ---- DoRA ----------------------------------------------------------------------------------------
 
 
+def through_core(core: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """[rank, in, ...] of a tucker core [rank, rank, ...] and the factor [rank, in] behind it."""
+    return np.einsum("rs...,si->ri...", core, factor.reshape(factor.shape[:2]))
+
+
 def lora_change(module: Module, shape: tuple[int, ...]) -> np.ndarray:
     """alpha / rank * up @ mid @ down, in the shape of the weight it changes: [out, in, ...].
 
@@ -230,8 +235,7 @@ def lora_change(module: Module, shape: tuple[int, ...]) -> np.ndarray:
     """
     up, down = (values(module.tensors[suffix]) for suffix in (LORA_UP, LORA_DOWN))
     if LORA_MID in module.tensors:
-        mid = values(module.tensors[LORA_MID])
-        down = np.einsum("rs...,si->ri...", mid, down.reshape(down.shape[:2]))
+        down = through_core(values(module.tensors[LORA_MID]), down)
     change = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
     return (change * up.dtype.type(module.scale)).reshape(shape)
 
