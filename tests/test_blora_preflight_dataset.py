@@ -32,36 +32,28 @@ def no_config(_kohya):
     Path(CONFIG).unlink()
 
 
-def no_toml(_kohya):
-    Path(CONFIG).write_text("[general\n")
-
-
 def no_images(_kohya):
     for path in Path(IMAGES).glob("*.png"):
         path.unlink()
 
 
+def config_of(text):
+    """What makes this the whole config."""
+    return lambda _kohya: Path(CONFIG).write_text(text)
+
+
+NOT_THE_FORM = (
+    f'the dataset config "{CONFIG}" is not of the form [[datasets]], [[datasets.subsets]]'
+)
 DATASETS = {
     "no config": (no_config, f'no dataset config at "{CONFIG}": write one there, or correct'),
-    "no TOML": (no_toml, f'the dataset config "{CONFIG}" is not valid TOML ('),
-    "no tables": (
-        lambda _: Path(CONFIG).write_text("datasets = 3"),
-        f'the dataset config "{CONFIG}" is not of the form [[datasets]], [[datasets.subsets]]',
-    ),
-    "no list of subsets": (
-        lambda _: Path(CONFIG).write_text("[[datasets]]\nsubsets = 3"),
-        f'the dataset config "{CONFIG}" is not of the form [[datasets]], [[datasets.subsets]]',
-    ),
-    "no tables of subsets": (
-        lambda _: Path(CONFIG).write_text("[[datasets]]\nsubsets = [3]"),
-        f'the dataset config "{CONFIG}" is not of the form [[datasets]], [[datasets.subsets]]',
-    ),
-    "no table of general settings": (
-        lambda _: Path(CONFIG).write_text("general = 3"),
-        f'the dataset config "{CONFIG}" is not of the form [[datasets]], [[datasets.subsets]]',
-    ),
+    "no TOML": (config_of("[general\n"), f'the dataset config "{CONFIG}" is not valid TOML ('),
+    "no tables": (config_of("datasets = 3"), NOT_THE_FORM),
+    "no list of subsets": (config_of("[[datasets]]\nsubsets = 3"), NOT_THE_FORM),
+    "no tables of subsets": (config_of("[[datasets]]\nsubsets = [3]"), NOT_THE_FORM),
+    "no table of general settings": (config_of("general = 3"), NOT_THE_FORM),
     "no subsets": (
-        lambda _: Path(CONFIG).write_text("[[datasets]]\nresolution = 1024"),
+        config_of("[[datasets]]\nresolution = 1024"),
         f'"{CONFIG}" names no folder of images: add one',
     ),
     "no folder": (
