@@ -94,6 +94,7 @@ class Module:
 
     @property
     def algorithm(self) -> Algorithm:
+        """The first whose markers are all there; UNKNOWN where there is none."""
         for algorithm in ALGORITHMS:
             if all(marker in self.tensors for marker in algorithm.markers):
                 return algorithm

@@ -50,12 +50,15 @@ class Options:
         return self.values.get(name, [""]) != [""]
 
     def text(self, name: str, default: str = "") -> str:
+        """The last value of an option; the default where it has none."""
         return (self.values.get(name) or [""])[-1] or default
 
     def number(self, name: str, default: float) -> float:
+        """A finite number; BloraError where the value is none."""
         return as_number(f"--{name}", self.text(name, str(default)))
 
     def whole(self, name: str, default: int, least: int = 1) -> int:
+        """A whole number from `least` on; BloraError where the value is none."""
         return as_whole(f"--{name}", self.text(name, str(default)), least)
 
     def is_on(self, name: str) -> bool:

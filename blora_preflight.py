@@ -87,6 +87,7 @@ class Report:
 
 
 def check_script(script: Path, report: Report) -> None:
+    """Whether the training script is there."""
     if not script.is_file():
         report.errors.append(
             f'no training script at "{script}": run this in a kohya sd-scripts or kohya_ss folder'
@@ -118,6 +119,7 @@ def check_packages(options: Options, report: Report) -> None:
 
 
 def check_lycoris(report: Report) -> None:
+    """A warning for a release of LyCORIS that nothing here was run with."""
     try:
         version = metadata.version("lycoris_lora")
     except metadata.PackageNotFoundError:
@@ -175,6 +177,7 @@ def check_checkpoint(options: Options, report: Report) -> None:
 
 
 def check_sdxl(path: Path, options: Options, report: Report) -> None:
+    """Whether a .safetensors file is a whole SDXL checkpoint; another model is named."""
     keys = read_header(path)[0].keys()
     if not all(key in keys for key in SDXL_KEYS):
         kinds = (
@@ -371,6 +374,7 @@ def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
 
 
 def check_network_args(options: Options) -> None:
+    """Refuse arguments of which LyCORIS would drop one without a word."""
     if options.asks_lycoris("bypass_mode") and options.asks_lycoris("dora_wd"):
         raise BloraError(
             "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: "

@@ -117,7 +117,7 @@ def with_blanks(argv: list[str]) -> list[str]:
 
 
 def strength(text: str) -> float:
-    """A strength from the command line: a finite number."""
+    """A strength from the command line: a finite number, as fp32 too."""
     try:
         value = float(text)
     except ValueError:

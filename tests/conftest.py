@@ -1,4 +1,4 @@
-"""What all tests share: the environment they run in, and a cmd.exe."""
+"""What all tests share: the environment they run in, and fixtures of more than one file."""
 
 from __future__ import annotations
 
