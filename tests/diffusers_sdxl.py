@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 
 def sdxl_unet_without_weights(depths: tuple[int, int, int] = (1, 2, 10)) -> UNet2DConditionModel:
@@ -34,3 +35,29 @@ def sdxl_unet_of_zeros(depths: tuple[int, int, int]) -> UNet2DConditionModel:
         zeros = nn.Parameter(torch.zeros(()).expand(weight.shape))
         setattr(unet.get_submodule(layer), own, zeros)
     return unet
+
+
+def sdxl_pipeline(depths: tuple[int, int, int]) -> StableDiffusionXLPipeline:
+    """SDXL's pipeline with few layers, each where SDXL has it and as wide."""
+    configs = [
+        CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=1,
+            num_attention_heads=width // 64,
+            projection_dim=width,
+            vocab_size=99,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        for width in (768, 1280)
+    ]
+    return StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=CLIPTextModel(configs[0]),
+        text_encoder_2=CLIPTextModelWithProjection(configs[1]),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=sdxl_unet_of_zeros(depths),
+        scheduler=EulerDiscreteScheduler(),
+    )

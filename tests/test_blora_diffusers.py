@@ -49,33 +49,10 @@ TRAITS = {
 @pytest.fixture(scope="module")
 def pipeline():
     """SDXL's pipeline with few layers, each where SDXL has it and as wide."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from diffusers_sdxl import sdxl_unet_of_zeros
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from diffusers_sdxl import sdxl_pipeline
 
     torch.manual_seed(0)
-    configs = [
-        CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=1,
-            num_attention_heads=width // 64,
-            projection_dim=width,
-            vocab_size=99,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-        for width in (768, 1280)
-    ]
-    return StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=CLIPTextModel(configs[0]),
-        text_encoder_2=CLIPTextModelWithProjection(configs[1]),
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=sdxl_unet_of_zeros((1, 1, 1)),
-        scheduler=EulerDiscreteScheduler(),
-    )
+    return sdxl_pipeline((1, 1, 1))
 
 
 @pytest.fixture
