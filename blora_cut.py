@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blora_lora import Lora, Module, json_object
-from blora_safetensors import HASHES
+from blora_lora import INCOMPLETE, Lora, Module, with_own_alpha
+from blora_names import ALPHA, LORA_MID
+from blora_read import PEFT_CONFIG
+from blora_safetensors import HASHES, json_object
 from blora_sdxl import Trait, block_of
-from blora_words import BloraError, printable, span
+from blora_words import BloraError, first_few, printable, span
 
 if TYPE_CHECKING:
     from blora_strength import BaseModel
@@ -43,6 +45,7 @@ class Slice:
     cut: Cut
     modules: tuple[Module, ...]
     lora: Lora
+    remarks: tuple[str, ...]  # what the user should know of it, each beginning with its kind
 
 
 def describe(cut: Cut) -> str:
@@ -114,8 +117,8 @@ def check_fit(module: Module, lora: Path) -> None:
         )
 
 
-def cut_slice(lora: Lora, cut: Cut, base: BaseModel | None) -> Slice:
-    """The modules the trait keeps, at the cut's strength; refused where there are none."""
+def kept_modules(lora: Lora, cut: Cut) -> list[Module]:
+    """The modules the trait keeps; refused where there are none."""
     kept = [module for name, module in lora.modules.items() if cut.trait.keeps(name)]
     if not kept:
         blocks = ", ".join(dict.fromkeys(block_of(name) for name in lora.modules))
@@ -123,13 +126,102 @@ def cut_slice(lora: Lora, cut: Cut, base: BaseModel | None) -> Slice:
             f'{cut.lora} holds nothing of the trait "{printable(cut.trait.name)}": '
             f"its blocks are {blocks}"
         )
-    for module in kept:
+    return kept
+
+
+def whole_modules(kept: list[Module], cut: Cut) -> list[Module]:
+    """Those that lack no factor, which no program could load; refused where none is left."""
+    whole = [module for module in kept if not module.is_incomplete]
+    if not whole:
+        raise BloraError(
+            f'all that {cut.lora} holds of the trait "{printable(cut.trait.name)}" lacks a factor, '
+            f"or has a tucker core that does not fit ({first_few(m.name for m in kept)}): save it "
+            "again with the program that trained it"
+        )
+    return whole
+
+
+def check_copies(module: Module, lora: Lora) -> None:
+    """Refuse a module that the file holds under two names with different changes."""
+    for other in lora.copies.get(module.name, ()):
+        if not same_change(module, other):
+            raise BloraError(
+                f"{lora.path} holds {module.name} twice, under two names and with different "
+                "values: delete one of the two from it, or leave the module out by a trait's "
+                "blacklist"
+            )
+
+
+def same_change(module: Module, other: Module) -> bool:
+    """Whether two modules have the same factors, byte for byte, and multiply them alike."""
+
+    def change(m: Module) -> tuple[object, ...]:
+        factors = {s: (t.dtype, t.shape, t.read()) for s, t in m.tensors.items() if s != ALPHA}
+        return factors, m.scale, None if m.rank else m.alpha
+
+    return change(module) == change(other)
+
+
+RESIZED = "dimension is resized from"  # what sd-scripts' resize_lora.py writes into the comment
+
+
+def notes(kept: list[Module], whole: list[Module], name: str) -> list[str]:
+    """What of the file called `name` is left out, or copied without knowing what it does."""
+    said = []
+    if half := [module.name for module in kept if module.is_incomplete]:
+        said.append(
+            f"note: modules of {name} that {INCOMPLETE}, were left out ({len(half)}): "
+            f"{first_few(half)}"
+        )
+    if unknown := [f"{module.name}.{suffix}" for module in whole for suffix in module.unknown]:
+        said.append(
+            f"note: tensors of {name} that are of no kind known here were copied as they are "
+            f"({len(unknown)}): {first_few(unknown)}"
+        )
+    return said
+
+
+def warnings(whole: list[Module], lora: Lora, name: str) -> list[str]:
+    """What of the file called `name` may be wrong, or is guessed."""
+    said = []
+    if any(module.is_guess for module in whole):
+        said.append(
+            f"warning: nothing says the alpha of {name}, whose names are PEFT's: it is taken as "
+            f"the rank; if it was trained with another, put its {PEFT_CONFIG} beside it and cut it "
+            "again"
+        )
+    is_resized = RESIZED in lora.metadata.get("ss_training_comment", "")
+    if cores := [module.name for module in whole if is_resized and LORA_MID in module.tensors]:
+        said.append(
+            f"warning: {name} was resized, and sd-scripts' tool leaves tucker cores as they were, "
+            f"so these modules are wrong ({len(cores)}): {first_few(cores)}"
+        )
+    if broken := [m.name for m in whole if m.alpha_is_read and not math.isfinite(m.alpha or 0)]:
+        said.append(
+            f"warning: modules of {name} have an alpha that is NaN or inf ({len(broken)}): "
+            f"{first_few(broken)}"
+        )
+    return said
+
+
+def cut_slice(lora: Lora, cut: Cut, base: BaseModel | None) -> Slice:
+    """The modules the trait keeps, at the cut's strength.
+
+    BloraError where there are none, or one does not fit, is there twice, or cannot be scaled.
+    """
+    kept = kept_modules(lora, cut)
+    whole = whole_modules(kept, cut)
+    for module in whole:
         check_fit(module, cut.lora)
-    if cut.strength != 1:
+        check_copies(module, lora)
+    made = [with_own_alpha(module) for module in whole]
+    if any(cut.strength * module.factor != 1 for module in made):
         from blora_strength import at_strength
 
-        kept = [at_strength(module, cut.strength, cut.lora, base) for module in kept]
-    return Slice(cut, tuple(kept), lora)
+        made = [at_strength(module, cut.strength, cut.lora, base) for module in made]
+    name = printable(cut.lora.name)
+    said = (*notes(kept, whole, name), *warnings(whole, lora, name))
+    return Slice(cut, tuple(made), lora, said)
 
 
 def join_slices(slices: list[Slice]) -> list[Module]:
@@ -169,13 +261,13 @@ def kept_metadata(lora: Lora) -> dict[str, str]:
     }
 
 
-def metadata_number(numbers: set[float | None], before: str | None) -> str | None:
+def metadata_number(numbers: set[float], before: str | None) -> str | None:
     """A number for the metadata: "Dynamic" where modules differ, as kohya's resize says it."""
     if len(numbers) > 1:
         return "Dynamic"
-    [number] = numbers or {None}
-    if number is None:
+    if not numbers:
         return before
+    [number] = numbers
     try:
         return before if before and float(before) == number else f"{number:g}"
     except ValueError:

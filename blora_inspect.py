@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from blora_lora import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, Lora, Module, json_object
-from blora_safetensors import FLOATS, NUMBERS
+from blora_lora import INCOMPLETE, Lora, Module
+from blora_names import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
+from blora_safetensors import FLOATS, NUMBERS, json_object
 from blora_sdxl import Trait, block_of
 from blora_strength import through_core, values
 from blora_words import file_size, first_few, printable, span
@@ -108,7 +109,7 @@ def weight_norm(t: dict[str, np.ndarray]) -> float:
 # The others change a weight in proportion to itself, so their size is not in the file.
 NORMS = {
     "LoRA": lora_norm, "LoHa": loha_norm, "LoKr": lokr_norm, "full": weight_norm,
-    "norm": weight_norm,
+    "norm": weight_norm, "bias": weight_norm,
 }  # fmt: skip
 
 
@@ -118,21 +119,35 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
     The change of a DoRA is that of its factors: what its scale adds depends on the base model.
     None where the size is not known: a factor is missing, of a type without values, or misfits.
     """
-    known = {s: values(tensor) for s, tensor in module.tensors.items() if tensor.dtype in FLOATS}
+    read = {
+        suffix: tensor
+        for suffix, tensor in module.tensors.items()
+        if suffix != ALPHA or module.alpha_is_read
+    }
+    known = {s: values(t) for s, t in read.items() if t.dtype in FLOATS}
     broken = [f"{module.name}.{s}" for s, v in known.items() if not np.isfinite(v).all()]
-    alpha = module.tensors.get(ALPHA)
-    if alpha and alpha.dtype in NUMBERS.difference(FLOATS) and not math.isfinite(module.alpha or 0):
+    alpha = read.get(ALPHA)
+    others = NUMBERS.difference(FLOATS)
+    if alpha and alpha.dtype in others and not math.isfinite(module.alpha or 0):
         broken.append(f"{module.name}.{ALPHA}")
-    complete = all(s == ALPHA or s in known for s in module.tensors) and module.fits
-    if broken or not complete or module.algorithm.name not in NORMS:
+    complete = all(s == ALPHA or s in known for s in read) and module.fits
+    if broken or not complete or module.is_incomplete or module.unknown:
         return None, broken
+    return change_norm(module, known), []
+
+
+def change_norm(module: Module, known: dict[str, np.ndarray]) -> float | None:
+    """The Frobenius norm of the change of a whole module; None where it is not in the file."""
+    if module.algorithm.name not in NORMS:
+        return None
     try:
         with np.errstate(all="ignore"):
             weight = NORMS[module.algorithm.name](known) * module.scale
-            norm = math.hypot(weight, stored_norm(known, ("diff_b", "b_norm")))
-    except (KeyError, ValueError):  # a factor is missing, or has no numbers
-        return None, broken
-    return norm if math.isfinite(norm) else None, broken
+            bias = stored_norm(known, [UP_BIAS]) * module.scale
+            norm = math.hypot(weight, bias, stored_norm(known, ("diff_b", "b_norm")))
+    except ValueError:  # a factor has no numbers
+        return None
+    return norm if math.isfinite(norm) else None
 
 
 def table_row(
@@ -190,10 +205,15 @@ def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
         "file": str(lora.path),
         "bytes": lora.path.stat().st_size,
         "modules": len(lora.modules),
+        "naming": "; ".join(lora.namings),
         "blocks": [vars(row) for row in rows],
         "training": training_facts(lora.metadata),
         "not_finite": broken,
-        "misfits": [name for name, module in lora.modules.items() if not module.fits],
+        "incomplete": [name for name, module in lora.modules.items() if module.is_incomplete],
+        "misfits": [name for name, m in lora.modules.items() if not (m.fits or m.is_incomplete)],
+        "unknown": [f"{n}.{s}" for n, module in lora.modules.items() for s in module.unknown],
+        "doubled": list(lora.copies),
+        "own": list(lora.own),
         "unplaced": list(lora.unplaced),
     }
 
@@ -210,8 +230,19 @@ def table(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def report(facts: dict[str, Any]) -> str:
-    """The facts of one file as text."""
+# What of a file may not go into a slice, or not as it is.
+TROUBLES = {
+    "incomplete": f"modules that {INCOMPLETE}",
+    "misfits": "modules that do not fit SDXL's layers",
+    "unknown": "tensors of no kind known here",
+    "doubled": "modules that are there more than once",
+    "own": "layers' own weights, which are no LoRA's",
+    "unplaced": "tensors that do not belong to SDXL",
+}
+
+
+def report(facts: dict[str, Any]) -> list[str]:
+    """The facts of one file as lines of text, escaped."""
     rows = [[*COLUMNS, "share", ""]]
     for row in facts["blocks"]:
         share = row["share"]
@@ -231,20 +262,16 @@ def report(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['file']}: {facts['modules']} modules, {file_size(facts['bytes'])}",
         *table(rows),
+        f"naming: {facts['naming']}",
     ]
-    lines += [f"{key}: {printable(value)}" for key, value in training.items()]
+    lines += [f"{key}: {value}" for key, value in training.items()]
     if words:
-        lines.append(
-            "trigger words: " + ", ".join(f"{printable(w)} ({n})" for w, n in words.items())
-        )
+        lines.append("trigger words: " + ", ".join(f"{word} ({n})" for word, n in words.items()))
     if facts["not_finite"]:
         lines.append(
             f"NaN or inf in {len(facts['not_finite'])} tensors: {first_few(facts['not_finite'])}"
         )
-    for key, words in (
-        ("misfits", "modules that do not fit SDXL's layers"),
-        ("unplaced", "tensors that do not belong to SDXL"),
-    ):
+    for key, trouble in TROUBLES.items():
         if facts[key]:
-            lines.append(f"{words} ({len(facts[key])}): {first_few(facts[key])}")
-    return "\n".join(lines)
+            lines.append(f"{trouble} ({len(facts[key])}): {first_few(facts[key])}")
+    return [printable(line) for line in lines]

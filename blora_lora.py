@@ -1,34 +1,28 @@
-"""What a LoRA is: the algorithms and their tensors, a module, and a file of any naming as modules.
+"""What a LoRA is: the algorithms and their tensors, a module, and a file's modules.
 
-blora_slicer.py reads LoRAs with it; blora_cut.py, blora_strength.py and blora_inspect.py work on
+blora_read.py reads files as these; blora_cut.py, blora_strength.py and blora_inspect.py work on
 their modules.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from blora_safetensors import Tensor, as_fp32, number, read_header
-from blora_sdxl import Layer, find_layer, layers_by_module
-from blora_words import BloraError, first_few, printable
+from blora_names import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, SUFFIXES, UP_BIAS
+from blora_safetensors import Tensor, number
+from blora_sdxl import Layer, layers_by_module
 
 # ---- Algorithms and modules ----------------------------------------------------------------------
-
-LORA_UP, LORA_DOWN, LORA_MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
-ALPHA, DORA = "alpha", "dora_scale"
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A way to store a change: how to know it, and which tensors a strength multiplies.
+    """A way to store a change: how to know it, what it needs, and what a strength multiplies.
 
     Each of `scaled` is a factor of a separate part of the change, so multiplying all of them
     multiplies the change once. `reason` says why there are none.
@@ -38,26 +32,82 @@ class Algorithm:
     markers: tuple[str, ...]
     scaled: tuple[str, ...]
     rank: tuple[str, ...] = ()  # the first of these that is there has the rank as its length
+    needs: tuple[tuple[str, ...], ...] = ((),)  # beside the markers, all of one of these
+    may_have: tuple[str, ...] = ()
     reason: str = ""
+
+    @property
+    def parts(self) -> set[str]:
+        """Every tensor it can have."""
+        return {*self.markers, *sum(self.needs, ()), *self.may_have}
 
 
 # As LyCORIS 4.1 writes them (github.com/KohakuBlueleaf/LyCORIS, lycoris/modules); what a strength
-# multiplies was measured in six programs.
+# multiplies was measured in the programs of docs/blora_what_loads_where.md. The sparse bias of
+# LyCORIS' extract_locon.py is added to the product of the factors and multiplied by alpha / rank
+# with it, as PEFT's bias of lora_B is.
+SPARSE_BIAS = ("bias_indices", "bias_values", "bias_size")
+ROTATION = "a rotation cannot be multiplied"
+LARGE_HALF = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
 ALGORITHMS = (
-    Algorithm("LoRA", (LORA_UP,), (LORA_UP,), (LORA_DOWN,)),
-    Algorithm("LoHa", ("hada_w1_a",), ("hada_w1_a",), ("hada_w1_b",)),
-    Algorithm("LoKr", ("lokr_w1",), ("lokr_w1",), ("lokr_w2_b",)),
-    Algorithm("LoKr", ("lokr_w1_a",), ("lokr_w1_a",), ("lokr_w1_b",)),
+    Algorithm(
+        "LoRA",
+        (LORA_UP,),
+        (LORA_UP, UP_BIAS, "bias_values"),
+        (LORA_DOWN,),
+        ((LORA_DOWN,),),
+        (LORA_MID, UP_BIAS, *SPARSE_BIAS),
+    ),
+    Algorithm(
+        "LoHa",
+        ("hada_w1_a",),
+        ("hada_w1_a",),
+        ("hada_w1_b",),
+        (("hada_w1_b", "hada_w2_a", "hada_w2_b"),),
+        ("hada_t1", "hada_t2"),
+    ),
+    Algorithm("LoKr", ("lokr_w1",), ("lokr_w1",), ("lokr_w2_b",), LARGE_HALF, ("lokr_t2",)),
+    Algorithm(
+        "LoKr",
+        ("lokr_w1_a",),
+        ("lokr_w1_a",),
+        ("lokr_w1_b",),
+        tuple(("lokr_w1_b", *half) for half in LARGE_HALF),
+        ("lokr_t2",),
+    ),
     Algorithm("full", ("diff",), ("diff",)),
     Algorithm("norm", ("w_norm",), ("w_norm",)),
     Algorithm("IA3", ("weight", "on_input"), ("weight",)),
-    Algorithm("GLoRA", ("a2.weight", "b2.weight"), ("a2.weight", "b2.weight"), ("a2.weight",)),
-    Algorithm("T-LoRA", ("lambda_layer",), (), reason="the factors it started from are not in it"),
-    Algorithm("OFT", ("oft_blocks",), (), reason="a rotation cannot be multiplied"),
+    Algorithm(
+        "GLoRA",
+        ("a2.weight", "b2.weight"),
+        ("a2.weight", "b2.weight"),
+        ("a2.weight",),
+        (("a1.weight", "b1.weight"),),
+        ("bm.weight",),
+    ),
+    Algorithm(
+        "T-LoRA",
+        ("lambda_layer",),
+        (),
+        needs=(("q_layer.weight", "p_layer.weight"),),
+        reason="the factors it started from are not in it",
+    ),
+    Algorithm("OFT", ("oft_blocks",), (), may_have=("rescale",), reason=ROTATION),
+    Algorithm(
+        "OFT",
+        ("oft_R.weight",),
+        (),
+        may_have=("oft_R.scaled_oft",),
+        reason=ROTATION,
+    ),
+    Algorithm("bias", ("diff_b",), ("diff_b",)),
 )
 # Changes of their own that stand beside any algorithm's factors.
 ADDED = ("diff", "diff_b", "w_norm", "b_norm")
 UNKNOWN = Algorithm("unknown", (), (), reason="its tensors are of no kind known here")
+
+NO_BLOCKS = Tensor("F32", (), b"")
 
 # What the axes of each tensor mean; the last one takes all that are left. The change has
 # o times p rows and i times j times k columns (a kernel is part of the columns), and a letter has
@@ -70,6 +120,7 @@ AXES = {
     "b1.weight": "o r", "b2.weight": "r i k", "a1.weight": "i s", "a2.weight": "s i",
     "p_layer.weight": "o r", "q_layer.weight": "r c", "oft_blocks": "p o o",
     "diff": "o i", "w_norm": "o", "diff_b": "n", "b_norm": "n", "weight": "m", DORA: "m",
+    UP_BIAS: "n",
 }  # fmt: skip
 # The same with a tucker core: it has the kernel, and out and in only meet its two ranks.
 TUCKER = {
@@ -86,13 +137,15 @@ class Module:
 
     name: str
     tensors: dict[str, Tensor]
+    factor: float = 1.0  # what its program multiplies the change with, beside alpha / rank
+    is_guess: bool = False  # whether it needs an alpha, and nothing says which
 
     @property
     def layer(self) -> Layer:
         """The layer of SDXL that it changes."""
         return layers_by_module()[self.name]
 
-    @property
+    @cached_property
     def algorithm(self) -> Algorithm:
         """The first whose markers are all there; UNKNOWN where there is none."""
         for algorithm in ALGORITHMS:
@@ -104,7 +157,7 @@ class Module:
     def label(self) -> str:
         """The algorithm's name as people say it."""
         name = self.algorithm.name
-        if name == "OFT" and len(self.tensors["oft_blocks"].shape) == 4:
+        if name == "OFT" and len(self.tensors.get("oft_blocks", NO_BLOCKS).shape) == 4:
             name = "BOFT"
         if DORA in self.tensors:
             name = "DoRA" if name == "LoRA" else f"{name} with DoRA"
@@ -112,7 +165,7 @@ class Module:
 
     @property
     def rank(self) -> int | None:
-        """None where the algorithm has none."""
+        """None where the algorithm has none, or the tensor that would show it is not there."""
         for suffix in self.algorithm.rank:
             if suffix in self.tensors and self.tensors[suffix].shape:
                 return self.tensors[suffix].shape[0]
@@ -128,31 +181,63 @@ class Module:
         return number(alpha.dtype, data[: len(data) // math.prod(alpha.shape)])
 
     @property
+    def alpha_is_read(self) -> bool:
+        """Whether programs read its alpha; not where the change has no rank, as a whole LoKr."""
+        return not self.algorithm.scaled or self.rank is not None
+
+    @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with: alpha / rank, or 1."""
-        return (self.alpha or self.rank) / self.rank if self.rank else 1.0
+        """What the product of the factors is multiplied with; alpha 0, or none, is the rank."""
+        return self.factor * ((self.alpha or self.rank) / self.rank if self.rank else 1.0)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Its tensors that are no part of its algorithm, so that what they do is not known."""
+        known = self.algorithm.parts | {ALPHA, DORA, *ADDED}
+        return [suffix for suffix in self.tensors if suffix not in known]
 
     @cached_property
-    def fits(self) -> bool:
-        """Whether the factors fit each other and the layer's weight."""
+    def is_incomplete(self) -> bool:
+        """Whether it lacks a factor, or has a tucker core that does not fit."""
+        if self.algorithm is UNKNOWN:
+            return self.tensors.keys() <= SUFFIXES.keys()
+        is_whole = any(self.tensors.keys() >= {*group} for group in self.algorithm.needs)
+        return not is_whole or (bool(TUCKER.keys() & self.tensors.keys()) and not self.fits)
+
+    @cached_property
+    def sizes(self) -> dict[str, int] | None:
+        """The size of each axis, by its letter in AXES; None where two tensors disagree."""
         axes = dict(AXES)
         for core, with_core in TUCKER.items():
             axes |= with_core if core in self.tensors else {}
-        outputs, *inputs = self.layer.shape
         sizes: dict[str, int] = {}
         for suffix in axes.keys() & self.tensors.keys():
             shape, letters = self.tensors[suffix].shape, axes[suffix].split()
             if suffix == "oft_blocks":  # BOFT has several layers of them
                 shape = shape[-3:]
             # A factor of a matrix is a matrix; what changes a norm has one axis.
-            if len(shape) < min(len(letters), 2 if inputs else 1):
-                return False
+            if len(shape) < min(len(letters), 2 if self.layer.shape[1:] else 1):
+                return None
             if not same_sizes(letters, shape, sizes):
-                return False
-        rows, columns = (math.prod(sizes.get(axis, 1) for axis in side) for side in ("op", "ijk"))
+                return None
+        return sizes
+
+    @property
+    def columns(self) -> int | None:
+        """Of the change, as a matrix; None where it has none, or its tensors disagree."""
+        sizes = self.sizes or {}
+        return math.prod(sizes.get(axis, 1) for axis in "ijk") if "i" in sizes else None
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the factors fit each other and the layer's weight."""
+        if self.sizes is None:
+            return False
+        outputs, *inputs = self.layer.shape
+        sizes, rows = self.sizes, math.prod(self.sizes.get(axis, 1) for axis in "op")
         return (
             ("o" not in sizes or rows == outputs)
-            and ("i" not in sizes or columns == math.prod(inputs))
+            and self.columns in (None, math.prod(inputs))
             and sizes.get("n", outputs) == outputs
             and ("c" not in sizes or sizes["c"] in inputs[:1])
             and sizes.get("m", outputs) in (outputs, *inputs[:1])
@@ -172,134 +257,33 @@ def with_alpha(module: Module, alpha: float) -> Module:
     return replace(module, tensors=module.tensors | {ALPHA: constant})
 
 
-# ---- Reading -------------------------------------------------------------------------------------
+INCOMPLETE = "lack a factor, or have a tucker core that does not fit"  # in messages
+
+
+def with_own_alpha(module: Module) -> Module:
+    """The module with alpha = rank where it has none: that means the same, and LyCORIS needs it.
+
+    LyCORIS needs one of a LoKr of two whole factors too, and does not read it.
+    """
+    if module.alpha is not None or not module.algorithm.rank or module.rank == 0:
+        return module
+    return with_alpha(module, float(module.rank or 1))
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its modules in kohya's names; `unplaced` are keys of no layer of SDXL."""
+    """A LoRA file, its modules in kohya's names."""
 
     path: Path
     modules: dict[str, Module]
     metadata: dict[str, str]
-    unplaced: tuple[str, ...]
-
-
-# How PEFT, diffusers and the original B-LoRA spell a suffix, behind a layer's name with dots.
-SUFFIXES = {
-    LORA_DOWN: r"(\.lora_A(\.\w+)?|(\.lora|_lora|\.lora_linear_layer)\.down|\.lora_down)\.weight\Z",
-    LORA_UP: r"(\.lora_B(\.\w+)?|(\.lora|_lora|\.lora_linear_layer)\.up|\.lora_up)\.weight\Z",
-    DORA: r"(\.lora_magnitude_vector(\.\w+)?(\.weight)?|\.dora_scale)\Z",
-    ALPHA: r"(\.lora|_lora)?\.alpha\Z",
-}
-# PEFT's settings of each network in the metadata, as diffusers writes them.
-PEFT_SETTINGS = {"unet.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2"}
-
-
-def split_key(key: str) -> tuple[str, str] | None:
-    """(layer, suffix) of a key of any naming, the suffix as kohya spells it."""
-    if key.startswith("lora_"):
-        layer, _, suffix = key.partition(".")
-        return (layer, suffix) if suffix else None
-    for suffix, pattern in SUFFIXES.items():
-        if match := re.search(pattern, key):
-            return key[: match.start()], suffix
-    return None
-
-
-def find_module(key: str) -> tuple[str, str, str] | None:
-    """(module, suffix, layer) of a key: kohya's names, and the layer's name less its prefix.
-
-    None where SDXL has no such layer.
-    """
-    parts = split_key(key)
-    placed = find_layer(parts[0]) if parts else None
-    return (placed[0].module, parts[1], placed[1]) if placed else None
-
-
-def json_object(text: str | None) -> dict[str, Any]:
-    """A metadata value that should be a JSON object; anything else is an empty one."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def peft_settings(metadata: dict[str, str], path: Path) -> dict[str, dict[str, Any]]:
-    """PEFT's settings by network: diffusers reads each module's alpha from them."""
-    try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        return {
-            network: {
-                key.removeprefix(prefix): value
-                for key, value in settings.items()
-                if key.startswith(prefix)
-            }
-            for prefix, network in PEFT_SETTINGS.items()
-        }
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise BloraError(f"cannot read lora_adapter_metadata of {path} ({error})") from error
-
-
-def peft_alpha(settings: dict[str, Any], layer: str, rank: int) -> float:
-    """A layer's alpha by PEFT's settings: that of the first pattern that ends its name.
-
-    As get_pattern_key and rslora's scaling do (github.com/huggingface/peft, utils/other.py and
-    tuners/lora/layer.py).
-    """
-    alpha, patterns = settings["lora_alpha"], settings.get("alpha_pattern")
-    for pattern, other in (patterns if isinstance(patterns, dict) else {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = other
-            break
-    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
-
-
-def with_peft_alpha(module: Module, layer: str, settings: dict[str, Any]) -> Module:
-    """The module with the alpha that PEFT's settings give it, where its tensors have none."""
-    if "lora_alpha" not in settings or not module.rank or module.alpha is not None:
-        return module
-    try:
-        alpha = as_fp32(peft_alpha(settings, layer, module.rank))
-    except (TypeError, ValueError, OverflowError, re.error):
-        alpha = math.nan
-    if not math.isfinite(alpha):
-        raise BloraError(f"lora_adapter_metadata gives {module.name} an alpha that is no number")
-    return module if alpha == module.rank else with_alpha(module, alpha)
-
-
-def read_lora(path: Path) -> Lora:
-    """A LoRA file of any naming, as modules with kohya's names; BloraError where it is none."""
-    if not path.is_file():
-        raise BloraError(f"no file at {path}: correct --loras")
-    tensors, metadata = read_header(path)
-    modules: dict[str, dict[str, Tensor]] = {}
-    layers: dict[str, str] = {}  # modules by the names that PEFT's patterns are about
-    unplaced = []
-    for key, tensor in tensors.items():
-        placed = find_module(key)
-        if placed is None:
-            unplaced.append(key)
-            continue
-        name, suffix, layers[name] = placed
-        if suffix in modules.setdefault(name, {}):
-            raise BloraError(
-                f"{path} holds {name}.{printable(suffix)} twice, under two names: keep one"
-            )
-        if suffix == DORA and "magnitude" in key:  # PEFT's, of [out] or [1, out, 1, 1]: by row
-            shape = (math.prod(tensor.shape), 1, *tensor.shape[2:])
-            tensor = replace(tensor, shape=shape)
-        modules[name][suffix] = tensor
-    if not modules:
-        holds = first_few(sorted(tensors)) or "no tensor at all"
-        raise BloraError(f"{path} is no SDXL LoRA: it holds {holds}")
-    settings = peft_settings(metadata, path)
-    loaded = {}
-    for name in sorted(modules):
-        module = Module(name, modules[name])
-        loaded[name] = with_peft_alpha(module, layers[name], settings[module.layer.network])
-    return Lora(path, loaded, metadata, tuple(unplaced))
+    unplaced: tuple[str, ...]  # keys of no layer of SDXL
+    own: tuple[str, ...]  # keys of a layer's own weight or bias, which are no LoRA's
+    namings: tuple[str, ...]  # which programs' naming it has
+    copies: dict[str, tuple[Module, ...]]  # further ones of modules that it holds more than once
 
 
 def file_tensors(modules: Iterable[Module]) -> dict[str, Tensor]:

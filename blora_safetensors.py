@@ -279,6 +279,15 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise BloraError(f"cannot read {path} ({printable(str(error))})") from error
 
 
+def json_object(text: str | None) -> dict[str, Any]:
+    """A metadata value that should be a JSON object; anything else is an empty one."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 # ---- Writing -------------------------------------------------------------------------------------
 
 HASHES = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}  # hex digits

@@ -2,7 +2,7 @@
 
 Layers are built from SDXL's architecture (arXiv 2307.01952); a test checks them against diffusers'
 and transformers' own models.
-blora_lora.py asks it which layer a key means, blora_preflight.py what a preset selects, and
+blora_names.py asks it which layer a key means, blora_preflight.py what a preset selects, and
 blora_strength.py where a checkpoint holds a weight.
 
 A layer of the U-Net has two names, sgm's (input_blocks.4.1.proj_in), which checkpoints and kohya
@@ -205,13 +205,6 @@ def sdxl_layers() -> dict[str, dict[str, Layer]]:
 
 # ---- Names ---------------------------------------------------------------------------------------
 
-# What stands before a layer's name in a key, the longer ones first.
-PREFIXES = {
-    "lora_unet_": "unet", "lora_te1_": "te1", "lora_te2_": "te2",
-    "unet.unet.": "unet", "unet.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2",
-    "": "unet",
-}  # fmt: skip
-
 
 def spellings(layer: Layer) -> Iterator[str]:
     """Every name of a layer, with underscores."""
@@ -245,23 +238,6 @@ def layers_by_spelling() -> dict[str, dict[str, Layer]]:
     }  # fmt: skip
 
 
-def find_layer(text: str) -> tuple[Layer, str] | None:
-    """The layer that a key without its tensor suffix means, and its name less the prefix.
-
-    None where SDXL has no such layer.
-    """
-    if layer := layers_by_module().get(text):  # most files have these names alone
-        return layer, text.removeprefix(f"lora_{layer.network}_")
-    text = text.removeprefix("base_model.model.")  # PEFT's, before any of the others
-    for prefix, network in PREFIXES.items():
-        if text.startswith(prefix):
-            name = text.removeprefix(prefix)
-            plain = name.replace(".processor.", ".").replace(".", "_")
-            if layer := layers_by_spelling()[network].get(plain):
-                return layer, name
-    return None
-
-
 @cache
 def layers_by_module() -> dict[str, Layer]:
     """The layers that have a weight, by kohya's module name."""
@@ -274,7 +250,7 @@ def layers_by_module() -> dict[str, Layer]:
 
 
 def block_of(module: str) -> str:
-    """The block of a module (a kohya name that find_layer gave): "output_blocks.0.1", "te2"."""
+    """The block of a module, by kohya's name of it: "output_blocks.0.1", "te2"."""
     return layers_by_module()[module].block
 
 

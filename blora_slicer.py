@@ -56,7 +56,8 @@ try:
         plan_outputs,
         summarize,
     )
-    from blora_lora import Lora, Module, file_tensors, read_lora
+    from blora_lora import Lora, Module, file_tensors
+    from blora_read import lora_file, read_lora
     from blora_safetensors import fp32_holds, shorten_metadata, write_file
     from blora_sdxl import load_traits
     from blora_words import BloraError, file_size, first_few, say
@@ -135,7 +136,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--loras", type=Path, nargs="+", required=True, help="the LoRA files to cut from")
+    add(
+        "--loras",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="the LoRAs to cut from: files, or folders that PEFT or diffusers saved",
+    )
     add(
         "--traits",
         nargs="+",
@@ -197,6 +204,11 @@ def read_once(paths: Iterable[Path]) -> dict[Path, Lora]:
                 f"note: {len(lora.unplaced)} tensors of {path.name} do not belong to SDXL and were "
                 f"skipped: {first_few(lora.unplaced)}"
             )
+        if lora.own:
+            say(
+                f"note: layers' own weights in {path.name}, which are no LoRA's, were skipped "
+                f"({len(lora.own)}): {first_few(lora.own)}"
+            )
     return loras
 
 
@@ -209,7 +221,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
-        print("\n\n".join(report(fact) for fact in facts))
+        print("\n\n".join("\n".join(report(fact)) for fact in facts))
 
 
 def finish(
@@ -249,6 +261,8 @@ def run_cut(args: argparse.Namespace) -> None:
     for output, planned in plan.items():
         slices = [cut_slice(loras[cut.lora], cut, base) for cut in planned]
         finished.append((output, slices, *finish(slices, output, args)))
+    for remark in dict.fromkeys(r for _, slices, *_ in finished for s in slices for r in s.remarks):
+        say(remark)
     for output, slices, modules, metadata in finished:
         write_file(file_tensors(modules), metadata, output)
         for piece in slices:
@@ -266,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(with_blanks(sys.argv[1:] if argv is None else argv))
     check_usage(parser, args)
+    args.loras = [lora_file(path) for path in args.loras]
     try:
         run_inspect(args) if args.inspect else run_cut(args)
         sys.stdout.flush()

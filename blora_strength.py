@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blora_lora import ADDED, DORA, LORA_DOWN, LORA_MID, LORA_UP, Module, with_alpha
+from blora_lora import ADDED, UNKNOWN, Module, with_alpha
+from blora_names import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
 from blora_safetensors import (
     FLOATS,
     FORMATS,
@@ -28,7 +29,7 @@ from blora_safetensors import (
     read_header,
 )
 from blora_sdxl import checkpoint_weight
-from blora_words import BloraError, printable
+from blora_words import BloraError, first_few, printable
 
 # ---- Values --------------------------------------------------------------------------------------
 
@@ -144,10 +145,11 @@ def changed(module: Module, suffix: str, factor: float = 1.0, dtype: str = "") -
 def check_floats(module: Module, suffixes: Iterable[str]) -> None:
     """Refuse to change tensors of a type that can only be copied."""
     for suffix in suffixes:
-        if module.tensors[suffix].dtype not in FLOATS:
+        dtype = module.tensors[suffix].dtype
+        if dtype not in FLOATS:
             raise BloraError(
-                f"{module.name} is stored as {module.tensors[suffix].dtype}, which can be copied "
-                "but not changed: cut it at 1.0 and set the strength where the LoRA is used"
+                f"{module.name} is stored as {dtype}, which can be copied but not changed: "
+                "cut it at 1.0 and set the strength where the LoRA is used"
             )
 
 
@@ -171,35 +173,60 @@ def at_strength(module: Module, strength: float, lora: Path, base: BaseModel | N
     The strength goes into one factor alone: the change is a product of factors, so each further
     one would bring it in once more. alpha stays: some programs read 0 as "alpha = rank".
     """
-    if DORA not in module.tensors and module.algorithm.scaled:
+    strength *= module.factor
+    if strength == 1:
+        return module
+    is_known = not module.unknown
+    if is_known and DORA not in module.tensors and module.algorithm.scaled:
         return multiply(module, strength, {*module.algorithm.scaled, *ADDED})
-    if module.label == "DoRA" and base:
+    if is_known and module.label == "DoRA" and base and not BIASES & module.tensors.keys():
         baked = bake_dora(module, strength, base.weight(module))
         return multiply(baked, strength, ADDED)
-    reason = module.algorithm.reason
+    raise no_strength(module, lora)
+
+
+BIASES = {UP_BIAS, "bias_values"}  # parts of the change that bake_dora does not solve for
+
+
+def no_strength(module: Module, lora: Path) -> BloraError:
+    """Why a strength cannot go into a module, and what to do."""
+    because = f"it is {module.label} and {module.algorithm.reason}"
     advice = "cut it at 1.0 and set the strength where the LoRA is used"
-    if DORA in module.tensors:
-        reason = "it needs the weights it was trained on"
+    if module.unknown and module.algorithm is not UNKNOWN:
+        because = not_known(module)
+    elif DORA in module.tensors and BIASES & module.tensors.keys():
+        because = f"it is {module.label} and has a bias among its factors"
+    elif DORA in module.tensors:
+        because = f"it is {module.label} and it needs the weights it was trained on"
         if module.label == "DoRA":
             advice = f"give the checkpoint as --base_model, or {advice}"
-    raise BloraError(
-        f"the strength of {module.name} in {lora} cannot go into the file, because it is "
-        f"{module.label} and {reason}: {advice}"
+    return BloraError(
+        f"the strength of {module.name} in {lora} cannot go into the file, because {because}: "
+        f"{advice}"
     )
 
 
+def not_known(module: Module) -> str:
+    """That some of a module's tensors are of no kind known here."""
+    return f"what {first_few(f'{module.name}.{s}' for s in module.unknown)} does is not known here"
+
+
 def at_precision(module: Module, dtype: str) -> Module:
-    """The module with all its floats stored as `dtype`, as kohya's tools do."""
-    made = {
-        suffix: changed(module, suffix, dtype=dtype)
-        for suffix, tensor in module.tensors.items()
-        if tensor.dtype in FLOATS
-    }
+    """The module with all its floats stored as `dtype`, as kohya's tools do.
+
+    An alpha that no program reads stays: LyCORIS' whole LoKr has 100,000, which fp16 cannot hold.
+    """
+    made = {}
+    for suffix, tensor in module.tensors.items():
+        if suffix == ALPHA and not module.alpha_is_read:
+            continue
+        if tensor.dtype in FLOATS:
+            made[suffix] = changed(module, suffix, dtype=dtype)
     return replace(module, tensors=module.tensors | made)
 
 
 def with_common_alpha(modules: list[Module]) -> list[Module]:
-    """The same changes under one alpha, where the LoRA modules have several, or some have none.
+    """The same changes under one alpha, where the LoRA modules have several.
 
     diffusers scales all U-Net modules by the alpha it meets most, over each one's own rank. The
     smallest becomes the common one: then each lora_up takes a ratio above 1, where a smaller one
@@ -214,8 +241,13 @@ def with_common_alpha(modules: list[Module]) -> list[Module]:
             return module
         if not fp32_holds(common) or not fp32_holds(module.alpha or 0):
             raise BloraError(f"{module.name} has an alpha that is no number that fp32 can hold")
+        if module.unknown:
+            raise BloraError(
+                f"{module.name} cannot take the alpha of the others, because {not_known(module)}: "
+                "write the slices apart with --not_combined"
+            )
         ratio = (module.alpha or module.rank) / common
-        return with_alpha(multiply(module, ratio, [LORA_UP]), common)
+        return with_alpha(multiply(module, ratio, module.algorithm.scaled), common)
 
     return [unified(module) for module in modules]
 
@@ -310,11 +342,9 @@ class Dora:
 def bake_dora(module: Module, strength: float, weight: Tensor) -> Module:
     """The module at this strength, which holds for this weight; solved when it is written.
 
-    BloraError where module and weight do not fit, at once or then.
+    BloraError then, where module and weight do not fit.
     """
     dora = Dora(module, strength, weight)
-    if LORA_DOWN not in module.tensors:
-        raise dora.misfit
     check_floats(module, (dora.factor, DORA))
     made = {
         suffix: Changed(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 
 NAMED = 3  # how many of many keys a message names
+LONGEST_NAME = 200  # letters of each
 
 
 class BloraError(Exception):
@@ -22,6 +23,7 @@ def printable(text: str) -> str:
 
 def first_few(keys: Iterable[str]) -> str:
     """Some of many keys, escaped: "a, b, c and 7 more"."""
+    keys = [key if len(key) <= LONGEST_NAME else f"{key[:LONGEST_NAME]}..." for key in keys]
     keys = [printable(key) for key in keys]
     more = len(keys) - NAMED
     return ", ".join(keys[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,9 @@
 """The change a LoRA module makes to its layer, in float64, from the published formulas alone.
 
 A module is a dict of its tensors by suffix. Formulas: LoRA (arXiv 2106.09685), LoHa (FedPara,
-2108.06098), LoKr and LoCon (LyCORIS, 2309.14859), (IA)3 (2205.05638), GLoRA (2306.07967), DoRA
-(2402.09353). A tucker core is a kernel in the middle: out and in only meet its two ranks.
+2108.06098), LoKr and LoCon (LyCORIS, 2309.14859), (IA)3 (2205.05638), GLoRA (2306.07967), OFT
+(2306.07280), BOFT (2311.06243), DoRA (2402.09353). A tucker core is a kernel in the middle: out and
+in only meet its two ranks.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ def read_modules(path: Path) -> dict[str, Module]:
     return modules
 
 
+def rank_of(module: Module) -> int | None:
+    """None where nothing in the module has one: then no program reads its alpha."""
+    return next((len(module[suffix]) for suffix in RANK_FIRST if suffix in module), None)
+
+
 def alpha_over_rank(module: Module) -> float:
     """1 where there is no rank; an alpha of 0, or none, means the rank."""
-    rank = next((len(module[suffix]) for suffix in RANK_FIRST if suffix in module), None)
+    rank = rank_of(module)
     if rank is None or "alpha" not in module:
         return 1.0
     return (float(module["alpha"]) or rank) / rank
@@ -42,10 +48,18 @@ def tucker(core: Tensor, out_factor: Tensor, in_factor: Tensor) -> Tensor:
 
 
 def lora_change(m: Module) -> Tensor:
+    """up @ mid @ down, and the numbers that LyCORIS' extraction found to be missing in that."""
     up, down = m["lora_up.weight"].flatten(1), m["lora_down.weight"]
     if "lora_mid.weight" in m:
-        return tucker(m["lora_mid.weight"], up.T, down.flatten(1))
-    return torch.einsum("or,r...->o...", up, down)
+        product = tucker(m["lora_mid.weight"], up.T, down.flatten(1))
+    else:
+        product = torch.einsum("or,r...->o...", up, down)
+    if "bias_values" not in m:
+        return product
+    size = [int(length) for length in m["bias_size"]]
+    missing = torch.zeros(size, dtype=product.dtype)
+    missing[tuple(m["bias_indices"].long())] = m["bias_values"]
+    return product + missing.reshape(product.shape)
 
 
 def loha_change(m: Module) -> Tensor:
@@ -82,14 +96,39 @@ def ia3_change(m: Module, base: Tensor) -> Tensor:
     return base * m["weight"].reshape(shape)
 
 
+def turned(weight: Tensor, blocks: Tensor) -> Tensor:
+    """Each run of b rows of a weight turned by its block: the Cayley transform of Q = B - B^T."""
+    skew = blocks - blocks.mT
+    one = torch.eye(len(skew[0]), dtype=skew.dtype)
+    rotations = (one + skew) @ torch.linalg.inv(one - skew)
+    runs = weight.reshape(len(blocks), len(one), -1)
+    return (rotations @ runs).reshape(weight.shape)
+
+
+def oft_change(m: Module, base: Tensor) -> Tensor:
+    """Rows turned in [n, b, b] blocks; of BOFT, [m, n, b, b], in m ways of pairing far rows."""
+    blocks = m["oft_blocks"]
+    if blocks.dim() == 3:
+        return turned(base, blocks.mT) - base
+    weight = base
+    for level, stage in enumerate(blocks):
+        apart = 2**level * stage.shape[-1] // 2
+        mixed = weight.unflatten(0, (-1, 2, apart)).transpose(1, 2)
+        after = turned(mixed.reshape(weight.shape), stage).reshape(mixed.shape)
+        weight = after.transpose(1, 2).reshape(weight.shape)
+    return weight - base
+
+
 def weight_change(module: Module, base: Tensor | None = None) -> Tensor:
-    """What is added to the weight, a DoRA's scale left aside; two kinds depend on the weight."""
+    """What is added to the weight, a DoRA's scale left aside; four kinds depend on it."""
     m = {suffix: tensor.double() for suffix, tensor in module.items()}
     base = None if base is None else base.double()
     if "diff" in m or "w_norm" in m:
         return m["diff"] if "diff" in m else m["w_norm"]
     if "on_input" in m:
         return ia3_change(m, base)
+    if "oft_blocks" in m:
+        return oft_change(m, base)
     if "b2.weight" in m:
         return alpha_over_rank(m) * glora_change(m, base)
     for marker, formula in (("lora_", lora_change), ("hada_", loha_change), ("lokr_", lokr_change)):
@@ -99,9 +138,14 @@ def weight_change(module: Module, base: Tensor | None = None) -> Tensor:
 
 
 def bias_change(module: Module) -> Tensor | None:
-    """What is added to the bias, where the module changes it."""
+    """What is added to the bias, where the module changes it.
+
+    ai-toolkit's lora_up has a bias of its own, which alpha / rank multiplies as its factors.
+    """
     found = [module[suffix].double() for suffix in ("diff_b", "b_norm") if suffix in module]
-    return found[0] if found else None
+    if "lora_up.bias" in module:
+        found.append(alpha_over_rank(module) * module["lora_up.bias"].double())
+    return sum(found[1:], found[0]) if found else None
 
 
 def final_weight(module: Module, base: Tensor) -> Tensor:
@@ -120,6 +164,11 @@ def final_weight(module: Module, base: Tensor) -> Tensor:
     )
 
 
+def layer_change(module: Module, base: Tensor) -> Tensor:
+    """All that a module adds to the weight, with what a DoRA's lengths make of it."""
+    return final_weight(module, base) - base.double()
+
+
 def weight_at(module: Module, base: Tensor, strength: float) -> Tensor:
-    """The weight that a module should make at this strength: base plus as much of its change."""
-    return (1 - strength) * base.double() + strength * final_weight(module, base)
+    """The weight that a module should make at this strength: base and so much of its change."""
+    return base.double() + strength * layer_change(module, base)

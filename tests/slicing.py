@@ -97,13 +97,13 @@ def fingerprint(path: Path) -> object:
 
 
 def one_sentence(code: int, err: str) -> None:
-    """Exit 0 without an error, or 1 with one; notes may come before it."""
+    """Exit 0 without an error, or 1 with one; notes and warnings may come before it."""
     assert code in (0, 1)
     assert err == "" or err.endswith("\n")
     lines = err.removesuffix("\n").split("\n") if err else []
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == code, err
-    assert all(line.startswith(("error: ", "note: ")) for line in lines), err
+    assert all(line.startswith(("error: ", "note: ", "warning: ")) for line in lines), err
 
 
 class Slicer:

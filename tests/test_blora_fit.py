@@ -41,10 +41,6 @@ MISFITS = {
     "no rows at all": (QUERY, lora([0, 4], [4, 1280])),
     "a kernel that the layer has not": (QUERY, lora([1280, 4, 1, 1], [4, 1280, 3, 3])),
     "no kernel where the layer has one": (FIRST, lora([320, 4], [4, 4])),
-    "a tucker core of another rank": (
-        FIRST,
-        {"lora_up.weight": [320, 4], "lora_mid.weight": [3, 4, 3, 3], "lora_down.weight": [4, 4]},
-    ),
     "LoHa of halves that differ": (
         QUERY,
         {"hada_w1_a": [1280, 4], "hada_w1_b": [4, 1280], "hada_w2_a": [640, 4],

@@ -96,7 +96,7 @@ def test_files_of_one_layout_are_not_taken_for_each_other(tmp_path):
     assert stored(output) == kept
 
 
-@pytest.mark.parametrize("alpha", [None, 0.0, 0.3, 2.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 2.0])
 def test_alphas_that_agree_are_left_alone_whatever_the_ranks(tmp_path, alpha):
     first, second = (
         {
@@ -164,14 +164,20 @@ def test_an_alpha_that_is_no_number_is_refused(tmp_path, capsys, alpha):
     assert not output.exists()
 
 
-NO_RANK = {
-    "without its lora_down": {"lora_up.weight": torch.ones(640, 2)},
-    "of rank 0": {"lora_up.weight": torch.ones(640, 0), "lora_down.weight": torch.ones(0, 640)},
-}
+def test_ranks_that_differ_are_joined_under_one_alpha_where_there_was_none(tmp_path):
+    first, second = (
+        {layers["linear"]: make_module(layers["linear"], LORA, rank, None, torch.float32)}
+        for layers, rank in ((INPUT, 3), (OUTPUT, 4))
+    )
+    _, _, output = join(tmp_path, first, second)
+    result = read_modules(output)
+    assert {float(module["alpha"]) for module in result.values()} == {3.0}
+    for name, source in (first | second).items():
+        assert_scaled(name, result[name], source, 1.0)
 
 
-@pytest.mark.parametrize("module", NO_RANK.values(), ids=NO_RANK)
-def test_a_module_without_a_rank_takes_no_part_in_it(tmp_path, module):
-    first = {INPUT["attention"]: module | {"alpha": torch.tensor(0.5)}}
+def test_a_module_of_rank_0_takes_no_part_in_it(tmp_path):
+    nothing = {"lora_up.weight": torch.ones(640, 0), "lora_down.weight": torch.ones(0, 640)}
+    first = {INPUT["attention"]: nothing | {"alpha": torch.tensor(0.5)}}
     before, after, _ = join(tmp_path, first, loras(OUTPUT, [8.0, 8.0], torch.float32))
     assert after == before

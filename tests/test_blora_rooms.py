@@ -14,7 +14,8 @@ from lora_files import CONTENT, blora_modules, write
 
 ROOMS = {
     "blora_slicer.py": [
-        "blora_words", "blora_sdxl", "blora_safetensors", "blora_lora", "blora_cut",
+        "blora_words", "blora_sdxl", "blora_safetensors", "blora_names", "blora_lora", "blora_read",
+        "blora_cut",
     ],
     "blora_preflight.py": [
         "blora_words", "blora_sdxl", "blora_safetensors", "blora_options", "blora_preset",

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 # The same examples on every run.
 PROVE = settings(derandomize=True, deadline=None, max_examples=1500)
 SCRIPT = Path(blora_slicer.__file__)
-ALPHA = f"{NAME}.alpha"
+PART = f"{NAME}.a"  # of no kind known here, so that it is copied alone
 OTHER = STYLE.format(0, 1, "q")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such thing")
 
@@ -163,13 +163,13 @@ def test_a_header_length_off_by_some_is_refused(slicer):
 
 
 # An alpha alone is the smallest LoRA: one number of any type.
-TEXT = json.dumps({ALPHA: tensor()}).encode()
+TEXT = json.dumps({PART: tensor()}).encode()
 NUMBER = b"\0\0\x80\x3f"
 HEADERS: dict[str, object] = {
     "an empty object": {},
     "metadata alone": {"__metadata__": {"a": "b"}},
     "a list": [],
-    "a list of tensors": [{ALPHA: tensor()}],
+    "a list of tensors": [{PART: tensor()}],
     "a string": "lora",
     "a number": 1,
     "null": None,
@@ -196,69 +196,69 @@ HEADERS: dict[str, object] = {
     "Infinity": TEXT.replace(b"[1]", b"[Infinity]"),
     "deep lists": b"[" * 100_000,
     "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "a deep shape": {ALPHA: tensor(shape=json.loads("[" * 100 + "]" * 100))},
-    "a tensor that is null": {ALPHA: None},
-    "a tensor that is a short list": {ALPHA: ["F32", [1]]},
-    "a tensor that is a string": {ALPHA: "F32"},
-    "a tensor that is empty": {ALPHA: {}},
-    "no dtype": {ALPHA: {"shape": [1], "data_offsets": [0, 4]}},
-    "no shape": {ALPHA: {"dtype": "F32", "data_offsets": [0, 4]}},
-    "no offsets": {ALPHA: {"dtype": "F32", "shape": [1]}},
-    "one offset": {ALPHA: tensor(offsets=[0])},
-    "three offsets": {ALPHA: tensor(offsets=[0, 4, 4])},
-    "offsets that are no list": {ALPHA: tensor(offsets=4)},
-    "offsets that are strings": {ALPHA: tensor(offsets=["0", "4"])},
-    "offsets that are null": {ALPHA: tensor(offsets=[None, None])},
-    "a negative offset": {ALPHA: tensor(offsets=[-4, 0])},
-    "a float offset": {ALPHA: tensor(offsets=[0, 4.5])},
-    "a whole float offset": {ALPHA: tensor(offsets=[0.0, 4.0])},
+    "a deep shape": {PART: tensor(shape=json.loads("[" * 100 + "]" * 100))},
+    "a tensor that is null": {PART: None},
+    "a tensor that is a short list": {PART: ["F32", [1]]},
+    "a tensor that is a string": {PART: "F32"},
+    "a tensor that is empty": {PART: {}},
+    "no dtype": {PART: {"shape": [1], "data_offsets": [0, 4]}},
+    "no shape": {PART: {"dtype": "F32", "data_offsets": [0, 4]}},
+    "no offsets": {PART: {"dtype": "F32", "shape": [1]}},
+    "one offset": {PART: tensor(offsets=[0])},
+    "three offsets": {PART: tensor(offsets=[0, 4, 4])},
+    "offsets that are no list": {PART: tensor(offsets=4)},
+    "offsets that are strings": {PART: tensor(offsets=["0", "4"])},
+    "offsets that are null": {PART: tensor(offsets=[None, None])},
+    "a negative offset": {PART: tensor(offsets=[-4, 0])},
+    "a float offset": {PART: tensor(offsets=[0, 4.5])},
+    "a whole float offset": {PART: tensor(offsets=[0.0, 4.0])},
     "an exponent offset": TEXT.replace(b"[0, 4]", b"[0, 4e0]"),
-    "a huge offset": {ALPHA: tensor(offsets=[0, 2**63])},
-    "the largest offset": {ALPHA: tensor(offsets=[2**64 - 5, 2**64 - 1])},
-    "an offset beyond 64 bits": {ALPHA: tensor(offsets=[0, 2**64])},
+    "a huge offset": {PART: tensor(offsets=[0, 2**63])},
+    "the largest offset": {PART: tensor(offsets=[2**64 - 5, 2**64 - 1])},
+    "an offset beyond 64 bits": {PART: tensor(offsets=[0, 2**64])},
     "an offset beyond floats": TEXT.replace(b"[0, 4]", b"[0, 4" + b"0" * 5000 + b"]"),
-    "offsets turned round": {ALPHA: tensor(offsets=[4, 0])},
-    "an end beyond the file": {ALPHA: tensor(shape=[2], offsets=[0, 8])},
-    "a start beyond the file": {ALPHA: tensor(offsets=[4, 8])},
-    "a gap before": {ALPHA: tensor("F16", [1], [2, 4])},
-    "a gap after": {ALPHA: tensor("F16", [1], [0, 2])},
-    "a gap between": {ALPHA: tensor("U8", [1], [0, 1]), DOWN: tensor("U8", [1], [3, 4])},
-    "the same bytes twice": {ALPHA: tensor(), DOWN: tensor()},
-    "an overlap": {ALPHA: tensor("U8", [3], [0, 3]), DOWN: tensor("U8", [2], [2, 4])},
-    "a tensor within another": {ALPHA: tensor(), DOWN: tensor("U8", [1], [1, 2])},
-    "a shape too large": {ALPHA: tensor(shape=[2])},
-    "a shape too small": {ALPHA: tensor(shape=[0])},
-    "a shape of another type": {ALPHA: tensor("F16", [1])},
-    "a shape that is a number": {ALPHA: tensor(shape=1)},
-    "a shape that is null": {ALPHA: tensor(shape=None)},
-    "a shape of strings": {ALPHA: tensor(shape=["1"])},
-    "a negative shape": {ALPHA: tensor(shape=[-1])},
-    "two negative lengths": {ALPHA: tensor(shape=[-1, -1])},
-    "a float shape": {ALPHA: tensor(shape=[1.0])},
-    "a shape of true": {ALPHA: tensor(shape=[True])},
-    "a shape that overflows": {ALPHA: tensor(shape=[2**32, 2**32])},
+    "offsets turned round": {PART: tensor(offsets=[4, 0])},
+    "an end beyond the file": {PART: tensor(shape=[2], offsets=[0, 8])},
+    "a start beyond the file": {PART: tensor(offsets=[4, 8])},
+    "a gap before": {PART: tensor("F16", [1], [2, 4])},
+    "a gap after": {PART: tensor("F16", [1], [0, 2])},
+    "a gap between": {PART: tensor("U8", [1], [0, 1]), DOWN: tensor("U8", [1], [3, 4])},
+    "the same bytes twice": {PART: tensor(), DOWN: tensor()},
+    "an overlap": {PART: tensor("U8", [3], [0, 3]), DOWN: tensor("U8", [2], [2, 4])},
+    "a tensor within another": {PART: tensor(), DOWN: tensor("U8", [1], [1, 2])},
+    "a shape too large": {PART: tensor(shape=[2])},
+    "a shape too small": {PART: tensor(shape=[0])},
+    "a shape of another type": {PART: tensor("F16", [1])},
+    "a shape that is a number": {PART: tensor(shape=1)},
+    "a shape that is null": {PART: tensor(shape=None)},
+    "a shape of strings": {PART: tensor(shape=["1"])},
+    "a negative shape": {PART: tensor(shape=[-1])},
+    "two negative lengths": {PART: tensor(shape=[-1, -1])},
+    "a float shape": {PART: tensor(shape=[1.0])},
+    "a shape of true": {PART: tensor(shape=[True])},
+    "a shape that overflows": {PART: tensor(shape=[2**32, 2**32])},
     "a shape that overflows on the way to nothing": {
-        ALPHA: tensor(),
+        PART: tensor(),
         "a": tensor(shape=[2**40, 2**40, 0], offsets=[4, 4]),
     },
-    "a shape that overflows to fit": {ALPHA: tensor(shape=[2**62, 4], offsets=[0, 0])},
-    "a length beyond 64 bits": {ALPHA: tensor(shape=[2**64])},
-    "an empty dtype": {ALPHA: tensor("")},
-    "a dtype in small letters": {ALPHA: tensor("f32")},
-    "a dtype that is a number": {ALPHA: tensor(32)},
-    "a dtype that is null": {ALPHA: tensor(None)},
-    "half a byte": {ALPHA: tensor("F4", [1], [0, 1])},
-    "metadata that is a list": {"__metadata__": [], ALPHA: tensor()},
-    "metadata that is a string": {"__metadata__": "a", ALPHA: tensor()},
-    "a metadata value that is a number": {"__metadata__": {"ss_steps": 1}, ALPHA: tensor()},
-    "a metadata value that is null": {"__metadata__": {"ss_steps": None}, ALPHA: tensor()},
-    "a metadata value that is an object": {"__metadata__": {"a": {"b": "c"}}, ALPHA: tensor()},
-    "a metadata value that is a list": {"__metadata__": {"a": ["b"]}, ALPHA: tensor()},
+    "a shape that overflows to fit": {PART: tensor(shape=[2**62, 4], offsets=[0, 0])},
+    "a length beyond 64 bits": {PART: tensor(shape=[2**64])},
+    "an empty dtype": {PART: tensor("")},
+    "a dtype in small letters": {PART: tensor("f32")},
+    "a dtype that is a number": {PART: tensor(32)},
+    "a dtype that is null": {PART: tensor(None)},
+    "half a byte": {PART: tensor("F4", [1], [0, 1])},
+    "metadata that is a list": {"__metadata__": [], PART: tensor()},
+    "metadata that is a string": {"__metadata__": "a", PART: tensor()},
+    "a metadata value that is a number": {"__metadata__": {"ss_steps": 1}, PART: tensor()},
+    "a metadata value that is null": {"__metadata__": {"ss_steps": None}, PART: tensor()},
+    "a metadata value that is an object": {"__metadata__": {"a": {"b": "c"}}, PART: tensor()},
+    "a metadata value that is a list": {"__metadata__": {"a": ["b"]}, PART: tensor()},
     "metadata twice": b'{"__metadata__": {"a": "b"}, "__metadata__": {"a": "c"},' + TEXT[1:],
     "a metadata value that is none, then one that is": (
         b'{"__metadata__": {"a": 1, "a": "b"},' + TEXT[1:]
     ),
-    "a tensor twice, the first of another kind": b'{"' + ALPHA.encode() + b'": 3,' + TEXT[1:],
+    "a tensor twice, the first of another kind": b'{"' + PART.encode() + b'": 3,' + TEXT[1:],
     "an offset of -0": TEXT.replace(b"[0, 4]", b"[-0, 4]"),
     "lists in lists, one too deep": TEXT.replace(
         b'"F32"', b'"F32", "extra": ' + b"[" * 126 + b"]" * 126
@@ -313,7 +313,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "blanks behind": (TEXT + b" " * 5000, "F32"),
     "blanks before": (b" \t\r\n" + TEXT, "F32"),
     "blanks between": (TEXT.replace(b": ", b"\n:\t"), "F32"),
-    "the fields as a list": (json.dumps({ALPHA: ["F32", [1], [0, 4]]}).encode(), "F32"),
+    "the fields as a list": (json.dumps({PART: ["F32", [1], [0, 4]]}).encode(), "F32"),
     "an escape in the key": (TEXT.replace(b"alpha", b"\\u0061lpha"), "F32"),
     "an escape in the type": (TEXT.replace(b"F32", b"\\u004632"), "F32"),
 }
@@ -324,7 +324,7 @@ def test_a_header_that_is_odd_is_read_as_safetensors_reads_it(slicer, header, dt
     lora = write_bytes(slicer.folder / "odd.safetensors", raw(header, NUMBER))
     assert read(lora) == library(lora)
     assert slicer(lora) == 0
-    assert stored(slicer.output) == {ALPHA: (dtype, [1], NUMBER)}
+    assert stored(slicer.output) == {PART: (dtype, [1], NUMBER)}
 
 
 def test_the_longest_header_that_safetensors_reads_is_the_longest_that_is_read(tmp_path):
@@ -345,7 +345,7 @@ def test_a_header_claimed_to_be_giant_is_refused_at_once(slicer):
 
 def test_a_header_that_is_giant_is_refused_at_once(slicer):
     lora = slicer.folder / "giant.safetensors"
-    lora.write_bytes(raw({"__metadata__": {"ss_a": "x" * 120_000_000}, ALPHA: tensor()}, b"\0" * 4))
+    lora.write_bytes(raw({"__metadata__": {"ss_a": "x" * 120_000_000}, PART: tensor()}, b"\0" * 4))
     started = time.monotonic()
     assert "is not a whole safetensors file" in slicer.refuses(lora)
     assert time.monotonic() - started < 5
@@ -424,9 +424,9 @@ def test_a_file_is_read_as_safetensors_reads_it(data):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_type_of_safetensors_is_read_and_copied(slicer, dtype):
     shape, size = [8], BITS[dtype]
-    data = raw({ALPHA: tensor(dtype, shape, [0, size])}, bytes(range(size)))
+    data = raw({PART: tensor(dtype, shape, [0, size])}, bytes(range(size)))
     lora = write_bytes(slicer.folder / "a.safetensors", data)
-    whole = {ALPHA: (dtype, shape, bytes(range(size)))}
+    whole = {PART: (dtype, shape, bytes(range(size)))}
     assert read(lora) == (whole, {})
     assert slicer(lora) == 0
     assert stored(slicer.output) == whole
@@ -435,18 +435,18 @@ def test_every_type_of_safetensors_is_read_and_copied(slicer, dtype):
 @pytest.mark.parametrize("dtype", ["F16_NEW", "BF8", "Q4"])
 def test_a_type_that_is_not_known_yet_is_copied_and_comes_last(slicer, dtype):
     other = f"{NAME}.part"
-    data = raw({ALPHA: tensor(dtype, [3], [0, 5]), other: tensor("U8", [1], [5, 6])}, b"newer!")
+    data = raw({PART: tensor(dtype, [3], [0, 5]), other: tensor("U8", [1], [5, 6])}, b"newer!")
     lora = write_bytes(slicer.folder / "a.safetensors", data)
     assert slicer(lora) == 0
     header, data = header_of(slicer.output.read_bytes())
-    assert header[ALPHA] == tensor(dtype, [3], [1, 6])
+    assert header[PART] == tensor(dtype, [3], [1, 6])
     assert header[other] == tensor("U8", [1], [0, 1])
     assert data == b"!newer"
 
 
 def test_a_type_that_is_not_known_yet_may_have_any_size_but_none_below_0(slicer):
     lora = slicer.folder / "a.safetensors"
-    write_bytes(lora, raw({ALPHA: tensor("Q4", [1], [4, 0])}, b"data"))
+    write_bytes(lora, raw({PART: tensor("Q4", [1], [4, 0])}, b"data"))
     assert "is not a whole safetensors file" in slicer.refuses(lora)
 
 

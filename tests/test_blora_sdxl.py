@@ -10,6 +10,7 @@ import torch
 from diffusers_sdxl import sdxl_unet_without_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import blora_names
 import blora_sdxl
 
 SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
@@ -65,8 +66,7 @@ def test_all_layers_of_a_text_encoder_are_those_of_transformers_norms_included(n
     found = {}
     for name, shape in theirs.items():
         prefix = {"te1": "text_encoder.", "te2": "text_encoder_2."}[network]
-        layer, _ = blora_sdxl.find_layer(prefix + name)
-        found[layer.name] = shape
+        found[blora_names.find_layer(prefix + name).layer.name] = shape
     layers = blora_sdxl.sdxl_layers()[network].values()
     assert found == {layer.name: layer.shape for layer in layers if layer.shape}
 
@@ -84,10 +84,10 @@ def test_no_name_means_two_layers():
 
 def test_every_layer_is_found_under_kohyas_name_in_both_namings():
     for module, layer in blora_sdxl.layers_by_module().items():
-        assert blora_sdxl.find_layer(module)[0] is layer
+        assert blora_names.find_layer(module).layer is layer
         if layer.diffusers:
             other = f"lora_unet_{layer.diffusers.replace('.', '_')}"
-            assert blora_sdxl.find_layer(other)[0] is layer
+            assert blora_names.find_layer(other).layer is layer
 
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "unet.unet.", "base_model.model."])
@@ -95,7 +95,8 @@ def test_every_layer_of_the_unet_is_found_under_its_dotted_names(prefix):
     for layer in blora_sdxl.layers_by_module().values():
         if layer.network == "unet":
             for name in (layer.name, layer.diffusers):
-                assert blora_sdxl.find_layer(prefix + name) == (layer, name)
+                found = blora_names.find_layer(prefix + name)
+                assert (found.layer, found.name) == (layer, name)
 
 
 Q = "transformer_blocks_0_attn1_to_q"
@@ -121,7 +122,7 @@ NO_LAYER = {
 
 @pytest.mark.parametrize("name", NO_LAYER.values(), ids=NO_LAYER)
 def test_a_name_that_sdxl_does_not_have_is_none(name):
-    assert blora_sdxl.find_layer(name) is None
+    assert blora_names.find_layer(name) is None
 
 
 BLOCKS = {

@@ -140,6 +140,7 @@ def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
         "  1280  80.0%  ################",
         "output_blocks.1.1  style          2  DoRA, LoRA  4 to 8  0.5 to 1   F32, F16  0.1 MB  "
         "   640  20.0%  ####",
+        "naming: kohya, sgm names",
         "base: sdxl_base_v1-0",
         "trigger words: sks (3)",
         "tensors that do not belong to SDXL (1): strange.weight",
@@ -152,7 +153,7 @@ def test_a_lora_that_changes_nothing_has_no_shares(tmp_path, capsys):
     lora = write_modules(tmp_path / "a.safetensors", {INPUT["attention"]: module})
     [facts] = inspected(capsys, "--loras", lora)
     assert [(row["change"], row["share"]) for row in facts["blocks"]] == [(0, None)]
-    assert shown(capsys, "--loras", lora)[-1].split()[-2:] == ["0", "-"]
+    assert shown(capsys, "--loras", lora)[2].split()[-2:] == ["0", "-"]
 
 
 def test_nothing_that_it_shows_can_move_the_cursor(tmp_path, capsys):
@@ -166,6 +167,77 @@ def test_nothing_that_it_shows_can_move_the_cursor(tmp_path, capsys):
     assert f"comment: {escaped}" in lines
     assert f"trigger words: {escaped} (1)" in lines
     assert lines[2].startswith(f"output_blocks.0.1  all, {escaped} ")
+
+
+# ---- Whose naming it is --------------------------------------------------------------------------
+
+SGM, DIFFUSERS = "output_blocks.0.1.transformer_blocks.0", "up_blocks.0.attentions.0"
+DIFFUSERS += ".transformer_blocks.0"
+KOHYA = CONTENT.format(0, 1, "q")
+OTHER = f"lora_unet_{DIFFUSERS.replace('.', '_')}_attn1_to_q"
+TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
+AB, UP_DOWN = (".lora_B.weight", ".lora_A.weight"), (".lora_up.weight", ".lora_down.weight")
+LOHA = tuple(f"hada_w{n}_{side}" for n in (1, 2) for side in "ab")
+NAMINGS = {
+    "kohya, sgm names": [KOHYA + end for end in UP_DOWN],
+    "kohya, diffusers names": [OTHER + end for end in UP_DOWN],
+    "kohya": [f"{TE2.format(0, 'q')}{end}" for end in UP_DOWN],
+    "OneTrainer's legacy format, diffusers names": [f"{OTHER}_{suffix}" for suffix in LOHA],
+    "OneTrainer, diffusers names": [f"unet.{DIFFUSERS}.attn1.to_q.{suffix}" for suffix in LOHA],
+    "OneTrainer": [f"clip_g.{TEXT}{end}" for end in UP_DOWN],
+    "LyCORIS' wrapper, diffusers names": [OTHER.replace("lora_unet", "lycoris") + e for e in AB],
+    "sd-scripts' OFT, sgm names": [f"{KOHYA.replace('lora', 'oft', 1)}.oft_blocks"],
+    "ComfyUI, sgm names": [f"diffusion_model.{SGM}.attn1.to_q{end}" for end in UP_DOWN],
+    "ComfyUI": [f"text_encoders.clip_g.transformer.{TEXT}{end}" for end in UP_DOWN],
+    "no prefix, sgm names": [f"{SGM}.attn1.to_q{end}" for end in AB],
+    "diffusers with PEFT, diffusers names": [f"unet.{DIFFUSERS}.attn1.to_q{end}" for end in AB],
+    "diffusers, diffusers names": [
+        f"unet.{DIFFUSERS}.attn1.to_q.lora.{way}.weight" for way in ("up", "down")
+    ],
+    "older diffusers, diffusers names": [
+        f"unet.{DIFFUSERS}.attn1.processor.to_q_lora.{way}.weight" for way in ("up", "down")
+    ],
+    "PEFT, diffusers names": [f"base_model.model.{DIFFUSERS}.attn1.to_q{end}" for end in AB],
+    "SimpleTuner, diffusers names": [
+        f"unet.base_model.model.{DIFFUSERS}.attn1.to_q.lora.{way}.weight" for way in ("up", "down")
+    ],
+    "kohya, diffusers names; diffusers' conversion to kohya, diffusers names": [
+        *(OTHER + end for end in UP_DOWN),
+        f"lora_unet_{DIFFUSERS}.attn1.to_q.lora_magnitude_vector",
+    ],
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_it_says_which_programs_naming_a_file_has(tmp_path, capsys, naming):
+    tensors = {key: torch.ones(1280, 1) for key in NAMINGS[naming]}
+    lora = write(tmp_path / "a.safetensors", tensors)
+    [facts] = inspected(capsys, "--loras", lora)
+    assert facts["modules"] == 1
+    assert set(facts["naming"].split("; ")) == set(naming.split("; "))
+    assert f"naming: {facts['naming']}" in shown(capsys, "--loras", lora)
+
+
+# ---- What stops a cut, or is left out ------------------------------------------------------------
+
+
+def test_all_that_a_slice_would_leave_out_or_refuse_is_named(tmp_path, capsys):
+    half, whole, copied, own = (CONTENT.format(n, 1, "q") for n in range(4))
+    tensors = lora_module(half) | lora_module(whole) | {f"{whole}.strange": torch.ones(1)}
+    del tensors[f"{half}.lora_down.weight"]
+    tensors |= lora_module(copied, dtype=torch.float32)
+    again = copied.replace("output_blocks_0_1", "up_blocks_0_attentions_0")
+    tensors |= {key.replace(copied, again): t + 1 for key, t in tensors.items() if copied in key}
+    tensors |= {f"{own.replace('lora_', '')}.weight": torch.ones(1)}
+    tensors |= {"unet.conv_in.weight": torch.ones(1)}
+    lora = write(tmp_path / "a.safetensors", tensors)
+    assert shown(capsys, "--loras", lora)[-4:] == [
+        f"modules that lack a factor, or have a tucker core that does not fit (1): {half}",
+        f"tensors of no kind known here (1): {whole}.strange",
+        f"modules that are there more than once (1): {copied}",
+        "layers' own weights, which are no LoRA's (2): "
+        f"unet.conv_in.weight, {own.removeprefix('lora_')}.weight",
+    ]
 
 
 # ---- What a file says of itself ------------------------------------------------------------------

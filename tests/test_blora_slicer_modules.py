@@ -16,6 +16,7 @@ import pytest
 import torch
 from broken_files import raw, survey, tensor
 from lora_files import CONTENT, STYLE, change, lora_module, write
+from safetensors import safe_open
 from safetensors.torch import load_file
 from slicing import Slicer, stored
 from torch import Tensor
@@ -38,10 +39,9 @@ PRECISIONS = {"float": F32, "fp16": HALF, "bf16": BF}
 USE_1 = "cut it at 1.0 and set the strength where the LoRA is used"
 
 
-def no_strength(kind: str, reason: str, advice: str = USE_1) -> str:
+def no_strength(because: str, advice: str = USE_1) -> str:
     return (
-        f"the strength of {NAME} in {{lora}} cannot go into the file, because it is {kind} and "
-        f"{reason}: {advice}"
+        f"the strength of {NAME} in {{lora}} cannot go into the file, because {because}: {advice}"
     )
 
 
@@ -56,12 +56,24 @@ def cannot_hold(suffix: str, dtype: str) -> str:
     )
 
 
-UNKNOWN = no_strength("unknown", "its tensors are of no kind known here")
-OFT = no_strength("OFT", "a rotation cannot be multiplied")
-T_LORA = no_strength("T-LoRA", "the factors it started from are not in it")
-TRAINED = "it needs the weights it was trained on"
-DORA = no_strength("DoRA", TRAINED, f"give the checkpoint as --base_model, or {USE_1}")
-DORA_OF_NONE = no_strength("unknown with DoRA", TRAINED)
+UNKNOWN = no_strength("it is unknown and its tensors are of no kind known here")
+OFT = no_strength("it is OFT and a rotation cannot be multiplied")
+T_LORA = no_strength("it is T-LoRA and the factors it started from are not in it")
+DORA = no_strength(
+    "it is DoRA and it needs the weights it was trained on",
+    f"give the checkpoint as --base_model, or {USE_1}",
+)
+INCOMPLETE = (
+    'all that {lora} holds of the trait "content" lacks a factor, or has a tucker core that does '
+    f"not fit ({NAME}): save it again with the program that trained it"
+)
+PARTS = ", ".join(f"{NAME}.{suffix}" for suffix in ("hada_w1_a", "lambda_layer", "lokr_w1"))
+PARTS = f"what {PARTS} does is not known here"
+OTHER_PARTS = no_strength(PARTS)
+NO_OTHER_ALPHA = (
+    f"{NAME} cannot take the alpha of the others, because {PARTS}: write the slices apart with "
+    "--not_combined"
+)
 NO_FP32 = f"{NAME} has an alpha that is no number that fp32 can hold"
 NO_FACTOR = (
     f"{OTHER} would be multiplied by 1.42725e+45, which is no number that fp32 can hold: correct "
@@ -81,6 +93,15 @@ class Case:
     change: float | None = None  # its size, as --inspect shows it
     joined: set[str] | str = frozenset()  # what a join with an alpha of 2 alters, or the refusal
     not_finite: tuple[str, ...] = ()
+    whole: bool = True  # else it is refused at 1.0 too, by the sentence that is in `scaled`
+
+    def copied(self) -> dict[str, Tensor]:
+        """What a cut at 1.0 makes of it: an alpha is added where a LoRA has none."""
+        alpha = self.tensors.get("alpha")
+        has_rank = UP in self.tensors and self.tensors[UP].shape[1]
+        if not has_rank or (alpha is not None and alpha.numel()):
+            return self.tensors
+        return self.tensors | {"alpha": torch.tensor(2.0)}
 
 
 def numbers(*shape: int, value: float = 0.5, dtype: torch.dtype = HALF) -> Tensor:
@@ -96,7 +117,7 @@ def lora(
     joined: set[str] | str = frozenset({"alpha"}),
     not_finite: tuple[str, ...] = (),
 ) -> Case:
-    """A LoRA of rank 2, which becomes its alpha in a join where it has none."""
+    """A LoRA of rank 2, which becomes its alpha where it has none."""
     return Case(PLAIN | tensors, {UP}, change, joined, not_finite)
 
 
@@ -121,18 +142,27 @@ def odd(dtype: torch.dtype) -> Case:
 def of_type(dtype: torch.dtype, name: str, tensors: dict[str, Tensor] = PLAIN) -> Case:
     """A LoRA whose factors, or some of them, are of a type that is copied and never changed."""
     factors = PLAIN | {key: value.to(dtype) for key, value in tensors.items()}
-    return Case(factors, stored_as(name), None, stored_as(name))
+    return Case(factors, stored_as(name), None, {"alpha"})
+
+
+def half(*names: str, **shapes: tuple[int, ...]) -> Case:
+    """A module that lacks a factor, of tensors of a plain LoRA and of others."""
+    others = {suffix: numbers(*shape) for suffix, shape in shapes.items()}
+    plain = PLAIN | {"alpha": numbers(), "lora_mid.weight": numbers(2, 2, 3, 3)}
+    plain |= {"a2.weight": numbers(2, 1280)}
+    return Case({s: plain[s] for s in names} | others, INCOMPLETE, None, INCOMPLETE, whole=False)
 
 
 RANK_0 = {UP: numbers(1280, 0), DOWN: numbers(0, 1280)}
 CASES: dict[str, Case] = {
     "rank 0": Case(RANK_0, {UP}),
     "rank 0 with alpha": Case(RANK_0 | {"alpha": numbers()}, {UP}),
-    "up alone": Case({UP: numbers(1280, 2)}, {UP}),
-    "up and alpha": Case({UP: numbers(1280, 2), "alpha": numbers()}, {UP}),
-    "down alone": Case({DOWN: numbers(2, 1280)}, UNKNOWN),
-    "mid alone": Case({"lora_mid.weight": numbers(2, 2, 3, 3)}, UNKNOWN),
-    "alpha alone": Case({"alpha": numbers()}, UNKNOWN),
+    "up alone": half(UP),
+    "up and alpha": half(UP, "alpha"),
+    "down alone": half(DOWN),
+    "mid alone": half("lora_mid.weight"),
+    "a core that does not fit": half(UP, DOWN, "lora_mid.weight"),
+    "alpha alone": half("alpha"),
     "alpha of one element": with_alpha(numbers(1), 160),
     "alpha of 1 x 1": with_alpha(numbers(1, 1), 160),
     "alpha of two elements": with_alpha(numbers(2), 160),
@@ -186,13 +216,11 @@ CASES: dict[str, Case] = {
     "large fp64": large(1e100, F64),
     "the smallest fp32": large(1e-45, F32, 0.0),
     "DoRA of a vector": Case(PLAIN | {"dora_scale": numbers(1280)}, DORA, 640, {"alpha"}),
-    "DoRA alone": Case({"dora_scale": numbers(1280, 1)}, DORA_OF_NONE),
-    "half a LoHa": Case({"hada_w1_a": numbers(1280, 2)}, {"hada_w1_a"}),
-    "half a LoKr": Case({"lokr_w1": numbers(2, 2)}, {"lokr_w1"}),
-    "half a factored LoKr": Case({"lokr_w1_a": numbers(2, 2)}, {"lokr_w1_a"}),
-    "a LoKr with a core alone": Case(
-        {"lokr_w1": numbers(2, 2), "lokr_t2": numbers(2, 2, 3, 3)}, {"lokr_w1"}
-    ),
+    "DoRA alone": half(dora_scale=(1280, 1)),
+    "half a LoHa": half(hada_w1_a=(1280, 2)),
+    "half a LoKr": half(lokr_w1=(2, 2)),
+    "half a factored LoKr": half(lokr_w1_a=(2, 2)),
+    "a LoKr with a core alone": half(lokr_w1=(2, 2), lokr_t2=(2, 2, 3, 3)),
     "a LoKr of rank 0": Case(
         {
             "lokr_w1": numbers(2, 2), "lokr_w2_a": numbers(640, 0), "lokr_w2_b": numbers(0, 640),
@@ -200,13 +228,28 @@ CASES: dict[str, Case] = {
         },
         {"lokr_w1"},
     ),
-    "a bias alone": Case({"diff_b": numbers(1280)}, UNKNOWN),
-    "IA3 without a side": Case({"weight": numbers(1280)}, UNKNOWN),
-    "half a GLoRA": Case({"a2.weight": numbers(2, 1280)}, UNKNOWN),
+    "a bias alone": Case({"diff_b": numbers(1280)}, {"diff_b"}, 0.5 * 1280**0.5),
+    "half a GLoRA": half("a2.weight"),
     "OFT without alpha": Case({"oft_blocks": numbers(640, 2, 2)}, OFT),
-    "T-LoRA alone": Case({"lambda_layer": numbers(2)}, T_LORA),
-    "a LoRA with parts of others": lora(
-        {"hada_w1_a": numbers(1280, 2), "lokr_w1": numbers(1, 1), "lambda_layer": numbers(2)}
+    "OFT with alpha NaN": Case(
+        {"oft_blocks": numbers(640, 2, 2), "alpha": numbers(value=math.nan)},
+        OFT,
+        not_finite=("alpha",),
+    ),
+    "half a T-LoRA": half(lambda_layer=(2,)),
+    "T-LoRA": Case(
+        {
+            "q_layer.weight": numbers(2, 1280), "p_layer.weight": numbers(1280, 2),
+            "lambda_layer": numbers(1, 2),
+        },
+        T_LORA,
+    ),
+    "a LoRA with parts of others": Case(
+        PLAIN
+        | {"hada_w1_a": numbers(1280, 2), "lokr_w1": numbers(1, 1), "lambda_layer": numbers(2)}
+        | {"alpha": numbers(value=4)},
+        OTHER_PARTS,
+        joined=NO_OTHER_ALPHA,
     ),
     "an unknown suffix": Case({"a.b.c": numbers(2)}, UNKNOWN),
     "a suffix of escapes": Case({"\x1b[2J\n": numbers(2)}, UNKNOWN),
@@ -231,7 +274,7 @@ def strange(slicer: Slicer, what: str) -> Path:
 def expected(case: Case, strength: float, precision: str | None) -> dict[str, Tensor]:
     """Each tensor as it is, or multiplied in fp32 (fp64 where it is that) and rounded once."""
     made = {}
-    for suffix, value in case.tensors.items():
+    for suffix, value in case.copied().items():
         made[suffix] = value
         if value.dtype in FLOATS:
             wide = value.to(F64 if value.dtype is F64 else F32)
@@ -243,13 +286,13 @@ def expected(case: Case, strength: float, precision: str | None) -> dict[str, Te
 
 def refusals(case: Case, strength: float, precision: str | None) -> set[str]:
     """The sentences that a cut may be refused with: none where it must not be."""
-    if strength != 1 and isinstance(case.scaled, str):
+    if isinstance(case.scaled, str) and not (strength == 1 and case.whole):
         return {case.scaled}
     return {
         cannot_hold(suffix, FLOATS[made.dtype])
         for suffix, made in expected(case, strength, precision).items()
         if made.dtype in FLOATS
-        and (made.isinf() & case.tensors[suffix].isfinite()).any()
+        and (made.isinf() & case.copied()[suffix].double().isfinite()).any()
     }  # fmt: skip
 
 
@@ -261,12 +304,52 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[f"{NAME}.{suffix}"], value, **options)
 
 
-@pytest.mark.parametrize("what", CASES)
+WHOLE = [what for what, case in CASES.items() if case.whole]
+NO_NUMBER = [what for what, case in CASES.items() if "alpha" in case.not_finite]
+HALVES = [what for what, case in CASES.items() if not case.whole]
+
+
+@pytest.mark.parametrize("what", WHOLE)
 def test_at_strength_1_a_strange_module_is_copied_to_the_byte(slicer, what):
     lora = strange(slicer, what)
+    wanted = write(slicer.folder / "wanted.safetensors", named(CASES[what].copied()))
     for way in ([], ["--no_metadata"]):
         assert slicer(lora, *way) == 0
-        assert stored(slicer.output) == stored(lora)
+        assert stored(slicer.output) == stored(wanted)
+
+
+@pytest.mark.parametrize("what", NO_NUMBER)
+def test_an_alpha_that_is_no_number_is_warned_of(slicer, what):
+    lora = strange(slicer, what)
+    assert slicer(lora) == 0
+    assert slicer.err == (
+        f"warning: modules of {lora.name} have an alpha that is NaN or inf (1): {NAME}\n"
+    )
+    with safe_open(slicer.output, "pt") as file:
+        assert "ss_network_alpha" not in file.metadata() or CASES[what].scaled == OFT
+
+
+@pytest.mark.parametrize("what", HALVES)
+def test_half_a_module_is_refused_and_named_where_nothing_else_is_kept(slicer, what):
+    lora = strange(slicer, what)
+    assert slicer(lora) == 1
+    assert slicer.err == f"error: {INCOMPLETE.format(lora=lora)}\n"
+
+
+@pytest.mark.parametrize("what", HALVES)
+@pytest.mark.parametrize("strength", ["1", "0.5"])
+def test_half_a_module_is_named_and_left_out_where_others_are_kept(slicer, what, strength):
+    lora, sound = strange(slicer, what), lora_module(CONTENT.format(1, 1, "q"))
+    write(lora, load_file(lora) | sound)
+    assert slicer(lora, "--alphas", strength) == 0
+    assert set(stored(slicer.output)) == set(sound)
+    assert slicer.err == (
+        f"note: modules of {lora.name} that lack a factor, or have a tucker core that does not "
+        f"fit, were left out (1): {NAME}\n"
+    )
+    assert slicer(lora, "--inspect", "--json") == 0
+    [facts] = json.loads(slicer.out)
+    assert (facts["incomplete"], facts["misfits"]) == ([NAME], [])
 
 
 @pytest.mark.parametrize("what", CASES)

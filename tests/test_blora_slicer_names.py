@@ -10,7 +10,9 @@ import torch
 from lora_files import CONTENT, SHAPES, blora_modules, lora_module, write
 from safetensors import safe_open
 from safetensors.torch import load_file
-from slicing import Slicer, all_traits, refusal, slice_lora, stored
+from slicing import slice_lora
+
+from blora_names import read_key
 
 BLOCK = "transformer_blocks.0.attn1"
 QUERY = "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q"
@@ -91,23 +93,10 @@ KEYS = [
 ]
 
 
-def cut_all(slicer: Slicer, tensors: dict[str, torch.Tensor]) -> set[str]:
-    """The keys of a slice of everything in a file of these tensors."""
-    lora = write(slicer.folder / "a.safetensors", tensors)
-    traits = all_traits(slicer.folder)
-    assert slicer(lora, "--traits", "all", "--traits_file", traits) == 0
-    return set(stored(slicer.output))
-
-
-def one_tensor(module: str, suffix: str) -> torch.Tensor:
-    """A tensor of a rank of 1 that fits the module's layer."""
-    made = lora_module(module, rank=1) | {f"{module}.dora_scale": torch.ones(SHAPES[module][0])}
-    return made[f"{module}.{suffix}"]
-
-
 @pytest.mark.parametrize(("key", "module", "suffix"), KEYS, ids=[key for key, _, _ in KEYS])
-def test_a_key_of_any_naming_is_placed(slicer, key, module, suffix):
-    assert cut_all(slicer, {key: one_tensor(module, suffix)}) == {f"{module}.{suffix}"}
+def test_a_key_of_any_naming_is_placed(key, module, suffix):
+    found = read_key(key)
+    assert (found.spelling.layer.module, found.suffix) == (module, suffix)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +119,9 @@ def test_what_is_not_sdxls_is_not_placed(slicer, key):
     assert (facts["modules"], facts["unplaced"]) == (1, [key])
 
 
-def test_every_layer_of_sdxl_is_placed_under_its_own_name(slicer):
+def test_every_layer_of_sdxl_is_placed_under_its_own_name():
     assert len(SHAPES) == 794 + 72 + 193
-    alphas = {f"{module}.alpha": torch.tensor(1.0) for module in SHAPES}
-    assert cut_all(slicer, alphas) == set(alphas)
+    assert {read_key(f"{module}.alpha").spelling.layer.module for module in SHAPES} == set(SHAPES)
 
 
 def as_peft(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,18 +143,19 @@ def test_a_peft_file_comes_out_whole_in_kohyas_names(tmp_path):
     output = tmp_path / "slice.safetensors"
     assert slice_lora("--loras", lora, "--output_path", output) == 0
     kept = load_file(output)
-    assert set(kept) == set(tensors)
-    assert all(torch.equal(kept[key], tensors[key]) for key in kept)
+    alphas = {f"{key.split('.')[0]}.alpha": torch.tensor(2.0) for key in tensors}
+    assert set(kept) == set(tensors | alphas)
+    assert all(torch.equal(kept[key], tensor) for key, tensor in (tensors | alphas).items())
 
 
 @pytest.mark.parametrize(
     ("settings", "alpha"),
     [
         ({"unet.r": 2, "unet.lora_alpha": 1}, 1.0),
-        ({"unet.r": 2, "unet.lora_alpha": 2}, None),
+        ({"unet.r": 2, "unet.lora_alpha": 2}, 2.0),
         ({"unet.lora_alpha": 2, "unet.use_rslora": True}, 2 * 2**0.5),
         ({"unet.lora_alpha": 2, "unet.alpha_pattern": {"attn1.to_q": 6}}, 6.0),
-        ({"text_encoder.lora_alpha": 1}, None),
+        ({"text_encoder.lora_alpha": 1}, 2.0),  # of another network, so that it is the rank
     ],
 )
 def test_the_alpha_of_pefts_settings_becomes_the_modules(tmp_path, settings, alpha):
@@ -175,9 +164,7 @@ def test_the_alpha_of_pefts_settings_becomes_the_modules(tmp_path, settings, alp
     lora = write(tmp_path / "peft.safetensors", tensors, metadata)
     output = tmp_path / "slice.safetensors"
     assert slice_lora("--loras", lora, "--output_path", output) == 0
-    kept = load_file(output)
-    found = kept.get(f"{QUERY}.alpha")
-    assert (found is None) if alpha is None else found.item() == pytest.approx(alpha)
+    assert load_file(output)[f"{QUERY}.alpha"].item() == pytest.approx(alpha)
     with safe_open(output, "pt") as file:
         assert "lora_adapter_metadata" not in file.metadata()
 
@@ -206,26 +193,25 @@ def test_keys_that_cannot_be_placed_are_counted_and_the_first_named(tmp_path, ca
     assert set(load_file(output)) == set(blora_modules(CONTENT))
 
 
-def test_one_module_under_two_names_is_refused(tmp_path, capsys):
-    twice = lora_module(QUERY, alpha=None)
-    twice |= as_peft(twice)
-    lora = write(tmp_path / "twice.safetensors", twice)
-    output = tmp_path / "slice.safetensors"
-    sentence = refusal(capsys, "--loras", lora, "--output_path", output)
-    assert sentence.startswith(f"{lora} holds {QUERY}.lora_")
-    assert sentence.endswith(" twice, under two names: keep one")
+def test_an_unknown_suffix_is_named_without_its_escapes(tmp_path, capsys):
+    strange = {f"{QUERY}.\x1b[2J": torch.zeros(1)}
+    lora = write(tmp_path / "strange.safetensors", lora_module(QUERY) | strange)
+    assert slice_lora("--loras", lora, "--output_path", tmp_path / "out.safetensors") == 0
+    assert capsys.readouterr().err == (
+        "note: tensors of strange.safetensors that are of no kind known here were copied as they "
+        f"are (1): {QUERY}.\\x1b[2J\n"
+    )
 
 
-def test_a_suffix_that_is_there_twice_is_named_without_its_escapes(tmp_path, capsys):
-    other = QUERY.replace("output_blocks_0_1", "up_blocks_0_attentions_0")
-    twice = {f"{name}.\x1b[2J": torch.zeros(1) for name in (QUERY, other)}
-    lora = write(tmp_path / "twice.safetensors", twice)
-    sentence = refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors")
-    assert sentence == f"{lora} holds {QUERY}.\\x1b[2J twice, under two names: keep one"
+@pytest.mark.parametrize("end", ["\n", "x", " "])
+def test_a_suffix_with_something_behind_it_is_another_one(end):
+    assert read_key(f"{QUERY}.lora_up.weight{end}").suffix == f"lora_up.weight{end}"
 
 
-def test_a_dotted_key_with_a_line_break_behind_it_is_none(tmp_path, capsys):
-    key = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight"
-    lora = write(tmp_path / "a.safetensors", {f"{key}\n": torch.zeros(1280, 1)})
-    sentence = refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors")
-    assert sentence == f"{lora} is no SDXL LoRA: it holds {key}\\n"
+def test_a_long_name_is_cut_short_where_it_is_named(tmp_path, capsys):
+    strange = {f"{QUERY}.{'x' * 60_000}": torch.zeros(1)}
+    lora = write(tmp_path / "strange.safetensors", lora_module(QUERY) | strange)
+    assert slice_lora("--loras", lora, "--output_path", tmp_path / "out.safetensors") == 0
+    err = capsys.readouterr().err
+    assert err.endswith("xxx...\n")
+    assert len(err) < 400

@@ -1,0 +1,248 @@
+"""A LoRA file of any program, read as modules in kohya's names.
+
+blora_names.py says what a key means. This file brings together the tensors of a module and the
+alpha that PEFT writes into settings. blora_slicer.py reads with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from blora_lora import UNKNOWN, Lora, Module, with_alpha
+from blora_names import ALPHA, BY_ROW, DORA, Key, Spelling, read_key
+from blora_safetensors import Tensor, as_fp32, read_header
+from blora_words import BloraError, first_few, printable
+
+# ---- PEFT's settings -----------------------------------------------------------------------------
+
+# Where they stand: in the metadata as diffusers writes them, each network's behind its prefix, or
+# in a file beside the LoRA as PEFT does.
+METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
+PEFT_NETWORKS = {"unet.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """PEFT's settings of one network, and where they stand."""
+
+    where: str
+    values: dict[str, Any]
+
+    @property
+    def say_alpha(self) -> bool:
+        """Whether an alpha is among them."""
+        return not {"alpha", "lora_alpha"}.isdisjoint(self.values)
+
+
+def peft_settings(metadata: dict[str, str], path: Path, is_peft: bool) -> dict[str, Settings]:
+    """By network: from the metadata, else for PEFT's own names from the file beside.
+
+    BloraError where they cannot be read.
+    """
+    where = f"{METADATA} of {path}"
+    try:
+        found = json.loads(metadata.get(METADATA, "{}"))
+        settings = {
+            network: Settings(METADATA, {
+                key.removeprefix(prefix): value
+                for key, value in found.items()
+                if key.startswith(prefix)
+            })
+            for prefix, network in PEFT_NETWORKS.items()
+        }  # fmt: skip
+        config = path.with_name(PEFT_CONFIG)
+        if is_peft and config.is_file():
+            where = str(config)
+            beside = Settings(PEFT_CONFIG, dict(json.loads(config.read_text("utf-8")).items()))
+            settings = {n: said if said.say_alpha else beside for n, said in settings.items()}
+        return settings
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BloraError(
+            f"cannot read {where} ({printable(str(error))}): save the LoRA again with its program"
+        ) from error
+
+
+def peft_number(settings: Settings, layer: str, patterns: str, *names: str) -> float:
+    """A setting of a layer: that of the first pattern that ends its name, or the one for all.
+
+    As get_pattern_key reads patterns (github.com/huggingface/peft, utils/other.py). TypeError or
+    ValueError where it is no number.
+    """
+    by_pattern = settings.values.get(patterns)
+    for pattern, value in (by_pattern if isinstance(by_pattern, dict) else {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return float(value)
+    return float(next(settings.values[name] for name in names if name in settings.values))
+
+
+def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
+    """The module with the alpha that PEFT's settings give it, where its tensors have none.
+
+    PEFT multiplies a LoKr of two whole factors by alpha / r too, which no other program does
+    (tuners/lokr/layer.py): that becomes the module's `factor`.
+    """
+    if not settings.say_alpha or not module.algorithm.rank or module.alpha is not None:
+        return module
+    try:
+        alpha = peft_number(settings, layer, "alpha_pattern", "alpha", "lora_alpha")
+        if settings.where == PEFT_CONFIG or module.rank is None:
+            rank = peft_number(settings, layer, "rank_pattern", "r")
+            if module.rank is None:
+                return replace(module, factor=alpha / rank)
+            if rank != module.rank:  # they are of another LoRA in the same folder
+                return module
+        alpha = as_fp32(
+            alpha * (math.sqrt(module.rank) if settings.values.get("use_rslora") else 1)
+        )
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError, StopIteration, re.error):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise BloraError(f"{settings.where} gives {module.name} an alpha that is no number")
+    return with_alpha(module, alpha)
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What a file holds of a module, under one spelling of its layer."""
+
+    spelling: Spelling
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # as they are in the file, by suffix
+    is_peft: bool = False
+
+    def add(self, key: str, meaning: Key, tensor: Tensor) -> None:
+        """Take in a tensor; magnitudes, one a row, become a dora_scale of [out, 1, ...]."""
+        if meaning.suffix == DORA and BY_ROW in meaning.spelt and len(tensor.shape) != 2:
+            axes = max(2, len(self.spelling.layer.shape))
+            tensor = replace(tensor, shape=(math.prod(tensor.shape), *[1] * (axes - 1)))
+        self.tensors[meaning.suffix] = tensor
+        self.keys[meaning.suffix] = key
+        self.is_peft |= meaning.is_peft
+
+    def drop_own(self) -> list[str]:
+        """Leave out the layer's own parameters, which are no LoRA's; their keys."""
+        own = OWN if "on_input" not in self.tensors else OWN - {"weight"}  # IA3 has a "weight"
+        dropped = [suffix for suffix in self.tensors if suffix in own]
+        for suffix in dropped:
+            del self.tensors[suffix]
+        return [self.keys[suffix] for suffix in dropped]
+
+
+# A layer's own parameters, as a model has them, and as PEFT's bias="lora_only" saves them.
+OWN = {"weight", "bias", "base_layer.weight", "base_layer.bias"}
+
+
+def is_rest(part: Found, of: Found) -> bool:
+    """Whether two spellings have no tensor in common, and not both of them a change."""
+    changes = [Module("", found.tensors).algorithm is not UNKNOWN for found in (part, of)]
+    return not (part.tensors.keys() & of.tensors.keys() or all(changes))
+
+
+def find_tensors(tensors: dict[str, Tensor]) -> tuple[list[Found], list[str], list[str]]:
+    """What a file holds under each spelling of a layer; the other keys; the programs' namings."""
+    found: dict[str, list[Found]] = {}
+    unplaced: list[str] = []
+    namings: dict[str, None] = {}
+    for key, tensor in tensors.items():
+        meaning = read_key(key)
+        if meaning is None:
+            unplaced.append(key)
+            continue
+        same = found.setdefault(meaning.spelling.plain, [])
+        free = next((f for f in same if meaning.suffix not in f.tensors), None)
+        if free is None:  # the first, or one tensor under two suffixes
+            free = Found(meaning.spelling)
+            same.append(free)
+        free.add(key, meaning, tensor)
+        if meaning.suffix != ALPHA:  # which is spelt alike everywhere
+            namings[meaning.naming] = None
+    return [*chain(*found.values())], unplaced, [*namings]
+
+
+def find_modules(found: list[Found]) -> tuple[dict[str, list[Found]], list[str]]:
+    """The same by module, each with its copies; and the keys of layers' own parameters.
+
+    A module can be under two spellings in parts: diffusers' conversion of a DoRA to kohya's names
+    leaves the magnitudes under another one than the factors.
+    """
+    modules: dict[str, list[Found]] = {}
+    own: list[str] = []
+    for part in found:
+        own += part.drop_own()
+        if not part.tensors:
+            continue
+        copies = modules.setdefault(part.spelling.layer.module, [])
+        whole = next((copy for copy in copies if is_rest(part, copy)), None)
+        if whole is None:
+            copies.append(part)
+        else:
+            whole.tensors |= part.tensors
+            whole.is_peft |= part.is_peft
+    return modules, own
+
+
+def make_modules(name: str, copies: list[Found], peft: dict[str, Settings]) -> list[Module]:
+    """A module's copies, whole ones first, with the alpha of PEFT's settings."""
+    made = []
+    for found in copies:
+        module = Module(name, found.tensors)
+        settings = peft[module.layer.network]
+        if found.is_peft or settings.where == METADATA:
+            module = with_peft_alpha(module, found.spelling.name, settings)
+        if found.is_peft and lacks_alpha(module, settings):
+            module = replace(module, is_guess=True)
+        made.append(module)
+    return sorted(made, key=attrgetter("is_incomplete")) if made[1:] else made
+
+
+def lacks_alpha(module: Module, settings: Settings) -> bool:
+    """Whether a module of PEFT needs an alpha that nothing says."""
+    if not module.algorithm.rank or module.alpha is not None:
+        return False
+    return module.rank is not None or not settings.say_alpha
+
+
+SAVED_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def lora_file(path: Path) -> Path:
+    """The path, or the LoRA in it where it is a folder that PEFT or diffusers saved one in."""
+    inside = [path / name for name in SAVED_IN_FOLDERS]
+    with suppress(OSError):  # read_lora says what may not be read
+        return next((file for file in inside if file.is_file()), path)
+    return path
+
+
+def read_lora(path: Path) -> Lora:
+    """A LoRA file of any naming, as modules with kohya's names; BloraError where it is none."""
+    if not path.is_file():
+        raise BloraError(f"no file at {path}: correct --loras")
+    tensors, metadata = read_header(path)
+    parts, unplaced, namings = find_tensors(tensors)
+    found, own = find_modules(parts)
+    peft = peft_settings(metadata, path, any(part.is_peft for part in parts))
+    loaded = {name: make_modules(name, found[name], peft) for name in sorted(found)}
+    modules = {name: first for name, (first, *_) in loaded.items()}
+    if not modules:
+        holds = first_few(sorted(tensors)) or "no tensor at all"
+        raise BloraError(f"{path} is no SDXL LoRA: it holds {holds}")
+    return Lora(
+        path,
+        modules,
+        metadata,
+        unplaced=tuple(unplaced),
+        own=tuple(own),
+        namings=tuple(namings),
+        copies={name: tuple(others) for name, (_, *others) in loaded.items() if others},
+    )
