@@ -1,7 +1,8 @@
 """A LoRA file of any program, read as modules in kohya's names.
 
 blora_names.py says what a key means. This file brings together the tensors of a module and the
-alpha that PEFT writes into settings. blora_slicer.py reads with it.
+alpha that PEFT writes into settings, and looks for signs of a LoRA for another model.
+blora_slicer.py reads with it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -17,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from blora_lora import UNKNOWN, Lora, Module, with_alpha
-from blora_names import ALPHA, BY_ROW, DORA, Key, Spelling, read_key
+from blora_names import ALPHA, BY_ROW, DORA, Key, Spelling, plain_name, plain_prefixes, read_key
 from blora_safetensors import Tensor, as_fp32, read_header
+from blora_sdxl import has_block
 from blora_words import BloraError, first_few, printable
 
 # ---- PEFT's settings -----------------------------------------------------------------------------
@@ -107,6 +110,99 @@ def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
     if not math.isfinite(alpha):
         raise BloraError(f"{settings.where} gives {module.name} an alpha that is no number")
     return with_alpha(module, alpha)
+
+
+# ---- Other models --------------------------------------------------------------------------------
+
+TEXT_WIDTH = 2048  # of the text that SDXL's attn2 reads; 768 in Stable Diffusion 1, 1024 in 2
+# What metadata call the models of others; SDXL and its finetunes have "xl" in it.
+OTHER_MODELS = (
+    r"(?<![a-z])(sd[ _.-]?v?[123]|stable-diffusion-v?[123]|flux|chroma|lumina|hunyuan|qwen|aura|"
+    r"pixart|cascade|kandinsky|z-?image|cosmos|ltx|mochi|hidream|krea|kolors|"
+    r"(wan|sana|anima)(?![a-z]))"
+)
+# sd-scripts' merge_lora.py and svd_merge_lora.py write it of a merge of SDXL LoRAs too.
+DOUBTFUL = "stable-diffusion-v1"
+MODEL_METADATA = ("ss_base_model_version", "modelspec.architecture")
+BLOCK = r"((?:in|out)put_blocks_\d+_\d+|(?:down|up)_blocks_\d+_[a-z]+_\d+)_"
+
+
+def foreign_block(key: str) -> str | None:
+    """The block of a U-Net that a key names and that SDXL does not have."""
+    plain = plain_name(key)
+    for prefix in plain_prefixes():
+        if plain.startswith(prefix) and (match := re.match(BLOCK, plain[len(prefix) :])):
+            return None if has_block(match[1]) else match[1]
+    return None
+
+
+def said_model(metadata: dict[str, str], modules: Iterable[Module]) -> str | None:
+    """What the metadata say, where that is another model and nothing speaks for SDXL."""
+    entries = {name: metadata.get(name, "") for name in MODEL_METADATA}
+    if any("xl" in said.lower() for said in entries.values()):
+        return None
+    for name, said in entries.items():
+        if said.startswith(DOUBTFUL) and any(map(is_sdxls_alone, modules)):
+            continue
+        if re.search(OTHER_MODELS, said.lower()):
+            return f'its {name} is "{printable(said)}"'
+    return None
+
+
+def is_sdxls_alone(module: Module) -> bool:
+    """Whether a module is of a layer that Stable Diffusion 1 and 2 have not, or not so wide."""
+    return module.layer.network == "te2" or (reads_text(module) and module.columns == TEXT_WIDTH)
+
+
+def reads_text(module: Module) -> bool:
+    """Whether it changes one of the U-Net's layers that read the text."""
+    return module.name.endswith(("attn2_to_k", "attn2_to_v"))
+
+
+# How the layers of models that draw begin, and the third text encoder of some.
+ANY_MODEL = (
+    r"lora_unet_|lora_transformer_|lora_te3_|diffusion_model_|(lycoris_)?transformer_|"
+    r"\w*(single|double|joint)_(transformer_)?blocks_"
+)
+
+
+def keys_of_other_model(keys: Iterable[str], modules: dict[str, Module]) -> str | None:
+    """What of the keys that are of no layer of SDXL is of another model's.
+
+    Stable Diffusion 3 and Flux have SDXL's text encoders, so these alone make no LoRA for SDXL.
+    """
+    has_unet = any(module.layer.network == "unet" for module in modules.values())
+    for key in keys:
+        if key == "lora_controlnet":
+            return "it has lora_controlnet, which makes it a ControlNet"
+        if key.startswith("lora_te_"):
+            return "it has lora_te_, the one text encoder of Stable Diffusion 1 and 2"
+        if block := foreign_block(key):
+            return f"it has {block}, a block that SDXL does not have"
+        if modules and not has_unet and re.match(ANY_MODEL, plain_name(key)):
+            return f"it has {first_few([key])}, and nothing of SDXL's U-Net"
+    return None
+
+
+def text_of_other_model(modules: Iterable[Module]) -> str | None:
+    """How wide a text its cross-attention reads, where that is not SDXL's."""
+    for module in modules:
+        if reads_text(module) and module.columns not in (None, TEXT_WIDTH):
+            return f"its attn2 reads text of {module.columns} numbers, SDXL's of {TEXT_WIDTH}"
+    return None
+
+
+def check_model(
+    path: Path, modules: dict[str, Module], unplaced: list[str], metadata: dict[str, str]
+) -> None:
+    """Refuse a LoRA that shows that it was trained on another model."""
+    reason = (
+        said_model(metadata, modules.values())
+        or keys_of_other_model(unplaced, modules)
+        or text_of_other_model(modules.values())
+    )
+    if reason:
+        raise BloraError(f"{path} is a LoRA for another model than SDXL: {reason}")
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -234,6 +330,7 @@ def read_lora(path: Path) -> Lora:
     peft = peft_settings(metadata, path, any(part.is_peft for part in parts))
     loaded = {name: make_modules(name, found[name], peft) for name in sorted(found)}
     modules = {name: first for name, (first, *_) in loaded.items()}
+    check_model(path, modules, unplaced, metadata)
     if not modules:
         holds = first_few(sorted(tensors)) or "no tensor at all"
         raise BloraError(f"{path} is no SDXL LoRA: it holds {holds}")

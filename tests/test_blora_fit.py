@@ -34,7 +34,6 @@ MISFITS = {
     "a LoRA of a narrower layer": (QUERY, lora([320, 4], [4, 320])),
     "too few outputs": (QUERY, lora([1279, 4], [4, 1280])),
     "too many inputs": (QUERY, lora([1280, 4], [4, 2048])),
-    "Stable Diffusion 1's text of 768": (KEY, lora([1280, 4], [4, 768])),
     "factors of two ranks": (QUERY, lora([1280, 4], [8, 1280])),
     "a factor without axes": (QUERY, lora([], [4, 1280])),
     "a factor of one axis": (QUERY, lora([1280], [1, 1280])),

@@ -104,8 +104,6 @@ def test_a_key_of_any_naming_is_placed(key, module, suffix):
     [
         "model.diffusion_model.out.2.weight",  # a checkpoint's
         "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight",  # Flux
-        "lora_unet_down_blocks_0_attentions_0_proj_in.alpha",  # SD1.5: SDXL has no such block
-        "lora_te_text_model_encoder_layers_0_self_attn_k_proj.alpha",  # SD1.5
         "unet.up_blocks.0.attentions.0.weight",
         "lora_unet_output_blocks_0_1_proj_in",
         "alpha",
