@@ -112,6 +112,29 @@ def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
     return with_alpha(module, alpha)
 
 
+# Ways to begin a training that take something out of the base model and put it into the factors
+# (tuners/lora/layer.py), so that these are no change of that model.
+TAKEN_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What of PEFT's algorithms other programs have too.
+COMMON_TYPES = ("LORA", "LOHA", "LOKR", "OFT")
+
+
+def check_settings(settings: Settings, path: Path) -> None:
+    """Refuse what only PEFT can load, and factors that hold a part of the base model."""
+    kind = str(settings.values.get("peft_type", "LORA"))
+    if kind not in COMMON_TYPES:
+        raise BloraError(
+            f"{path} is PEFT's {printable(kind)}, for which kohya's names have no form: use it "
+            "with PEFT"
+        )
+    start = str(settings.values.get("init_lora_weights", ""))
+    if start.lower().startswith(TAKEN_FROM_BASE):
+        raise BloraError(
+            f"{path} was trained with init_lora_weights={printable(start)}, so its factors hold a "
+            "part of the base model: save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+
+
 # ---- Other models --------------------------------------------------------------------------------
 
 TEXT_WIDTH = 2048  # of the text that SDXL's attn2 reads; 768 in Stable Diffusion 1, 1024 in 2
@@ -328,6 +351,8 @@ def read_lora(path: Path) -> Lora:
     parts, unplaced, namings = find_tensors(tensors)
     found, own = find_modules(parts)
     peft = peft_settings(metadata, path, any(part.is_peft for part in parts))
+    for settings in peft.values():
+        check_settings(settings, path)
     loaded = {name: make_modules(name, found[name], peft) for name in sorted(found)}
     modules = {name: first for name, (first, *_) in loaded.items()}
     check_model(path, modules, unplaced, metadata)

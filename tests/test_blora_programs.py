@@ -101,6 +101,30 @@ def test_an_adapter_without_its_settings_is_cut_at_alpha_equal_to_its_rank_with_
     )
 
 
+def test_factors_that_took_a_part_of_the_base_model_are_refused(tmp_path, capsys):
+    """Until PEFT has subtracted what they began with, which it does where it is asked to."""
+    [linear] = [layer for layer in LAYERS if layer.endswith("to_q")]
+    setting = ("LoraConfig", LORA | {"init_lora_weights": "pissa"})
+    adapted(setting, {linear: LAYERS[linear]}).save_pretrained(tmp_path / "adapter")
+    capsys.readouterr()
+    output = tmp_path / "out.safetensors"
+    args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--output_path", output)
+    lora = tmp_path / "adapter/adapter_model.safetensors"
+    assert refusal(capsys, "--loras", lora, *args) == (
+        f"{lora} was trained with init_lora_weights=pissa, so its factors hold a part of the base "
+        "model: save it with PEFT's path_initial_model_for_weight_conversion"
+    )
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_every_such_start_is_refused_as_the_settings_say_it(tmp_path, capsys, start):
+    lora, _ = saved(tmp_path / "adapter", SETTINGS["LoRA"])
+    change_settings(lora, init_lora_weights=start)
+    capsys.readouterr()
+    sentence = refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors")
+    assert f"was trained with init_lora_weights={start}, " in sentence
+
+
 def change_settings(lora: Path, **settings: object) -> None:
     """Other values in the adapter_config.json beside a file; None takes one out."""
     config = lora.with_name("adapter_config.json")
@@ -163,6 +187,14 @@ def test_only_what_is_kept_is_warned_of(tmp_path, capsys):
     for trait, warnings in (("content", 0), ("style", 1)):
         assert slice_lora("--loras", lora, "--traits", trait, "--output_path", output) == 0
         assert capsys.readouterr().err.count("warning: ") == warnings
+
+
+def test_an_algorithm_that_only_peft_has_is_refused(tmp_path, capsys):
+    lora, _ = saved(tmp_path / "adapter", ("AdaLoraConfig", {"init_r": 4, "total_step": 1}))
+    capsys.readouterr()
+    assert refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors") == (
+        f"{lora} is PEFT's ADALORA, for which kohya's names have no form: use it with PEFT"
+    )
 
 
 def test_the_settings_of_a_lora_of_another_rank_are_not_taken(tmp_path, capsys):
