@@ -204,9 +204,10 @@ def warnings(whole: list[Module], lora: Lora, name: str) -> list[str]:
     return said
 
 
-def cut_slice(lora: Lora, cut: Cut, base: BaseModel | None) -> Slice:
+def cut_slice(lora: Lora, cut: Cut, base: BaseModel | None, dtype: str | None = None) -> Slice:
     """The modules the trait keeps, at the cut's strength.
 
+    `dtype` is the precision that the slice will get: 8-bit floats get it before their strength.
     BloraError where there are none, or one does not fit, is there twice, or cannot be scaled.
     """
     kept = kept_modules(lora, cut)
@@ -215,6 +216,10 @@ def cut_slice(lora: Lora, cut: Cut, base: BaseModel | None) -> Slice:
         check_fit(module, cut.lora)
         check_copies(module, lora)
     made = [with_own_alpha(module) for module in whole]
+    if dtype:
+        from blora_strength import from_float8
+
+        made = [from_float8(module, dtype) for module in made]
     if any(cut.strength * module.factor != 1 for module in made):
         from blora_strength import at_strength
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from blora_lora import INCOMPLETE, Lora, Module
 from blora_names import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
-from blora_safetensors import FLOATS, NUMBERS, json_object
+from blora_safetensors import FLOAT8, FLOATS, NUMBERS, json_object
 from blora_sdxl import Trait, block_of
 from blora_strength import through_core, values
 from blora_words import file_size, first_few, printable, span
@@ -124,10 +124,10 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
         for suffix, tensor in module.tensors.items()
         if suffix != ALPHA or module.alpha_is_read
     }
-    known = {s: values(t) for s, t in read.items() if t.dtype in FLOATS}
+    known = {s: values(t) for s, t in read.items() if t.dtype in FLOATS or t.dtype in FLOAT8}
     broken = [f"{module.name}.{s}" for s, v in known.items() if not np.isfinite(v).all()]
     alpha = read.get(ALPHA)
-    others = NUMBERS.difference(FLOATS)
+    others = NUMBERS.difference(FLOATS, FLOAT8)
     if alpha and alpha.dtype in others and not math.isfinite(module.alpha or 0):
         broken.append(f"{module.name}.{ALPHA}")
     complete = all(s == ALPHA or s in known for s in read) and module.fits

@@ -37,6 +37,7 @@ DTYPES = {
     "F4": 4, "BOOL": 8,
 }  # fmt: skip
 FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bytes of those whose values can be changed
+FLOAT8 = ("F8_E4M3", "F8_E5M2")  # whose values can be read, and stored as one of FLOATS
 # How struct unpacks a number; the types below them are the upper half of a wider one.
 FORMATS = {
     "F16": "<e", "F32": "<f", "F64": "<d", "BOOL": "<?", "U8": "<B", "I8": "<b", "I16": "<h",

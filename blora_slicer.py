@@ -257,9 +257,10 @@ def run_cut(args: argparse.Namespace) -> None:
         # numpy's BLAS starts threads that spin for 50 ms, on the core that could hash meanwhile;
         # they are for products of matrices, and of all cuts only a DoRA's has any.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    dtype = PRECISIONS.get(args.save_precision)
     finished = []
     for output, planned in plan.items():
-        slices = [cut_slice(loras[cut.lora], cut, base) for cut in planned]
+        slices = [cut_slice(loras[cut.lora], cut, base, dtype) for cut in planned]
         finished.append((output, slices, *finish(slices, output, args)))
     for remark in dict.fromkeys(r for _, slices, *_ in finished for s in slices for r in s.remarks):
         say(remark)

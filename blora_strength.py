@@ -18,6 +18,7 @@ import numpy as np
 from blora_lora import ADDED, UNKNOWN, Module, with_alpha
 from blora_names import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
 from blora_safetensors import (
+    FLOAT8,
     FLOATS,
     FORMATS,
     Files,
@@ -43,7 +44,7 @@ def decode(data: bytes, dtype: str, shape: tuple[int, ...] = (-1,)) -> np.ndarra
     if dtype == "BF16":
         wide = np.frombuffer(data, "<u2").astype("<u4") << 16
         return wide.view("<f4").reshape(shape)
-    if dtype in ("F8_E4M3", "F8_E5M2"):
+    if dtype in FLOAT8:
         every = np.array([number(dtype, bytes([bits])) for bits in range(256)], dtype="f4")
         return every[np.frombuffer(data, "u1")].reshape(shape)
     if dtype not in FORMATS:
@@ -108,7 +109,7 @@ class Changed(Tensor):
         at_hand = isinstance(self.source, bytes)
         pieces = [self.source] if at_hand else files.chunks(self.source, PIECE)
         for piece in pieces:
-            if FLOATS[self.stored] != 2:
+            if FLOATS.get(self.stored) != 2:
                 yield self.checked(*convert(piece, self.stored, self.factor, self.dtype))
                 continue
             table, became_inf = every_value(self.stored, self.factor, self.dtype)
@@ -147,9 +148,10 @@ def check_floats(module: Module, suffixes: Iterable[str]) -> None:
     for suffix in suffixes:
         dtype = module.tensors[suffix].dtype
         if dtype not in FLOATS:
+            precision = "add --save_precision, or " if dtype in FLOAT8 else ""
             raise BloraError(
                 f"{module.name} is stored as {dtype}, which can be copied but not changed: "
-                "cut it at 1.0 and set the strength where the LoRA is used"
+                f"{precision}cut it at 1.0 and set the strength where the LoRA is used"
             )
 
 
@@ -215,14 +217,26 @@ def at_precision(module: Module, dtype: str) -> Module:
     """The module with all its floats stored as `dtype`, as kohya's tools do.
 
     An alpha that no program reads stays: LyCORIS' whole LoKr has 100,000, which fp16 cannot hold.
+    BloraError where a tensor is of a type that can only be copied.
     """
     made = {}
     for suffix, tensor in module.tensors.items():
         if suffix == ALPHA and not module.alpha_is_read:
             continue
-        if tensor.dtype in FLOATS:
+        if tensor.dtype in FLOATS or tensor.dtype in FLOAT8:
             made[suffix] = changed(module, suffix, dtype=dtype)
+        elif tensor.dtype.startswith("F"):
+            raise BloraError(
+                f"{module.name} is stored as {tensor.dtype}, which can be copied but not "
+                "converted: leave out --save_precision"
+            )
     return replace(module, tensors=module.tensors | made)
+
+
+def from_float8(module: Module, dtype: str) -> Module:
+    """The module at this precision where it has 8-bit floats: then a strength can go into it."""
+    has_any = any(tensor.dtype in FLOAT8 for tensor in module.tensors.values())
+    return at_precision(module, dtype) if has_any else module
 
 
 def with_common_alpha(modules: list[Module]) -> list[Module]:

@@ -45,8 +45,8 @@ LACKS = (
     "that the LoRA was trained on"
 )
 STORED = (
-    f"{NAME} is stored as F8_E4M3, which can be copied but not changed: cut it at 1.0 and set the "
-    "strength where the LoRA is used"
+    f"{NAME} is stored as F8_E4M3, which can be copied but not changed: add --save_precision, or "
+    "cut it at 1.0 and set the strength where the LoRA is used"
 )
 MISFIT = (
     f"{NAME} does not fit its weight in {{base}}: give the checkpoint that the LoRA was trained "

@@ -46,7 +46,8 @@ def no_strength(because: str, advice: str = USE_1) -> str:
 
 
 def stored_as(dtype: str) -> str:
-    return f"{NAME} is stored as {dtype}, which can be copied but not changed: {USE_1}"
+    precision = "add --save_precision, or " if dtype.startswith("F8") else ""
+    return f"{NAME} is stored as {dtype}, which can be copied but not changed: {precision}{USE_1}"
 
 
 def cannot_hold(suffix: str, dtype: str) -> str:
@@ -93,6 +94,7 @@ class Case:
     change: float | None = None  # its size, as --inspect shows it
     joined: set[str] | str = frozenset()  # what a join with an alpha of 2 alters, or the refusal
     not_finite: tuple[str, ...] = ()
+    converted: bool = False  # whether a strength goes in once --save_precision makes it a float
     whole: bool = True  # else it is refused at 1.0 too, by the sentence that is in `scaled`
 
     def copied(self) -> dict[str, Tensor]:
@@ -142,7 +144,8 @@ def odd(dtype: torch.dtype) -> Case:
 def of_type(dtype: torch.dtype, name: str, tensors: dict[str, Tensor] = PLAIN) -> Case:
     """A LoRA whose factors, or some of them, are of a type that is copied and never changed."""
     factors = PLAIN | {key: value.to(dtype) for key, value in tensors.items()}
-    return Case(factors, stored_as(name), None, {"alpha"})
+    is_float = dtype in (F8, F8B)
+    return Case(factors, stored_as(name), 640 if is_float else None, {"alpha"}, converted=is_float)
 
 
 def half(*names: str, **shapes: tuple[int, ...]) -> Case:
@@ -276,9 +279,9 @@ def expected(case: Case, strength: float, precision: str | None) -> dict[str, Te
     made = {}
     for suffix, value in case.copied().items():
         made[suffix] = value
-        if value.dtype in FLOATS:
+        if value.dtype in FLOATS or (precision and value.dtype in (F8, F8B)):
             wide = value.to(F64 if value.dtype is F64 else F32)
-            if suffix in case.scaled and strength != 1:
+            if suffix in ({UP} if case.converted else case.scaled) and strength != 1:
                 wide = wide * torch.tensor(strength, dtype=wide.dtype)
             made[suffix] = wide.to(PRECISIONS[precision] if precision else value.dtype)
     return made
@@ -286,7 +289,8 @@ def expected(case: Case, strength: float, precision: str | None) -> dict[str, Te
 
 def refusals(case: Case, strength: float, precision: str | None) -> set[str]:
     """The sentences that a cut may be refused with: none where it must not be."""
-    if isinstance(case.scaled, str) and not (strength == 1 and case.whole):
+    is_plain = (strength == 1 and case.whole) or (case.converted and precision)
+    if isinstance(case.scaled, str) and not is_plain:
         return {case.scaled}
     return {
         cannot_hold(suffix, FLOATS[made.dtype])

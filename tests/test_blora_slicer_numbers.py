@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_files import CONTENT, SHAPES, blora_modules, lora_module, write
 from safetensors.torch import load_file
-from slicing import all_traits, refusal, slice_lora
+from slicing import all_traits, refusal, slice_lora, stored
 
 NAME = CONTENT.format(0, 1, "q")
 UP = f"{NAME}.lora_up.weight"
@@ -168,3 +168,72 @@ def test_a_base_model_in_fp8_is_the_weight_that_torch_reads(tmp_path, dtype):
         made[kind] = load_file(output)
     assert all(torch.equal(made["fp8"][key], made["fp32"][key]) for key in dora)
     assert not torch.equal(made["fp8"][f"{name}.lora_up.weight"], dora[f"{name}.lora_up.weight"])
+
+
+def in_fp8(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Modules whose factors hold every number of the type, with an alpha that it holds too."""
+    every = every_number(dtype)
+    tensors = {}
+    for key, tensor in blora_modules(CONTENT, alpha=1.5).items():
+        whole = every[torch.arange(tensor.numel()) % 256].reshape(tensor.shape)
+        tensors[key] = tensor.to(dtype) if key.endswith(".alpha") else whole
+    return tensors
+
+
+def assert_same_numbers(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Of the same type, and each number the same; NaN is NaN."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("precision", "saved"), [("fp16", HALF), ("bf16", BF), ("float", F32)])
+@pytest.mark.parametrize("dtype", FLOAT_8, ids=str)
+def test_save_precision_keeps_every_number_of_fp8(tmp_path, output, dtype, precision, saved):
+    tensors = in_fp8(dtype)
+    lora = write(tmp_path / "a.safetensors", tensors)
+    args = ("--save_precision", precision, "--output_path", output)
+    assert slice_lora("--loras", lora, *args) == 0
+    kept = load_file(output)
+    assert set(kept) == set(tensors)
+    for key, tensor in tensors.items():
+        assert_same_numbers(kept[key], tensor.to(saved))
+        assert_same_numbers(kept[key].float(), tensor.float())
+
+
+@pytest.mark.parametrize(("precision", "saved"), [("fp16", HALF), ("bf16", BF), ("float", F32)])
+@pytest.mark.parametrize("strength", [0.5, -1.0, 0.3])
+@pytest.mark.parametrize("dtype", FLOAT_8, ids=str)
+def test_a_strength_and_a_precision_change_fp8_once(
+    tmp_path, output, dtype, precision, saved, strength
+):
+    tensors = in_fp8(dtype)
+    lora = write(tmp_path / "a.safetensors", tensors)
+    args = ("--alphas", strength, "--save_precision", precision, "--output_path", output)
+    assert slice_lora("--loras", lora, *args) == 0
+    kept = load_file(output)
+    for key, tensor in tensors.items():
+        factor = strength if key.endswith(".lora_up.weight") else 1
+        assert_same_numbers(kept[key], (tensor.float() * factor).to(saved))
+
+
+STRANGE_8 = [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("dtype", STRANGE_8, ids=str)
+@pytest.mark.parametrize("strength", ["1", "0.5"])
+def test_a_type_whose_numbers_are_not_known_is_refused_where_they_would_change(
+    tmp_path, output, capsys, dtype, strength
+):
+    tensors = {key: tensor.to(dtype) for key, tensor in blora_modules(CONTENT).items()}
+    lora = write(tmp_path / "a.safetensors", tensors)
+    args = ("--save_precision", "fp16", "--alphas", strength, "--output_path", output)
+    sentence = refusal(capsys, "--loras", lora, *args)
+    assert "FNUZ" in sentence
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("dtype", STRANGE_8, ids=str)
+def test_a_type_whose_numbers_are_not_known_is_copied(tmp_path, output, dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in blora_modules(CONTENT).items()}
+    lora = write(tmp_path / "a.safetensors", tensors)
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
+    assert stored(output) == stored(lora)
