@@ -293,6 +293,8 @@ class Dora:
     With V = W + change, m = dora_scale, and norms and products by row for m of [out, 1], by
     column for [1, in]: c = m / |V|, k = (1 - s) + s c; then the factor is multiplied by s c / k,
     and the new m is |(1 - s) W + s c V|, with the sign of k, which V's direction has turned by.
+    The new m is stored as fp32: it is as large as the weight's rows, so that rounded to fp16 or
+    bf16 it would be off by 0.4 or 3.4 % of the change.
     """
 
     module: Module
@@ -358,16 +360,18 @@ def bake_dora(module: Module, strength: float, weight: Tensor) -> Module:
 
     BloraError then, where module and weight do not fit.
     """
-    dora = Dora(module, strength, weight)
+    dora, old = Dora(module, strength, weight), module.tensors
     check_floats(module, (dora.factor, DORA))
+    wide = "F64" if old[DORA].dtype == "F64" else "F32"
+
+    def solved(suffix: str, dtype: str, solve: Callable[[], np.ndarray]) -> Changed:
+        return Changed(dtype, old[suffix].shape, b"", f"{module.name}.{suffix}", dtype, solve=solve)
+
     made = {
-        suffix: Changed(
-            tensor.dtype, tensor.shape, b"", f"{module.name}.{suffix}", tensor.dtype, solve=solve
-        )
-        for suffix, solve in ((dora.factor, dora.new_factor), (DORA, dora.new_scale))
-        for tensor in [module.tensors[suffix]]
+        dora.factor: solved(dora.factor, old[dora.factor].dtype, dora.new_factor),
+        DORA: solved(DORA, wide, dora.new_scale),
     }
-    return replace(module, tensors=module.tensors | made)
+    return replace(module, tensors=old | made)
 
 
 def rows_of_three(tensor: Tensor, third: int) -> Tensor:

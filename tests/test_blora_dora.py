@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from exact_strength import digits, slice_all
-from lora_algebra import Module, bias_change, final_weight, read_modules, weight_at
+from lora_algebra import (
+    Module,
+    bias_change,
+    final_weight,
+    layer_change,
+    read_modules,
+    weight_at,
+)
 from lora_files import SDXL, weight_shape
 from lora_forms import INPUT, REFUSED, Form, make_module, write_modules
 from lycoris_files import DORA, base_weights, lycoris_file, reload_lycoris
@@ -204,12 +211,20 @@ def test_a_bias_beside_it_is_multiplied_by_the_strength(tmp_path):
     assert torch.equal(bias_change(result[ATTENTION]), -0.5 * bias_change(modules[ATTENTION]))
 
 
-@pytest.mark.parametrize("axes", ["lora, by row", "lora, by column"])
+LYCORIS_AXES = pytest.mark.parametrize("axes", ["lora, by row", "lora, by column"])
+
+
+def lycoris_base(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """The weights that LyCORIS trained on, and a checkpoint of them."""
+    weights = base_weights()
+    unseen = random_weights([f"{TE2}self_attn_{projection}_proj" for projection in "kv"])
+    return weights, write_checkpoint(folder / "xl.safetensors", weights | unseen)
+
+
+@LYCORIS_AXES
 def test_lycoris_reads_the_interpolated_weight(tmp_path, axes):
     lora = lycoris_file(tmp_path / "in.safetensors", DORA[axes], torch.float32)
-    weights = base_weights()
-    weights |= random_weights([f"{TE2}self_attn_{projection}_proj" for projection in "kv"])
-    checkpoint = write_checkpoint(tmp_path / "xl.safetensors", weights)
+    _, checkpoint = lycoris_base(tmp_path)
     source = reload_lycoris(lora, DORA[axes])
     result = reload_lycoris(slice_all(lora, 0.5, "--base_model", checkpoint), DORA[axes])
     for name, module in source.items():
@@ -217,6 +232,25 @@ def test_lycoris_reads_the_interpolated_weight(tmp_path, axes):
         torch.testing.assert_close(
             result[name].get_merged_weight()[0], wanted, rtol=1e-5, atol=1e-6
         )
+
+
+# How far the change may be off, in parts of itself: about half of the last bit of the type.
+PRECISE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.9, -1.0])
+@pytest.mark.parametrize("dtype", PRECISE, ids=str)
+@LYCORIS_AXES
+def test_the_change_of_a_dora_in_16_bits_is_as_exact_as_its_type(tmp_path, axes, dtype, strength):
+    # Trained so little, a weight is ten times as large as its change: an error of the lengths that
+    # is small beside the weight is ten times larger beside the change.
+    lora = lycoris_file(tmp_path / "in.safetensors", DORA[axes], dtype, moved=0.03)
+    weights, checkpoint = lycoris_base(tmp_path)
+    result = read_modules(slice_all(lora, strength, "--base_model", checkpoint))
+    for name, source in read_modules(lora).items():
+        wanted = strength * layer_change(source, weights[name])
+        error = layer_change(result[name], weights[name]) - wanted
+        assert error.norm() < PRECISE[dtype] * wanted.norm(), name
 
 
 # ---- What is refused -----------------------------------------------------------------------------
@@ -273,3 +307,30 @@ def test_a_base_model_of_other_widths_is_refused(tmp_path, capsys):
         f"{ATTENTION} does not fit its weight in {checkpoint}: give the checkpoint that the LoRA "
         "was trained on, or cut it at 1.0"
     )
+
+
+# ---- What cannot be baked ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["lora_up.bias", "bias_values"])
+def test_a_dora_with_a_bias_among_its_factors_is_refused(tmp_path, capsys, suffix):
+    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32) | {suffix: torch.ones(640)}
+    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
+    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
+    args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
+    args += ("--output_path", tmp_path / "out.safetensors", "--base_model", base)
+    assert refusal(capsys, "--loras", lora, *args) == (
+        f"the strength of {ATTENTION} in {lora} cannot go into the file, because it is DoRA and "
+        "has a bias among its factors: cut it at 1.0 and set the strength where the LoRA is used"
+    )
+
+
+def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_path):
+    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32)
+    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
+    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
+    [exact] = read_modules(slice_all(lora, 0.5, "--base_model", base)).values()
+    options = ("--base_model", base, "--save_precision", "bf16")
+    [rounded] = read_modules(slice_all(lora, 0.5, *options)).values()
+    for suffix, tensor in exact.items():
+        assert torch.equal(rounded[suffix], tensor.bfloat16())
