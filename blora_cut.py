@@ -279,6 +279,15 @@ def metadata_number(numbers: set[float], before: str | None) -> str | None:
         return f"{number:g}"
 
 
+def names_apart(loras: list[Lora]) -> list[str]:
+    """The files' names without their endings, with a number where several have the same."""
+    stems = [lora.path.stem for lora in loras]
+    return [
+        stem if stems.count(stem) == 1 else f"{stem} {stems[: index + 1].count(stem)}"
+        for index, stem in enumerate(stems)
+    ]
+
+
 def join_metadata(loras: list[Lora]) -> dict[str, str]:
     """Entries that are the same in all sources; the rest is listed by source in ss_blora_sources.
 
@@ -296,8 +305,8 @@ def join_metadata(loras: list[Lora]) -> dict[str, str]:
         for lora in loras
     ]
     tags = {
-        f"{lora.path.stem}/{folder}": counts
-        for lora in loras
+        f"{name}/{folder}": counts
+        for name, lora in zip(names_apart(loras), loras, strict=True)
         for folder, counts in json_object(lora.metadata.get("ss_tag_frequency")).items()
     }
     if tags and "ss_tag_frequency" not in agreed:
@@ -326,6 +335,7 @@ def build_metadata(slices: list[Slice], modules: list[Module], output: Path) -> 
     titles = [lora.metadata.get("modelspec.title") or lora.path.stem for lora in loras]
     return {
         "ss_base_model_version": "sdxl_base_v1-0",  # without it A1111 takes it for SD1
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",  # SwarmUI sorts by it
         **metadata,
         "ss_output_name": output.stem,
         "ss_training_comment": cuts if comment in ("", "None") else f"{cuts}; {comment}",

@@ -62,6 +62,7 @@ def test_a_comment_of_the_source_stands_behind_the_cut(tmp_path, output, comment
 def test_a_source_without_metadata_gives_a_slice_that_is_known_as_sdxl(tmp_path, output):
     metadata = cut(output, write(tmp_path / "bare.safetensors", blora_modules(CONTENT), None))
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["ss_network_dim"] == "2"
     assert metadata["ss_network_alpha"] == "1"
 
@@ -114,6 +115,45 @@ def test_what_two_sources_agree_on_is_kept_and_what_differs_is_said_for_each(tmp
     assert metadata["modelspec.merged_from"] == "a, b"
     comment = "content of a.safetensors at 1, style of b.safetensors at 0.5"
     assert metadata["ss_training_comment"] == comment
+
+
+def test_words_of_two_sources_of_one_name_under_one_folder_are_all_kept(tmp_path, output):
+    """As trainers leave them: each training in a folder of its own, each LoRA by the same name."""
+    loras, words = [], ("cat", "ink")
+    for folder, word, template in zip(("one", "two"), words, (CONTENT, STYLE), strict=True):
+        (tmp_path / folder).mkdir()
+        tags = {"ss_tag_frequency": json.dumps({"images": {word: 3, "sks": 1}})}
+        path = tmp_path / folder / "last.safetensors"
+        loras.append(write(path, blora_modules(template), tags))
+    metadata = cut(output, *loras, "--traits", "content", "style")
+    folders = json.loads(metadata["ss_tag_frequency"])
+    assert sorted(folders.values(), key=str) == [{word: 3, "sks": 1} for word in words]
+
+
+OWN_ARCHITECTURES = [
+    ("stable-diffusion-xl-v1-base/lora", "stable-diffusion-xl-v1-base/lora"),
+    ("stable-diffusion-xl-v1-base/lycoris", "stable-diffusion-xl-v1-base/lycoris"),
+    (None, "stable-diffusion-xl-v1-base/lora"),
+]
+
+
+@pytest.mark.parametrize(("source", "wanted"), OWN_ARCHITECTURES)
+def test_a_slice_says_its_architecture_in_the_sources_words_or_in_sais(
+    tmp_path, output, source, wanted
+):
+    before = {"modelspec.architecture": source} if source else {"ss_seed": "1"}
+    metadata = cut(output, write(tmp_path / "a.safetensors", blora_modules(CONTENT), before))
+    assert metadata["modelspec.architecture"] == wanted
+
+
+def test_a_join_says_its_architecture_though_only_one_of_its_sources_does(tmp_path, output):
+    said = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    loras = [
+        write(tmp_path / "a.safetensors", blora_modules(CONTENT), said),
+        write(tmp_path / "b.safetensors", blora_modules(STYLE), {"ss_seed": "1"}),
+    ]
+    metadata = cut(output, *loras, "--traits", "content", "style")
+    assert metadata["modelspec.architecture"] == said["modelspec.architecture"]
 
 
 def test_two_slices_of_one_source_are_of_one_source(lora, output):
