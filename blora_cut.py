@@ -50,7 +50,7 @@ class Slice:
 
 def describe(cut: Cut) -> str:
     """A cut in words: "content of a.safetensors"."""
-    return f"{printable(cut.trait.name)} of {cut.lora.name}"
+    return f"{printable(cut.trait.name)} of {printable(cut.lora.name)}"
 
 
 def summarize(modules: Iterable[Module]) -> str:

@@ -60,7 +60,7 @@ try:
     from blora_read import lora_file, read_lora
     from blora_safetensors import fp32_holds, shorten_metadata, write_file
     from blora_sdxl import load_traits
-    from blora_words import BloraError, file_size, first_few, say
+    from blora_words import BloraError, file_size, first_few, printable, say
 except ImportError as missing:
     sys.exit(missing_file(missing.name))
 
@@ -267,10 +267,11 @@ def run_cut(args: argparse.Namespace) -> None:
     for output, slices, modules, metadata in finished:
         write_file(file_tensors(modules), metadata, output)
         for piece in slices:
-            if args.debug:
-                say("\n".join(f"{describe(piece.cut)}: {m.name}" for m in piece.modules))
+            for module in piece.modules if args.debug else ():
+                say(f"{describe(piece.cut)}: {module.name}")
             print(f"{describe(piece.cut)} at {piece.cut.strength:g}: {summarize(piece.modules)}")
-        print(f"-> {output}: {summarize(modules)}, {file_size(output.stat().st_size)}")
+        size = file_size(output.stat().st_size)
+        print(printable(f"-> {output}: {summarize(modules)}, {size}"))
 
 
 def main(argv: list[str] | None = None) -> int:

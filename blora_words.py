@@ -41,5 +41,5 @@ def file_size(size: float) -> str:
 
 
 def say(sentence: str) -> None:
-    """Print what is not a result: it goes to stderr."""
-    print(sentence, file=sys.stderr)
+    """Print what is not a result: it goes to stderr, on one line, escaped."""
+    print(printable(sentence), file=sys.stderr)

@@ -402,47 +402,6 @@ def test_a_missing_traits_file_is_named(lora, output, tmp_path, capsys):
     assert refusal(capsys, *args) == f"no traits file at {gone}: copy blora_traits.json there"
 
 
-def test_names_from_a_file_cannot_drive_the_terminal(tmp_path, output, capsys):
-    lora = write_lora(tmp_path / "bad.safetensors", {"\x1b[2J\n.weight": torch.zeros(1)})
-    sentence = refusal(capsys, "--loras", lora, "--output_path", output)
-    assert sentence.endswith("it holds \\x1b[2J\\n.weight")
-
-
-ODD_TRAIT = "\x1b[2J\n"
-SHOWN = r"\x1b[2J\n"
-TRAIT_NAMES = [
-    # the whitelist of the trait of this name, options, and where its name is shown
-    ("lora_", ["--traits", ODD_TRAIT], "out"),
-    ("lora_", ["--traits", ODD_TRAIT, "--not_combined"], "out"),
-    ("lora_", ["--traits", ODD_TRAIT, "--debug"], "err"),
-    ("lora_", ["--traits", ODD_TRAIT, ODD_TRAIT], "err"),  # both hold the same modules
-    ("lora_", ["--traits", f"not {ODD_TRAIT}"], "err"),
-    ("lora_", ["--traits", "unknown"], "err"),
-    ("nothing", ["--traits", ODD_TRAIT], "err"),
-    ("lora_", ["--inspect"], "out"),
-]
-
-
-@pytest.mark.parametrize(("whitelist", "options", "stream"), TRAIT_NAMES)
-def test_names_from_a_traits_file_cannot_drive_the_terminal(
-    lora, output, capsys, whitelist, options, stream
-):
-    traits = lora.with_name("traits.json")
-    traits.write_text(json.dumps({ODD_TRAIT: {"whitelist": [whitelist]}}))
-    place = [] if "--inspect" in options else ["--output_path", output]
-    slice_lora("--loras", lora, "--traits_file", traits, *options, *place)
-    captured = capsys.readouterr()
-    assert "\x1b" not in captured.out + captured.err
-    assert SHOWN in getattr(captured, stream)
-
-
-def test_a_trait_of_another_form_is_named_without_what_drives_the_terminal(lora, output, capsys):
-    traits = lora.with_name("traits.json")
-    traits.write_text(json.dumps({ODD_TRAIT: 1}))
-    sentence = refusal(capsys, "--loras", lora, "--traits_file", traits, "--output_path", output)
-    assert sentence.startswith(f'trait "{SHOWN}" in {traits} is not of the form ')
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_part(lora, output):
     output.write_bytes(b"old")
