@@ -1,0 +1,456 @@
+"""How each program of tests/consumers.py applies a LoRA file: its own code, on layers of SDXL.
+
+A reader is made once, with the program's folder on sys.path, and its `load` gives the weight of
+each layer under a file. Where a program's loader sits in a file that starts its user interface,
+that one definition is taken from the file and run. What programs want beside LoRA code, such as a
+checkpoint, is left out: the models are trees of layers.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from consumer_rows import PATHS, RANK, Row, base, shape
+from lycoris_modules import make_tree
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+# As ComfyUI and its descendants detect SDXL: the map of names is made from these.
+UNET_CONFIG = {
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+}
+# diffusers' names of the blocks in question.
+DIFFUSERS = {
+    "input_blocks.4.1.": "down_blocks.1.attentions.0.",
+    "input_blocks.4.0.skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+}
+
+
+def definition(path: Path, name: str, **names: Any) -> Any:
+    """A function or class of a file that cannot be imported alone; `names` is what it uses.
+
+    Running a program's code is what this script is for; its folder is the caller's choice.
+    """
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    [node] = [n for n in body if getattr(n, "name", None) == name]
+    exec(compile(ast.Module([node], []), path, "exec"), names)  # noqa: S102
+    return names[name]
+
+
+def diffusers_path(path: str) -> str:
+    """diffusers' name of a layer of the U-Net."""
+    [(ours, theirs)] = [pair for pair in DIFFUSERS.items() if path.startswith(pair[0])]
+    return theirs + path.removeprefix(ours)
+
+
+def submodule(model: nn.Module, path: str, diffusers: bool) -> nn.Module:
+    """A layer of a model by the path in sd-scripts' models."""
+    if diffusers:
+        return model.get_submodule(diffusers_path(path))
+    # transformers 5.6 and later have no text_model in the first text encoder.
+    return model.get_submodule(
+        path if hasattr(model, "text_model") else path.removeprefix("text_model.")
+    )
+
+
+def set_weight(layer: nn.Module, name: str) -> None:
+    """Give a layer the weight of the module of this name, and a bias of zeros if it has one."""
+    layer.weight = nn.Parameter(base(name).clone(), requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.zeros(len(layer.weight)), requires_grad=False)
+
+
+def tree(part: str, diffusers: bool = False) -> nn.Module:
+    """A module tree of a part's layers: unet, te1 or te2."""
+    names = {name: path for name, (of, path) in PATHS.items() if of == part}
+    if diffusers:
+        names = {name: diffusers_path(path) for name, path in names.items()}
+    kinds = {path: shape(name) for name, path in names.items()}
+    with torch.device("meta"):  # no random numbers that are thrown away at once
+        root = make_tree({path: kind for path, kind in kinds.items() if kind[0] != "LayerNorm"})
+    for name, path in names.items():
+        if kinds[path][0] == "LayerNorm":
+            parent, _, leaf = path.rpartition(".")
+            root.get_submodule(parent).add_module(leaf, nn.LayerNorm(kinds[path][1], eps=0))
+        set_weight(root.get_submodule(path), name)
+    return root
+
+
+@torch.no_grad()
+def acting_weight(layer: nn.Module, shape: torch.Size) -> Tensor:
+    """The weight with which a layer acts, whatever hooks it has: from outputs for unit inputs."""
+    if len(shape) == 1:
+        signs = torch.ones(shape)
+        signs[::2] = -1  # of mean 0 and variance 1
+        return (layer(signs) - layer(-signs)) / 2 * signs
+    inputs = torch.eye(math.prod(shape[1:])).reshape(-1, *shape[1:])
+    outputs = layer(inputs) - layer(torch.zeros_like(inputs[:1]))
+    if len(shape) == 4:  # where the kernel sees the whole input
+        outputs = outputs[:, :, outputs.shape[2] // 2, outputs.shape[3] // 2]
+    return outputs.T.reshape(shape)
+
+
+def acting_weights(models: dict[str, nn.Module], names: Iterable[str], diffusers=False) -> Weights:
+    """The acting weight of each of these layers of the models."""
+    found = {}
+    for name in names:
+        part, path = PATHS[name]
+        found[name] = acting_weight(
+            submodule(models[part], path, diffusers and part == "unet"), base(name).shape
+        )
+    return found
+
+
+def checkout_version(folder: Path, file: str = "", pattern: str = "") -> str:
+    """What a checkout says of itself: its version file, and the commit with its date."""
+    git = ["git", "-C", str(folder), "log", "-1", "--format=%h, %cs"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    found = re.search(pattern, (folder / file).read_text()) if file else None
+    return f"{found[1]} ({commit})" if found else f"({commit})"
+
+
+# ---- ComfyUI and what comes of it ------------------------------------------------------------
+
+
+class SgmModel(nn.Module):
+    """What the loaders ask of a U-Net: its keys, and the configuration that tells SDXL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.diffusion_model = tree("unet")
+        self.diffusion_model.config = UNET_CONFIG
+        self.model_config = SimpleNamespace(unet_config=UNET_CONFIG)
+        self.config = SimpleNamespace(huggingface_repo="stabilityai/stable-diffusion-xl-base-1.0")
+
+
+class TextModel(nn.Module):
+    """Both text encoders, under the names that checkpoints are read into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, part in (("clip_l", "te1"), ("clip_g", "te2")):
+            encoder = nn.Module()
+            encoder.transformer = tree(part)
+            self.add_module(name, encoder)
+
+
+class Clip:
+    """The text encoders as a loader has them: it clones them and adds patches."""
+
+    def __init__(self, patcher: Any) -> None:
+        self.patcher, self.cond_stage_model = patcher, patcher.model
+
+    def clone(self) -> Clip:
+        """The same encoders, with patches of their own."""
+        return Clip(self.patcher.clone())
+
+    def add_patches(self, *args: Any, **options: Any) -> Any:
+        """As the patcher adds them."""
+        return self.patcher.add_patches(*args, **options)
+
+
+class ComfyReader:
+    """ComfyUI: comfy.sd's load_lora_for_models, with its ModelPatcher on the CPU."""
+
+    title = "ComfyUI"
+    version = ("comfyui_version.py", r'__version__ = "(.+)"')
+
+    def __init__(self, folder: Path) -> None:
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = True
+        import comfy.lora
+        import comfy.lora_convert
+        from comfy.model_patcher import ModelPatcher
+
+        self.patcher = ModelPatcher
+        # comfy/sd.py imports every model that ComfyUI has.
+        self.apply = definition(folder / "comfy/sd.py", "load_lora_for_models", comfy=comfy)
+
+    def patchers(self) -> tuple[Any, Any]:
+        """A U-Net and its text encoders, untouched."""
+        cpu = torch.device("cpu")
+        unet, text = (self.patcher(m, cpu, cpu) for m in (SgmModel(), TextModel()))
+        return unet, Clip(text)
+
+    def patched(self, patcher: Any) -> nn.Module:
+        """The model with its patches merged."""
+        return patcher.patch_model()
+
+    def load(self, path: Path, row: Row) -> Weights:
+        """The weights under a file."""
+        unet, clip = self.apply(*self.patchers(), load_file(path), 1.0, 1.0)
+        return self.weights(unet, clip, row)
+
+    def weights(self, unet: Any, clip: Any, row: Row) -> Weights:
+        """The merged weights of the row's layers."""
+        text = self.patched(clip.patcher)
+        models = {"unet": self.patched(unet).diffusion_model}
+        models |= {"te1": text.clip_l.transformer, "te2": text.clip_g.transformer}
+        return {n: models[PATHS[n][0]].get_submodule(PATHS[n][1]).weight for n in row.names}
+
+
+class ReforgeReader(ComfyReader):
+    """reForge, which carries ComfyUI's code as ldm_patched."""
+
+    title = "reForge"
+    version = ("modules_forge/forge_version.py", r"version = '(.+)'")
+
+    def __init__(self, folder: Path) -> None:
+        import ldm_patched.modules.args_parser
+
+        ldm_patched.modules.args_parser.args.always_cpu = -1  # Fooocus: that many threads; -1, all
+        import ldm_patched.modules.lora
+        import ldm_patched.modules.model_patcher
+        import ldm_patched.modules.utils
+
+        self.patcher = ldm_patched.modules.model_patcher.ModelPatcher
+        self.prepare(folder, ldm_patched)
+
+    def prepare(self, folder: Path, ldm_patched: Any) -> None:
+        """Take load_lora_for_models from a file that imports every model."""
+        import ldm_patched.modules.lora_convert
+
+        names = {"ldm_patched": ldm_patched, "logging": logging}
+        file = folder / "ldm_patched/modules/sd.py"
+        self.apply = definition(file, "load_lora_for_models", **names)
+
+
+class ForgeClassicReader(ReforgeReader):
+    """Forge Classic, which carries an older ldm_patched."""
+
+    title = "Forge Classic"
+    version = ()
+
+    def prepare(self, folder: Path, ldm_patched: Any) -> None:
+        """Take load_lora_for_models from a file that imports every model."""
+        file = folder / "ldm_patched/modules/sd.py"
+        self.apply = definition(file, "load_lora_for_models", ldm_patched=ldm_patched)
+
+
+class FooocusReader(ReforgeReader):
+    """Fooocus: its StableDiffusionModel, and the calculate_weight that it puts into ldm_patched."""
+
+    title = "Fooocus"
+    version = ("fooocus_version.py", r"version = '(.+)'")
+
+    def prepare(self, folder: Path, ldm_patched: Any) -> None:
+        """Take what modules/core.py and modules/patch.py define: both start much else."""
+        from ldm_patched.modules.lora import model_lora_keys_clip, model_lora_keys_unet
+        from modules.lora import match_lora
+
+        names = {"torch": torch, "ldm_patched": ldm_patched}
+        calculate = definition(folder / "modules/patch.py", "calculate_weight_patched", **names)
+        self.patcher.calculate_weight = calculate
+        names |= {"os": os, "match_lora": match_lora}
+        names |= {"model_lora_keys_unet": model_lora_keys_unet}
+        names |= {"model_lora_keys_clip": model_lora_keys_clip}
+        self.model = definition(folder / "modules/core.py", "StableDiffusionModel", **names)
+
+    def load(self, path: Path, row: Row) -> Weights:
+        """The weights under a file."""
+        unet, clip = self.patchers()
+        model = self.model(unet=unet, clip=clip)
+        model.refresh_loras([(str(path), 1.0)])
+        return self.weights(model.unet_with_lora, model.clip_with_lora, row)
+
+
+class ForgeReader(ComfyReader):
+    """Forge: its LoRA extension's load_lora_for_models, and the backend's LoraLoader."""
+
+    title = "Forge"
+    version = ("modules_forge/forge_version.py", r"version = '(.+)'")
+
+    def __init__(self, folder: Path) -> None:
+        sys.argv = [sys.argv[0], "--always-cpu"]  # which it reads when it is imported
+        from backend.patcher.base import ModelPatcher
+        from backend.patcher.lora import load_lora, model_lora_keys_clip, model_lora_keys_unet
+
+        self.patcher = ModelPatcher
+        names = {"load_lora": load_lora, "model_lora_keys_clip": model_lora_keys_clip}
+        names |= {"model_lora_keys_unet": model_lora_keys_unet}
+        # which also reads the folder of LoRAs when it is imported
+        file = folder / "extensions-builtin/sd_forge_lora/networks.py"
+        self.apply = definition(file, "load_lora_for_models", **names)
+
+    def patched(self, patcher: Any) -> nn.Module:
+        """The model with its patches merged."""
+        patcher.refresh_loras()
+        return patcher.model
+
+
+# ---- Trainers ------------------------------------------------------------------------------------
+
+
+class LycorisReader:
+    """LyCORIS' network made of the file alone, as sd-scripts has it for --dim_from_weights.
+
+    Without a folder it is the installed package.
+    """
+
+    title = "LyCORIS"
+    version = ("setup.py", r'version="(.+)"')
+
+    def __init__(self, folder: Path | None) -> None:
+        from lycoris.kohya import create_network_from_weights
+
+        self.create = create_network_from_weights
+
+    def models(self) -> dict[str, nn.Module]:
+        """The untouched models."""
+        return {part: tree(part) for part in ("unet", "te1", "te2")}
+
+    def load(self, path: Path, row: Row) -> Weights:
+        """The weights under a file."""
+        models = self.models()
+        unet, encoders = models["unet"], [models["te1"], models["te2"]]
+        network, _ = self.create(1.0, str(path), None, encoders, unet, None, False)
+        network.apply_to(encoders, unet, True, True)
+        network.load_weights(str(path))
+        return acting_weights(models, row.names)
+
+
+class SdScriptsReader(LycorisReader):
+    """sd-scripts' networks.lora, made of the file alone, on its own U-Net."""
+
+    title = "sd-scripts"
+    version = ("README.md", r"Version ([\d.]+)")
+
+    def __init__(self, folder: Path) -> None:
+        from library.sdxl_original_unet import SdxlUNet2DConditionModel
+        from networks.lora import create_network_from_weights
+
+        self.create = create_network_from_weights
+        with torch.device("meta"):  # the widths of SDXL, without its gigabytes
+            self.unet = SdxlUNet2DConditionModel()
+
+    def models(self) -> dict[str, nn.Module]:
+        """The untouched models: their layers are new, as a network changes them."""
+        small = tree("unet")
+        for part, path in PATHS.values():
+            if part == "unet":
+                parent, _, leaf = path.rpartition(".")
+                setattr(self.unet.get_submodule(parent), leaf, small.get_submodule(path))
+        return {"unet": self.unet, "te1": tree("te1"), "te2": tree("te2")}
+
+
+class OneTrainerReader:
+    """OneTrainer, going on with a file: its loader, its names, and its LoRA modules.
+
+    It is told the file's algorithm and rank, and to train exactly the file's layers, as it asks.
+    """
+
+    title = "OneTrainer"
+    version = ()
+
+    def __init__(self, folder: Path) -> None:
+        from modules.model.StableDiffusionXLModel import StableDiffusionXLModel
+        from modules.modelLoader.stableDiffusionXL.StableDiffusionXLLoRALoader import (
+            StableDiffusionXLLoRALoader,
+        )
+        from modules.module.LoRAModule import LoRAModuleWrapper
+        from modules.util.config.TrainConfig import TrainConfig
+        from modules.util.enum.ModelType import ModelType, PeftType
+        from modules.util.ModelNames import ModelNames
+
+        self.model = lambda: StableDiffusionXLModel(ModelType.STABLE_DIFFUSION_XL_10_BASE)
+        self.loader, self.names = StableDiffusionXLLoRALoader(), ModelNames
+        self.wrapper, self.config, self.peft = LoRAModuleWrapper, TrainConfig, PeftType
+
+    def settings(self, row: Row) -> Any:
+        """The training's settings that fit the row's file."""
+        axes, config = row.form.axes, self.config.default_values()
+        kinds = {"hada_w1_a": self.peft.LOHA, "oft_blocks": self.peft.OFT_2}
+        kinds |= dict.fromkeys(("lokr_w1", "lokr_w1_a"), self.peft.LOKR)
+        config.peft_type = next((k for s, k in kinds.items() if s in axes), self.peft.LORA)
+        config.lora_rank = config.lokr_dim = RANK
+        config.lora_decompose = "dora_scale" in axes
+        config.lora_decompose_output_axis = axes.get("dora_scale", "").startswith("o")
+        config.lokr_decompose_factor = -1
+        config.lokr_decompose_both = "lokr_w1_a" in axes
+        config.lokr_full_matrix = {"lokr_w1", "lokr_w2"} <= set(axes)
+        config.lokr_use_tucker = "lokr_t2" in axes
+        config.train_device = "cpu"
+        return config
+
+    def load(self, path: Path, row: Row) -> Weights:
+        """The weights under a file."""
+        model, config = self.model(), self.settings(row)
+        parts = {"unet": "unet", "te1": "text_encoder_1", "te2": "text_encoder_2"}
+        models = {part: tree(part, diffusers=part == "unet") for part in parts}
+        for part, attribute in parts.items():
+            setattr(model, attribute, models[part])
+        self.loader.load(model, self.names(lora=str(path)))
+        prefixes = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
+        for part in {part for part, _ in (PATHS[name] for name in row.names)}:
+            paths = [PATHS[n][1] for n in row.names if PATHS[n][0] == part]
+            filters = [diffusers_path(p) for p in paths] if part == "unet" else []
+            wrapper = self.wrapper(models[part], prefixes[part], config, filters)
+            wrapper.load_state_dict(model.lora_state_dict)
+            wrapper.hook_to_module()
+        return acting_weights(models, row.names, diffusers=True)
+
+
+class DiffusersReader:
+    """diffusers with PEFT, as installed."""
+
+    title = "diffusers"
+
+    def __init__(self, folder: None) -> None:
+        from diffusers_sdxl import sdxl_pipeline
+
+        self.pipeline = sdxl_pipeline((1, 2, 1))
+        self.models = {"unet": self.pipeline.unet}
+        self.models |= {"te1": self.pipeline.text_encoder, "te2": self.pipeline.text_encoder_2}
+        for name, (part, path) in PATHS.items():
+            set_weight(submodule(self.models[part], path, part == "unet"), name)
+
+    def load(self, path: Path, row: Row) -> Weights:
+        """The weights under a file."""
+        self.pipeline.unload_lora_weights()
+        self.pipeline.load_lora_weights(str(path))
+        return acting_weights(self.models, row.names, diffusers=True)
+
+
+READERS = {
+    "comfyui": ComfyReader,
+    "forge": ForgeReader,
+    "reforge": ReforgeReader,
+    "forge_classic": ForgeClassicReader,
+    "fooocus": FooocusReader,
+    "onetrainer": OneTrainerReader,
+    "sd_scripts": SdScriptsReader,
+    "lycoris": LycorisReader,
+    "diffusers": DiffusersReader,
+}
+# Read without a checkout, from the packages that this Python has.
+INSTALLED = {"lycoris": ("lycoris_lora",), "diffusers": ("diffusers", "peft")}
+
+
+def version(name: str, folder: Path | None) -> str:
+    """What was run: the program with its version, or its commit and date."""
+    reader = READERS[name]
+    if folder:
+        return f"{reader.title} {checkout_version(folder, *reader.version)}"
+    numbers = [importlib.metadata.version(package) for package in INSTALLED[name]]
+    others = zip(INSTALLED[name][1:], numbers[1:], strict=True)
+    return " with ".join([f"{reader.title} {numbers[0]}", *(" ".join(pair) for pair in others)])

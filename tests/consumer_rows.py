@@ -1,0 +1,183 @@
+"""What tests/consumers.py gives to programs: slices of each kind, and what each must change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from lora_algebra import Module, final_weight, weight_change
+from lora_files import SDXL, weight_shape
+from lora_forms import FORMS, REFUSED, Form, base_weight, make_module, write_modules
+from safetensors.torch import save_file
+from slicing import all_traits, slice_lora
+from torch import Tensor
+
+RANK, ALPHA = 4, 2.0
+CHANGE = 0.1  # the size of a change beside its weight
+# More than 12 modules: Forge and Fooocus skip a whole file for more than 12 unknown tensors.
+TRANSFORMER = "input_blocks.4.1.transformer_blocks"
+Layers = tuple[tuple[str, str], ...]  # part and path
+ATTENTION: Layers = tuple(
+    ("unet", f"{TRANSFORMER}.{block}.attn{attention}.to_{projection}")
+    for block, attention, projections in (
+        (0, 1, ("q", "k", "v", "out.0")),
+        (0, 2, ("q", "k", "out.0")),  # the k of attn2 is no square: 640 of 2048
+        (1, 1, ("q", "k", "v", "out.0")),
+        (1, 2, ("q", "out.0")),
+    )
+    for projection in projections
+)
+KERNEL: Layers = (("unet", "input_blocks.1.0.in_layers.2"),)  # 3 x 3
+CONVOLUTIONS: Layers = (*KERNEL, ("unet", "input_blocks.4.0.skip_connection"))
+NORM: Layers = (("unet", f"{TRANSFORMER}.0.norm1"),)
+TEXT: Layers = tuple(
+    (part, f"text_model.encoder.layers.0.self_attn.{projection}_proj")
+    for part in ("te1", "te2")
+    for projection in ("q", "out")
+)
+PATHS = {
+    f"lora_{part}_{path.replace('.', '_')}": (part, path)
+    for part, path in (*ATTENTION, *CONVOLUTIONS, *NORM, *TEXT)
+}
+# Where an SDXL checkpoint has a layer of the U-Net.
+IN_CHECKPOINT = "model.diffusion_model"
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A line of the table: a form on some layers, and the strengths at which it is cut.
+
+    At a strength that needs the base model, `base_model` is given to the slicer.
+    """
+
+    form: Form
+    layers: Layers
+    strengths: tuple[float, ...] = (1.0, 0.5, -1.0)
+    alpha: float | None = ALPHA
+    half: bool = False  # the factors as fp16; a DoRA's scale stays fp32
+
+    @property
+    def names(self) -> list[str]:
+        """The modules' names."""
+        return [name for name, layer in PATHS.items() if layer in self.layers]
+
+
+COLUMNS, OUTPUTS = REFUSED["DoRA, by column"], REFUSED["DoRA"]
+ROWS = {
+    "LoRA": Row(FORMS["LoRA"], ATTENTION),
+    "LoRA without alpha in its source": Row(FORMS["LoRA"], ATTENTION, alpha=None),
+    "LoCon: convolutions": Row(FORMS["LoRA"], CONVOLUTIONS),
+    "LoCon with tucker": Row(FORMS["LoCon, tucker"], KERNEL),
+    "LoRA of the text encoders": Row(FORMS["LoRA"], TEXT),
+    "LoHa": Row(FORMS["LoHa"], ATTENTION),
+    "LoHa with tucker": Row(FORMS["LoHa, tucker"], KERNEL),
+    "LoKr, whole": Row(FORMS["LoKr, both whole"], ATTENTION),
+    "LoKr, factored": Row(FORMS["LoKr, w2 factored"], ATTENTION),
+    "LoKr, both factored": Row(FORMS["LoKr, both factored"], ATTENTION),
+    "LoKr with tucker": Row(FORMS["LoKr, tucker"], KERNEL),
+    "full": Row(FORMS["full"], ATTENTION),
+    "norm": Row(FORMS["norm, without bias"], NORM),
+    "IA3": Row(FORMS["IA3"], ATTENTION),
+    "GLoRA": Row(FORMS["GLoRA"], ATTENTION),
+    "OFT, at 1": Row(REFUSED["OFT"], ATTENTION, (1.0,)),
+    "BOFT, at 1": Row(REFUSED["BOFT"], ATTENTION, (1.0,)),
+    "DoRA `[1, in]`, at 1": Row(COLUMNS, ATTENTION, (1.0,)),
+    "DoRA `[1, in]`, at 0.5": Row(COLUMNS, ATTENTION, (0.5,)),
+    "DoRA `[1, in]`, fp16 with its scale in fp32": Row(COLUMNS, ATTENTION, (1.0,), half=True),
+    "DoRA `[out, 1]`, at 1": Row(OUTPUTS, ATTENTION, (1.0,)),
+    "DoRA `[out, 1]`, at 0.5": Row(OUTPUTS, ATTENTION, (0.5,)),
+    "DoRA `[out, 1]`, fp16 with its scale in fp32": Row(OUTPUTS, ATTENTION, (1.0,), half=True),
+}
+
+
+@cache
+def base(name: str) -> Tensor:
+    """The weight of the layer of this name before any LoRA, the same in every process."""
+    return base_weight(name)
+
+
+def shape(name: str) -> tuple[str, list[int]]:
+    """The kind of a layer, Linear, Conv2d or LayerNorm, and its weight's shape."""
+    part, path = PATHS[name]
+    return SDXL[part][path] if path in SDXL[part] else ("LayerNorm", weight_shape(name))
+
+
+def tamed(name: str, module: Module, form: Form) -> Module:
+    """The module as a training leaves one: a change far smaller than the weight."""
+    weight = base(name)
+    if "oft_blocks" in module:  # of which an alpha is not a scale, but a bound; 0 is none
+        return {"oft_blocks": 0.01 * module["oft_blocks"], "alpha": torch.tensor(0.0)}
+    size = CHANGE * float(weight.norm() / weight_change(module, weight).norm())
+    for suffix in form.scaled or ("lora_up.weight",):
+        module[suffix] = size * module[suffix]
+    if {"lokr_w1", "lokr_w2"} <= set(module):  # LyCORIS writes one that changes nothing
+        module["alpha"] = torch.tensor(float(RANK))
+    if "dora_scale" in module:
+        axis = 1 if module["dora_scale"].shape[0] == 1 else 0
+        lengths = weight.norm(dim=1 - axis, keepdim=True)
+        module["dora_scale"] = lengths * (1 + 0.05 * module["dora_scale"])
+    return module
+
+
+@lru_cache(maxsize=1)
+def source_modules(row: Row) -> dict[str, Module]:
+    """The modules that the row's LoRA holds."""
+    made = {}
+    for seed, name in enumerate(row.names):
+        module = make_module(name, row.form, RANK, row.alpha, torch.float32, seed)
+        made[name] = tamed(name, module, row.form)
+        if row.half:
+            made[name] |= {s: t.half() for s, t in made[name].items() if s != "dora_scale"}
+    return made
+
+
+@lru_cache(maxsize=1)
+def trained_weights(row: Row) -> dict[str, Tensor]:
+    """The weight of each layer as the row's LoRA was trained, in float64."""
+    return {name: final_weight(m, base(name)) for name, m in source_modules(row).items()}
+
+
+def wanted_weights(row: Row, strength: float) -> dict[str, Tensor]:
+    """The weight of each layer under the row's LoRA at this strength, in float64."""
+    return {
+        name: torch.lerp(base(name).double(), trained, strength)
+        for name, trained in trained_weights(row).items()
+    }
+
+
+def write_base_model(path: Path) -> Path:
+    """The attention layers' weights, under the keys that an SDXL checkpoint has them."""
+    weights = {
+        f"{IN_CHECKPOINT}.{path}.weight": base(name)
+        for name, (_, path) in PATHS.items()
+        if PATHS[name] in ATTENTION
+    }
+    save_file(weights, path)
+    return path
+
+
+def write_slices(folder: Path, titles: list[str]) -> None:
+    """Make the LoRA of each of these rows and cut all of it at each strength, with blora_slicer."""
+    checkpoint = write_base_model(folder / "base.safetensors")
+    traits = ("--traits", "all", "--traits_file", all_traits(folder))
+    for title, strength in cuts(titles):
+        row = ROWS[title]
+        lora = write_modules(folder / "source.safetensors", source_modules(row))
+        options = ["--alphas", strength, "--output_path", slice_path(folder, title, strength)]
+        if "dora_scale" in row.form.axes:
+            options += ["--base_model", checkpoint]
+        if slice_lora("--loras", lora, *traits, *options):
+            raise RuntimeError(f"blora_slicer refuses {title} at {strength}")
+
+
+def cuts(titles: list[str]) -> Iterator[tuple[str, float]]:
+    """Every slice of these rows, by row and strength."""
+    return ((title, strength) for title in titles for strength in ROWS[title].strengths)
+
+
+def slice_path(folder: Path, title: str, strength: float) -> Path:
+    """Where a row's slice at a strength lies."""
+    return folder / f"{list(ROWS).index(title)} at {strength}.safetensors"
