@@ -6,7 +6,7 @@
 Run it in a kohya folder with the bundle. A command line is read by sd-scripts' own parser, and its
 network is built by LyCORIS on sd-scripts' own SDXL, whose weights are not set. A file is loaded in
 both ways that LyCORIS has, into the network of a command line and alone, and compared with what is
-then held.
+then held. "save" names a file for the network that was made of another, with every number moved.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lora_algebra import read_modules, weight_change
 from make_random_sdxl import import_models, models_on_meta
 from safetensors.torch import load_file
 from torch import nn
@@ -75,7 +78,7 @@ def build(sdxl: Any, args: argparse.Namespace, device: str) -> nn.Module:
     return network
 
 
-def continued(sdxl: Any, path: Path, args: argparse.Namespace) -> nn.Module:
+def continued(sdxl: Any, args: argparse.Namespace, path: Path) -> nn.Module:
     """The network of these options with the file in it, as sd-scripts has --network_weights."""
     network = build(sdxl, args, "cpu")
     network.load_weights(str(path))
@@ -100,12 +103,53 @@ def compared(network: nn.Module, path: Path) -> dict[str, list[str]]:
         or held[name].numel() != tensor.numel()
         or not torch.equal(held[name].float().flatten(), tensor.float().flatten())
     ]
-    return {"modules": modules_of(network), "differing": differing}
+    return {"modules": modules_of(network), "differing": differing, "off": off(network, path)}
+
+
+def off(network: nn.Module, path: Path) -> float:
+    """How far the network's changes are from the file's: the largest relative error of a module.
+
+    A module that the file does not have must change nothing, else it is off by infinity. Of each
+    transformer its first block alone, which has every shape: a change in float64 takes its time.
+    """
+    modules = read_modules(path)
+    errors = []
+    for lora in (lora for lora in network.loras if "_transformer_blocks_0_" in lora.lora_name):
+        held = lora.get_diff_weight()[0].double()
+        expected = held * 0
+        if lora.lora_name in modules:
+            expected = weight_change(modules[lora.lora_name])
+        apart = (held - expected).norm()
+        errors.append((apart / expected.norm()).item() if apart else 0.0)
+    return max(errors)
+
+
+def save_moved(network: nn.Module, path: Path) -> float:
+    """Save the network as sd-scripts does, every number moved; how far off the file is."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    network.save_weights(str(path), torch.float32, {})
+    return off(network, path)
+
+
+def tried(make: Callable[[Path], nn.Module], path: Path, save: Path | None) -> dict[str, Any]:
+    """What the network of a file holds, or why LyCORIS made none."""
+    try:
+        network = make(path)
+    except (RuntimeError, TypeError) as error:
+        return {"refused": str(error)}
+    answer = compared(network, path)
+    if save:
+        answer["saved_off"] = save_moved(network, save)
+    return answer
 
 
 def main(argv: list[str]) -> int:
     """Answer the question on stdin; what the libraries say goes to stderr."""
     question = json.load(sys.stdin)
+    save = {file: Path(out) for file, out in question.get("save", {}).items()}
     with contextlib.redirect_stdout(sys.stderr):
         sdxl = import_models(Path(argv[0]))
         parsed = {name: parse(line) for name, line in question["command_lines"].items()}
@@ -113,11 +157,11 @@ def main(argv: list[str]) -> int:
             "options": {name: vars(args) for name, args in parsed.items()},
             "modules": {n: modules_of(build(sdxl, args, "meta")) for n, args in parsed.items()},
             "continued": {
-                file: compared(continued(sdxl, Path(file), parsed[name]), Path(file))
+                file: tried(partial(continued, sdxl, parsed[name]), Path(file), save.get(file))
                 for file, name in question["continue"].items()
             },
             "from_file": {
-                file: compared(from_file(sdxl, Path(file)), Path(file))
+                file: tried(partial(from_file, sdxl), Path(file), save.get(file))
                 for file in question["from_file"]
             },
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 from kohya_folder import ROOT
@@ -11,6 +12,10 @@ import blora_preflight
 import blora_slicer
 from blora_sdxl import load_traits
 
+# Those of sd-scripts' networks/resize_lora.py that the recipe speaks of; test_blora_real_tools.py
+# runs its command on the real one.
+RESIZE = ("--model", "--save_to", "--new_rank", "--save_precision")
+RESIZE += ("--dynamic_method", "--device", "--verbose")
 # fast has every setting of classic, and one more.
 SETTINGS = set(
     re.findall(r"^(BLORA_\w+)=", (ROOT / "sdxl_blora_fast.sh").read_text(), re.MULTILINE)
@@ -41,6 +46,19 @@ def check_slicer(command: list[str]) -> None:
     args = blora_slicer.build_parser().parse_args(command[2:])
     known = load_traits(args.traits_file)
     assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
+
+
+def resize_parser() -> argparse.ArgumentParser:
+    """The command line of the resize tool."""
+    parser = argparse.ArgumentParser()
+    for option in RESIZE:
+        parser.add_argument(option, **({"action": "store_true"} if option == "--verbose" else {}))
+    return parser
+
+
+def check_resize(command: list[str]) -> None:
+    """Options that the resize tool takes."""
+    assert resize_parser().parse_args(command[2:]).save_precision == "fp16"
 
 
 def check_preflight(command: list[str]) -> None:

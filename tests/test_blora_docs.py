@@ -19,7 +19,14 @@ from kohya_folder import ROOT, install
 from launcher_text import outline
 from make_checkpoint import main as make_checkpoint
 from make_dataset import draw
-from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
+from readme_commands import (
+    check_cmd,
+    check_launcher,
+    check_preflight,
+    check_resize,
+    check_slicer,
+    resize_parser,
+)
 from safetensors.torch import save_file
 
 import blora_memory
@@ -65,6 +72,8 @@ def test_every_command_is_one_that_works(page, command, tmp_path, monkeypatch):
         return  # run below, with the trait that the page adds
     if words[:2] == ["python", "blora_slicer.py"]:
         check_slicer(words)
+    elif words[:2] == ["python", "networks/resize_lora.py"]:
+        check_resize(words)
     elif words[:2] == ["python", "blora_preflight.py"]:
         check_preflight(words)
         sdxl_train_network.build_parser().parse_args(words[3:])
@@ -120,6 +129,7 @@ def parsers():
         blora_slicer.build_parser(),
         blora_preflight.build_parser(),
         sdxl_train_network.build_parser(),
+        resize_parser(),
     )
 
 

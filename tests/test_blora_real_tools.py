@@ -1,0 +1,403 @@
+"""The recipes "a smaller file" and "go on training a slice", with sd-scripts' own programs.
+
+  KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
+    .venv/bin/python -m pytest tests/test_blora_real_tools.py
+
+takes a minute. networks/resize_lora.py resizes files as wide as SDXL's layers, and LyCORIS loads
+slices into sd-scripts' own SDXL. The checkout is only read. KOHYA_PYTHON needs kohya's requirements
+and lycoris_lora.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kohya_folder import ROOT
+from lora_algebra import Module, alpha_over_rank, final_weight, read_modules, weight_change
+from lora_files import CONTENT, METADATA, STYLE, lora_module, write
+from lora_forms import FORMS, INPUT, base_weight, make_module, write_modules
+from preset_modules import block_modules
+from real_kohya import KOHYA_PYTHON, KOHYA_ROOT
+from safetensors import safe_open
+from safetensors.torch import load_file
+from slicing import all_traits, refusal, slice_lora, stored
+from torch import Tensor
+
+pytestmark = pytest.mark.slow
+
+PAGE = (ROOT / "docs/blora_recipes.md").read_text(encoding="utf-8")
+MILLIONTH = 1e-6
+
+
+def kohya_python(*args: str | Path, cwd: Path, **options: Any) -> str:
+    """What kohya's Python prints; it finds sd-scripts' library, as where that is installed."""
+    path = [KOHYA_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [KOHYA_PYTHON, *args],
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
+        **options,
+    ).stdout
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+# ---- A smaller file ------------------------------------------------------------------------------
+
+RESIZE = """
+import json, sys
+from networks import resize_lora
+for line in json.load(sys.stdin):
+    resize_lora.resize(resize_lora.setup_parser().parse_args(line))
+"""
+RANK, NEW_RANK = 40, 32  # the new one as the page has it
+ATTENTION, KERNEL = INPUT["attention"], INPUT["3x3"]
+LOHA, LOKR = ("LoHa", "LoHa, tucker"), ("LoKr, both whole", "LoKr, w2 factored", "LoKr, tucker")
+
+
+def page_commands(heading: str) -> list[list[str]]:
+    """The commands of a recipe, word by word."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    typed = "".join(re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
+    return [shlex.split(line) for line in typed.splitlines()]
+
+
+def fading(name: str, rank: int, fade: float) -> dict[str, Tensor]:
+    """A module each of whose ranks does less than the one before it."""
+    tensors = lora_module(name, rank=rank, alpha=rank, dtype=torch.float32)
+    strength = (fade ** torch.arange(rank))[:, None]
+    tensors[f"{name}.lora_down.weight"] *= strength
+    return {key: tensor.half() for key, tensor in tensors.items()}
+
+
+def two_blocks(rank: int, projections: tuple[str, ...]) -> dict[str, Tensor]:
+    """Attention of transformer block 0 in content and style, no two modules alike."""
+    names = [
+        block.format(0, attention, projection)
+        for block in (CONTENT, STYLE)
+        for attention in (1, 2)
+        for projection in projections
+    ]
+    tensors: dict[str, Tensor] = {}
+    for index, name in enumerate(names):
+        tensors |= fading(name, rank, 0.5 + 0.45 * index / len(names))
+    return tensors
+
+
+def singular_values(module: Module) -> Tensor:
+    """Those of a LoRA module's change in float64, by the triangles of its factors: they are few."""
+    up, down = (module[f"lora_{end}.weight"].double() for end in ("up", "down"))
+    triangles = [torch.linalg.qr(factor).R for factor in (up, down.T)]
+    return alpha_over_rank(module) * torch.linalg.svdvals(triangles[0] @ triangles[1].T)
+
+
+def excess(before: Module, after: Module) -> float:
+    """By how much a module is farther off than the best of its rank, beside its change."""
+    change, singular = weight_change(before), singular_values(before)
+    best = singular[len(after["lora_down.weight"]) :].norm()
+    return (((weight_change(after) - change).norm() - best) / singular.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> dict[str, Path]:
+    """The page's two commands, run as they are; every file by its stem."""
+    folder = tmp_path_factory.mktemp("recipe")
+    resize, cut = page_commands("A smaller file")
+    trained = folder / resize[resize.index("--model") + 1]
+    trained.parent.mkdir(parents=True)
+    write(trained, two_blocks(RANK, ("q", "k", "v", "out_0")))
+    start = time.monotonic()
+    kohya_python(Path(KOHYA_ROOT, resize[1]), *resize[2:], cwd=folder)
+    print(f"resizing 16 modules: {time.monotonic() - start:.0f} s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert slice_lora(*cut[2:]) == 0
+    return {path.stem: path for path in (trained, *folder.glob("*.safetensors"))}
+
+
+def worst_excess(before: Path, after: Path, rank: int) -> float:
+    """The largest excess of a file's modules, all of which are now of this rank."""
+    old, new = read_modules(before), read_modules(after)
+    assert list(new) == list(old)
+    assert {len(module["lora_down.weight"]) for module in new.values()} == {rank}
+    worst = max(excess(old[name], new[name]) for name in old)
+    print(f"{after.stem}: {worst:.1e} farther off than the best of rank {rank}")
+    return worst
+
+
+def test_a_resized_lora_is_the_best_of_its_rank_but_for_the_rounding_of_fp16(recipe):
+    worst = worst_excess(recipe["my_project_1"], recipe["my_smaller"], NEW_RANK)
+    assert worst < torch.finfo(torch.float16).eps / 2
+
+
+def test_a_slice_of_it_is_the_resized_file_bit_for_bit_under_a_name_of_its_own(recipe):
+    resized, content = stored(recipe["my_smaller"]), stored(recipe["my_content"])
+    assert content == {key: resized[key] for key in content}
+    assert len(content) == 3 * 8
+    assert {kind for kind, _, _ in content.values()} == {"F16"}
+    told = metadata(recipe["my_content"])
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("32", "32.0")
+    assert told["ss_training_comment"].startswith(
+        "content of my_smaller.safetensors at 1; dimension is resized from 40 to 32"
+    )
+    # This is why the slicer comes second: programs tell files apart by this name.
+    names = [metadata(recipe[stem])["ss_output_name"] for stem in ("my_smaller", "my_content")]
+    assert names == [METADATA["ss_output_name"], "my_content"]
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Files of other forms before and after, all in one run of the tool."""
+    if "LORA_DOWN_UP_FORMATS" not in Path(KOHYA_ROOT, "networks/resize_lora.py").read_text("utf-8"):
+        pytest.skip("sd-scripts before 0.10 stops at a file without a LoRA on a Linear")
+    folder = tmp_path_factory.mktemp("resized")
+    dora = make_module(ATTENTION, FORMS["LoRA"], 4, 4.0, torch.float16)
+    lengths = base_weight(ATTENTION).square().sum(0, keepdim=True).sqrt()
+    noise = torch.randn(lengths.shape, generator=torch.Generator().manual_seed(0))
+    dora["dora_scale"] = (lengths * (1 + 0.01 * noise)).half()
+    files = {
+        name: {layer: make_module(layer, FORMS[name], 4, 4.0, torch.float16)}
+        for name in (*LOHA, *LOKR, "LoCon, tucker")
+        for layer in [KERNEL if "tucker" in name else ATTENTION]
+    }
+    files |= {"DoRA": {ATTENTION: dora}, "tucker, same rank": files["LoCon, tucker"]}
+    paths, lines = {}, []
+    for name, made in files.items():
+        before, after = (folder / f"{name}{end}.safetensors" for end in ("", ", resized"))
+        write_modules(before, made, METADATA)
+        rank = "4" if "same" in name else "2"
+        lines.append(line(before, after, "--new_rank", rank, "--save_precision", "fp16"))
+        paths[name] = before, after
+    two = write(folder / "two.safetensors", two_blocks(16, ("q",)))
+    dynamic = shlex.split("--dynamic_method sv_fro --dynamic_param 0.99 --save_precision fp16")
+    for name, options in (("dynamic", dynamic), ("no precision", [])):
+        paths[name] = two, folder / f"{name}.safetensors"
+        lines.append(line(*paths[name], "--new_rank", "12", *options))
+    kohya_python("-c", RESIZE, cwd=folder, input=json.dumps(lines))
+    return paths
+
+
+def line(before: Path, after: Path, *options: str) -> list[str]:
+    """Options of resize_lora.py."""
+    return ["--model", str(before), "--save_to", str(after), *options]
+
+
+def test_in_fp32_a_resized_lora_is_the_best_of_its_rank_to_a_millionth(resized):
+    assert worst_excess(*resized["no precision"], 12) < MILLIONTH
+
+
+def test_without_a_precision_the_file_is_in_fp32(resized):
+    before, after = map(stored, resized["no precision"])
+    assert {kind for kind, _, _ in before.values()} == {"F16"}
+    assert {kind for kind, _, _ in after.values()} == {"F32"}
+
+
+def alphas(path: Path) -> list[float]:
+    return sorted(module["alpha"].item() for module in read_modules(path).values())
+
+
+def test_dynamic_ranks_leave_alphas_that_differ_until_both_traits_are_cut_into_one(
+    resized, tmp_path
+):
+    _, dynamic = resized["dynamic"]
+    assert metadata(dynamic)["ss_network_dim"] == "Dynamic"
+    one, both = tmp_path / "one.safetensors", tmp_path / "both.safetensors"
+    assert slice_lora("--loras", dynamic, "--output_path", one) == 0
+    assert (
+        slice_lora("--loras", dynamic, "--traits", "content", "style", "--output_path", both) == 0
+    )
+    assert len(set(alphas(dynamic))) == 4
+    assert len(set(alphas(one))) == 2
+    assert len(set(alphas(both))) == 1
+    before, after = read_modules(dynamic), read_modules(both)
+    for name, module in before.items():
+        change = weight_change(module)
+        assert (weight_change(after[name]) - change).norm() < 1e-3 * change.norm()
+
+
+@pytest.mark.parametrize("form", [*LOHA, *LOKR])
+def test_loha_and_lokr_are_left_as_they_are_with_metadata_that_is_not_true(resized, form):
+    before, after = resized[form]
+    assert stored(after) == stored(before)
+    told = metadata(after)
+    assert told["ss_training_comment"] == "dimension is resized from None to 2; "
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("2", "None")
+
+
+def test_a_tucker_core_is_left_between_factors_that_no_longer_fit_it(resized):
+    _, after = resized["LoCon, tucker"]
+    [module] = read_modules(after).values()
+    assert {suffix: list(tensor.shape) for suffix, tensor in module.items()} == {
+        "alpha": [],
+        "lora_down.weight": [2, 4, 1, 1],
+        "lora_mid.weight": [4, 4, 3, 3],
+        "lora_up.weight": [320, 2, 1, 1],
+    }
+
+
+def test_the_slicer_refuses_such_a_core(resized, tmp_path, capsys):
+    _, after = resized["LoCon, tucker"]
+    options = "--traits", "all", "--traits_file", all_traits(tmp_path)
+    place = "--output_path", tmp_path / "slice.safetensors"
+    sentence = refusal(capsys, "--loras", after, *options, *place)
+    assert sentence.startswith(f'all that {after} holds of the trait "all" lacks a factor, or has ')
+
+
+def test_nor_does_a_tucker_core_fit_where_the_rank_stays_the_same(resized):
+    """The factors are turned and the core is not, which no shape shows."""
+    (before,), (after,) = (read_modules(path).values() for path in resized["tucker, same rank"])
+    assert {s: t.shape for s, t in after.items()} == {s: t.shape for s, t in before.items()}
+    change = weight_change(before)
+    assert (weight_change(after) - change).norm() > 0.5 * change.norm()
+
+
+def test_the_slicer_warns_of_such_a_core(resized, tmp_path, capsys):
+    _, after = resized["tucker, same rank"]
+    options = "--traits", "all", "--traits_file", all_traits(tmp_path)
+    assert (
+        slice_lora("--loras", after, *options, "--output_path", tmp_path / "out.safetensors") == 0
+    )
+    assert capsys.readouterr().err.startswith(f"warning: {after.name} was resized, ")
+
+
+def test_a_dora_keeps_its_scale_and_gets_the_best_factors(resized):
+    (before,), (after,) = (read_modules(path).values() for path in resized["DoRA"])
+    assert torch.equal(after["dora_scale"], before["dora_scale"])
+    assert abs(excess(before, after)) < MILLIONTH
+    base = base_weight(ATTENTION)
+    apart = (final_weight(after, base) - final_weight(before, base)).norm()
+    best = singular_values(before)[2:].norm()
+    print(f"DoRA: its weight is off by {apart / best:.3f} times what its factors are")
+    assert apart < best
+
+
+# ---- Go on training a slice ----------------------------------------------------------------------
+
+SLICE_RANK, SLICE_ALPHA = 4, 2.0
+WITH_PRESET = [
+    "--pretrained_model_name_or_path=none",
+    "--network_module=lycoris.kohya",
+    "--network_train_unet_only",
+    f"--network_dim={SLICE_RANK}",
+    f"--network_alpha={SLICE_ALPHA}",
+    "--network_args",
+    "preset=lycoris_presets/blora_content_style.toml",
+]
+DORA = ["dora_wd=True", "wd_on_output=False"]
+COMMAND_LINES = {
+    "same": WITH_PRESET,
+    "half the alpha": [*WITH_PRESET, f"--network_alpha={SLICE_ALPHA / 2}"],
+    "another rank": [*WITH_PRESET, f"--network_dim={2 * SLICE_RANK}"],
+    "DoRA": [*WITH_PRESET, *DORA],
+}
+
+
+def write_slice(folder: Path, name: str, *, alpha: float | None, dora: bool) -> Path:
+    """A content slice with all 80 modules, cut by the slicer."""
+    tensors = {}
+    for module in sorted(block_modules("output_blocks_0_1") | block_modules("output_blocks_1_1")):
+        made = lora_module(module, rank=SLICE_RANK, alpha=alpha)
+        if dora:
+            inputs = made[f"{module}.lora_down.weight"].shape[1]
+            made[f"{module}.dora_scale"] = torch.linspace(1, 2, inputs)[None].half()
+        tensors |= made
+    parent = write(folder / f"{name}, parent.safetensors", tensors)
+    assert slice_lora("--loras", parent, "--output_path", folder / f"{name}.safetensors") == 0
+    return folder / f"{name}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def going_on(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The folder with slices, and what LyCORIS makes of them: see kohya_probe.py."""
+    folder = tmp_path_factory.mktemp("going_on")
+    plain = write_slice(folder, "alone", alpha=SLICE_ALPHA, dora=False)
+    for name in ("same", "half the alpha", "another rank"):
+        shutil.copy(plain, folder / f"{name}.safetensors")
+    write_slice(folder, "DoRA", alpha=SLICE_ALPHA, dora=True)
+    shutil.copy(folder / "DoRA.safetensors", folder / "DoRA, alone.safetensors")
+
+    def path(name: str) -> str:
+        return str(folder / f"{name}.safetensors")
+
+    question = {
+        "command_lines": COMMAND_LINES,
+        "continue": {path(n): n for n in ("same", "half the alpha", "another rank", "DoRA")},
+        "from_file": [path("alone"), path("DoRA, alone")],
+        "save": {path(n): path(f"{n}, trained") for n in ("alone", "half the alpha", "DoRA")},
+    }
+    printed = kohya_python(
+        ROOT / "tests/kohya_probe.py", KOHYA_ROOT, cwd=ROOT, input=json.dumps(question)
+    )
+    answer = json.loads(printed)
+    found = answer["continued"] | answer["from_file"]
+    return folder, {Path(file).stem: told for file, told in found.items()}
+
+
+def sliced_again(folder: Path, name: str) -> Path:
+    """The content of what was trained."""
+    again = folder / f"{name}, again.safetensors"
+    assert (
+        slice_lora("--loras", folder / f"{name}, trained.safetensors", "--output_path", again) == 0
+    )
+    return again
+
+
+def test_dim_from_weights_trains_the_slices_modules_from_where_they_were(going_on):
+    _, found = going_on
+    assert set(found["alone"]["modules"]) == block_modules("output_blocks_0_1")
+    assert found["alone"]["differing"] == []
+    print(f"going on: {found['alone']['off']:.1e} off, saved {found['alone']['saved_off']:.1e}")
+    assert found["alone"]["off"] < MILLIONTH
+    assert found["alone"]["saved_off"] < MILLIONTH
+
+
+@pytest.mark.parametrize("name", ["alone", "DoRA"])
+def test_what_is_then_saved_gives_the_same_keys_when_it_is_sliced_again(going_on, name):
+    folder, _ = going_on
+    paths = folder / f"{name}.safetensors", sliced_again(folder, name)
+    before, after = map(load_file, paths)
+    assert sorted(after) == sorted(before)
+    moved = [key for key in before if not torch.equal(after[key].half(), before[key])]
+    assert sorted(moved) == sorted(key for key in before if not key.endswith(".alpha"))
+
+
+def test_the_preset_trains_both_blocks_and_the_slice_is_exact_at_its_own_rank_and_alpha(going_on):
+    _, found = going_on
+    both = block_modules("output_blocks_0_1") | block_modules("output_blocks_1_1")
+    for name in ("same", "DoRA"):
+        assert set(found[name]["modules"]) == both
+        assert found[name]["differing"] == []
+        assert found[name]["off"] < MILLIONTH
+
+
+def test_at_half_the_alpha_the_slice_trains_at_half_its_strength_and_is_saved_at_twice(going_on):
+    folder, found = going_on
+    assert found["half the alpha"]["differing"] == []
+    assert found["half the alpha"]["off"] == pytest.approx(0.5, abs=MILLIONTH)
+    assert found["half the alpha"]["saved_off"] == pytest.approx(0.5, abs=MILLIONTH)
+    assert set(alphas(sliced_again(folder, "half the alpha"))) == {SLICE_ALPHA}
+
+
+def test_another_rank_is_refused(going_on):
+    assert "size mismatch" in going_on[1]["another rank"]["refused"]
+
+
+def test_dim_from_weights_is_refused_for_a_dora_with_a_scale_of_its_inputs(going_on):
+    assert "doesn't match the broadcast shape" in going_on[1]["DoRA, alone"]["refused"]
