@@ -202,7 +202,7 @@ def keys_of_other_model(keys: Iterable[str], modules: dict[str, Module]) -> str 
             return "it has lora_te_, the one text encoder of Stable Diffusion 1 and 2"
         if block := foreign_block(key):
             return f"it has {block}, a block that SDXL does not have"
-        if modules and not has_unet and re.match(ANY_MODEL, plain_name(key)):
+        if not has_unet and re.match(ANY_MODEL, plain_name(key)):
             return f"it has {first_few([key])}, and nothing of SDXL's U-Net"
     return None
 

@@ -224,6 +224,11 @@ STRANGERS: dict[str, tuple[dict[str, Tensor], dict[str, str] | None, str]] = {
         {"modelspec.architecture": "stable-diffusion-v1/lora"},
         'its modelspec.architecture is "stable-diffusion-v1/lora"',
     ),
+    "Flux": (
+        {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.ones(1)},
+        None,
+        "it has lora_unet_double_blocks_0_img_attn_qkv.alpha, and nothing of SDXL's U-Net",
+    ),
     "Control-LoRA": (
         SDXL | {"lora_controlnet": torch.zeros(1)},
         None,
@@ -318,6 +323,10 @@ OWN = {
         f"a finetune's name: {said}": {"ss_base_model_version": said}
         for said in ("Animagine 3.1", "wanderlust", "Sanami", "reflux_v2")
     },
+    "the one entry says SDXL": {
+        "ss_base_model_version": "sd_v1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    },
     "SDXL in capitals": {"ss_base_model_version": "SDXL 1.0, flux-like"},
     "SDXL Turbo": {"modelspec.architecture": "stable-diffusion-XL-turbo"},
     "an empty entry": {"ss_base_model_version": "", "modelspec.architecture": ""},
@@ -332,6 +341,21 @@ def test_a_lora_that_does_not_name_another_model_is_cut(tmp_path, capsys, metada
     assert slice_lora("--loras", lora, "--output_path", output) == 0
     assert capsys.readouterr().err == ""
     assert set(load_file(output)) == set(blora_modules(CONTENT))
+
+
+ALONE_SDXLS = {
+    "the second text encoder": lora_module(TE2.format(0, "q")) | lora_module(NAME),
+    "text of 2048": lora_module(CONTENT.format(0, 2, "v")) | lora_module(NAME),
+}
+
+
+@pytest.mark.parametrize("tensors", ALONE_SDXLS.values(), ids=ALONE_SDXLS)
+def test_a_merge_that_is_said_to_be_of_sd_1_is_cut_where_it_has_what_sdxl_alone_has(
+    tmp_path, tensors
+):
+    merged = {"modelspec.architecture": "stable-diffusion-v1/lora"}
+    lora, output = write(tmp_path / "a.safetensors", tensors, merged), tmp_path / "out.safetensors"
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
 
 
 def test_a_tensor_of_another_model_beside_a_whole_lora_of_sdxl_stops_no_cut(tmp_path, capsys):

@@ -170,18 +170,68 @@ def test_settings_in_the_metadata_of_another_network_leave_the_file_beside_to_be
     assert capsys.readouterr().err == ""
 
 
+def test_settings_in_the_metadata_come_before_the_file_beside(tmp_path, capsys):
+    lora, merged = saved(tmp_path / "adapter", SETTINGS["LoRA"])
+    save_file(load_file(lora), lora, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 1})})
+    capsys.readouterr()
+    modules = read_modules(slice_all(lora, 1.0))
+    assert {float(module["alpha"]) for module in modules.values()} == {1.0}
+    assert set(modules) == set(merged)
+
+
+def test_the_file_beside_is_for_the_modules_in_pefts_names_alone(tmp_path, capsys):
+    lora, merged = saved(tmp_path / "adapter", SETTINGS["LoRA"])
+    own = lora_module(CONTENT.format(0, 1, "q"), rank=LORA["r"], alpha=None)
+    save_file(load_file(lora) | own, lora)
+    capsys.readouterr()
+    modules = read_modules(slice_all(lora, 1.0))
+    assert float(modules.pop(CONTENT.format(0, 1, "q"))["alpha"]) == LORA["r"]
+    assert_merged(modules, merged, 1.0)
+
+
+QUERY = CONTENT.format(0, 1, "q")
+UNDER_UNET = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+MAGNITUDES = {
+    "PEFT's": f"{UNDER_UNET}.lora_magnitude_vector",
+    "kohya's": f"{QUERY}.dora_scale",
+}
+
+
+def peft_factors(name: str, layer: str) -> dict[str, Tensor]:
+    """A LoRA's factors under PEFT's names, without an alpha."""
+    factors = lora_module(name, alpha=None)
+    return {
+        f"{layer}.lora_A.weight": factors[f"{name}.lora_down.weight"],
+        f"{layer}.lora_B.weight": factors[f"{name}.lora_up.weight"],
+    }
+
+
+@pytest.mark.parametrize("key", MAGNITUDES.values(), ids=MAGNITUDES)
+@pytest.mark.parametrize("shape", [(1, 1280), (1280, 1)], ids=str)
+def test_a_scale_of_two_axes_beside_pefts_factors_stays_by_row_or_by_column(
+    tmp_path, capsys, key, shape
+):
+    """As diffusers leaves it, which gives LyCORIS' scale PEFT's name."""
+    lora = tmp_path / "in.safetensors"
+    save_file(peft_factors(QUERY, UNDER_UNET) | {key: torch.ones(shape)}, lora)
+    [module] = read_modules(slice_all(lora, 1.0)).values()
+    assert module["dora_scale"].shape == shape
+    # The factors are PEFT's, whatever stands beside them.
+    assert capsys.readouterr().err.startswith("warning: nothing says the alpha of ")
+
+
+def test_what_needs_no_alpha_is_not_warned_of(tmp_path, capsys):
+    lora = tmp_path / "in.safetensors"
+    save_file({"base_model.model.conv_in.diff": torch.ones(320, 4, 3, 3)}, lora)
+    slice_all(lora, 1.0)
+    assert capsys.readouterr().err == ""
+
+
 def test_only_what_is_kept_is_warned_of(tmp_path, capsys):
     """The alpha of the one block is there, that of the other is not."""
-    content, style = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
-    layers = {
-        content: "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-        style: "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",
-    }
-    tensors = {f"{layers[content]}.alpha": torch.tensor(1.0)}
-    for name, layer in layers.items():
-        factors = lora_module(name, alpha=None)
-        tensors[f"{layer}.lora_A.weight"] = factors[f"{name}.lora_down.weight"]
-        tensors[f"{layer}.lora_B.weight"] = factors[f"{name}.lora_up.weight"]
+    style = UNDER_UNET.replace("attentions.0", "attentions.1")
+    tensors = peft_factors(QUERY, UNDER_UNET) | peft_factors(STYLE.format(0, 1, "q"), style)
+    tensors[f"{UNDER_UNET}.alpha"] = torch.tensor(1.0)
     lora, output = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, lora)
     for trait, warnings in (("content", 0), ("style", 1)):

@@ -56,6 +56,11 @@ KEYS = [
         OUT,
         "lora_down.weight",
     ),
+    (
+        f"base_model.model.up_blocks.0.attentions.0.{BLOCK}.to_q.hada_w1_a.default",
+        QUERY,
+        "hada_w1_a",
+    ),
     (f"{TE2_K}.lora_up.weight", TE2_K, "lora_up.weight"),
     (
         "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj.lora_B.weight",
@@ -115,6 +120,11 @@ def test_what_is_not_sdxls_is_not_placed(slicer, key):
     assert slicer(lora, "--inspect", "--json") == 0
     [facts] = json.loads(slicer.out)
     assert (facts["modules"], facts["unplaced"]) == (1, [key])
+
+
+@pytest.mark.parametrize("layer", [QUERY, OUT, OUT.removesuffix("_0")])
+def test_sgms_words_are_known_with_and_without_the_number_of_an_output(layer):
+    assert read_key(f"{layer}.lora_up.weight").naming == "kohya, sgm names"
 
 
 def test_every_layer_of_sdxl_is_placed_under_its_own_name():
