@@ -251,6 +251,8 @@ def test_an_alpha_that_nothing_reads_is_not_reported_as_inf(whole_lokr, capsys):
     assert all(row["change"] > 0 for row in facts["blocks"])
     assert slice_lora("--loras", whole_lokr, "--inspect") == 0
     assert "NaN or inf" not in capsys.readouterr().out
+    slice_all(whole_lokr, 0.5)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])

@@ -334,3 +334,21 @@ def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_p
     [rounded] = read_modules(slice_all(lora, 0.5, *options)).values()
     for suffix, tensor in exact.items():
         assert torch.equal(rounded[suffix], tensor.bfloat16())
+
+
+def test_a_dora_beside_which_something_unknown_stands_is_refused(tmp_path, capsys):
+    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32) | {"strange": torch.ones(1)}
+    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
+    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
+    args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
+    args += ("--output_path", tmp_path / "out.safetensors", "--base_model", base)
+    sentence = refusal(capsys, "--loras", lora, *args)
+    assert f"because what {ATTENTION}.strange does is not known here" in sentence
+
+
+def test_the_scale_of_a_dora_in_64_bits_keeps_them(tmp_path):
+    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float64)
+    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
+    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
+    [result] = read_modules(slice_all(lora, 0.5, "--base_model", base)).values()
+    assert result["dora_scale"].dtype is torch.float64

@@ -132,6 +132,15 @@ def test_half_a_module_under_another_name_is_a_difference(tmp_path, capsys, alia
     assert sentence.startswith(f"{lora} holds {NAME} twice, under two names")
 
 
+@pytest.mark.parametrize("alias", ALIASES)
+def test_equal_factors_of_two_alphas_are_a_difference(tmp_path, capsys, alias):
+    lora = under_two_names(tmp_path / "twice.safetensors", alias)
+    other = ALIASES[alias][0].format("alpha")
+    write(lora, load_file(lora) | {other: torch.tensor(1.0)})
+    sentence = refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors")
+    assert sentence.startswith(f"{lora} holds {NAME} twice, under two names")
+
+
 def test_rotations_of_two_alphas_under_two_names_are_a_difference(tmp_path, capsys):
     aliases = (NAME, ALIASES["kohya, diffusers names"][0].removesuffix(".{}"))
     tensors: dict[str, Tensor] = {}

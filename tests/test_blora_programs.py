@@ -213,7 +213,7 @@ def test_a_scale_of_two_axes_beside_pefts_factors_stays_by_row_or_by_column(
 ):
     """As diffusers leaves it, which gives LyCORIS' scale PEFT's name."""
     lora = tmp_path / "in.safetensors"
-    save_file(peft_factors(QUERY, UNDER_UNET) | {key: torch.ones(shape)}, lora)
+    save_file(peft_factors(QUERY, UNDER_UNET) | {key: torch.ones(shape).half()}, lora)
     [module] = read_modules(slice_all(lora, 1.0)).values()
     assert module["dora_scale"].shape == shape
     # The factors are PEFT's, whatever stands beside them.

@@ -114,6 +114,17 @@ def test_a_change_in_proportion_to_the_weight_has_no_size(tmp_path, capsys, name
         assert (row["change"], row["share"]) == (None, None)
 
 
+def test_a_bias_among_the_factors_counts_as_alpha_over_rank_of_it(tmp_path, capsys):
+    module = make_module(INPUT["attention"], FORMS["LoRA"], 2, 1.0, torch.float32)
+    bias = torch.full((640,), 3.0)
+    lora = write_modules(
+        tmp_path / "a.safetensors", {INPUT["attention"]: module | {"lora_up.bias": bias}}
+    )
+    [facts] = inspected(capsys, "--loras", lora)
+    size = math.hypot(frobenius(module), float(bias.norm()) / 2)
+    assert facts["blocks"][0]["change"] == pytest.approx(size, rel=1e-5)
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 
@@ -182,7 +193,10 @@ NAMINGS = {
     "kohya, sgm names": [KOHYA + end for end in UP_DOWN],
     "kohya, diffusers names": [OTHER + end for end in UP_DOWN],
     "kohya": [f"{TE2.format(0, 'q')}{end}" for end in UP_DOWN],
-    "OneTrainer's legacy format, diffusers names": [f"{OTHER}_{suffix}" for suffix in LOHA],
+    "OneTrainer's legacy format, diffusers names": [
+        *(f"{OTHER}_{suffix}" for suffix in LOHA),
+        f"{OTHER}.alpha",
+    ],
     "OneTrainer, diffusers names": [f"unet.{DIFFUSERS}.attn1.to_q.{suffix}" for suffix in LOHA],
     "OneTrainer": [f"clip_g.{TEXT}{end}" for end in UP_DOWN],
     "LyCORIS' wrapper, diffusers names": [OTHER.replace("lora_unet", "lycoris") + e for e in AB],

@@ -61,6 +61,13 @@ KEYS = [
         QUERY,
         "hada_w1_a",
     ),
+    (
+        f"base_model.model.up_blocks.0.attentions.0.{BLOCK}.to_q.lora_B.my-style.weight",
+        QUERY,
+        "lora_up.weight",
+    ),
+    # of no kind known here, behind the longest name of a layer
+    (f"{OUT}.strange", OUT, "strange"),
     (f"{TE2_K}.lora_up.weight", TE2_K, "lora_up.weight"),
     (
         "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj.lora_B.weight",
