@@ -21,7 +21,7 @@ from typing import Any
 from blora_lora import UNKNOWN, Lora, Module, with_alpha
 from blora_names import ALPHA, BY_ROW, DORA, Key, Spelling, plain_name, plain_prefixes, read_key
 from blora_safetensors import Tensor, as_fp32, read_header
-from blora_sdxl import has_block
+from blora_sdxl import blocks_by_spelling
 from blora_words import BloraError, first_few, printable
 
 # ---- PEFT's settings -----------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def foreign_block(key: str) -> str | None:
     plain = plain_name(key)
     for prefix in plain_prefixes():
         if plain.startswith(prefix) and (match := re.match(BLOCK, plain[len(prefix) :])):
-            return None if has_block(match[1]) else match[1]
+            return None if match[1] in blocks_by_spelling() else match[1]
     return None
 
 

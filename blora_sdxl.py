@@ -257,11 +257,6 @@ def blocks_by_spelling() -> set[str]:
     return {n.replace(".", "_") for layer in parts for n in (layer.name, layer.diffusers)}
 
 
-def has_block(name: str) -> bool:
-    """Whether SDXL's U-Net has this part of a block, by either name with underscores."""
-    return name in blocks_by_spelling()
-
-
 def block_of(module: str) -> str:
     """The block of a module, by kohya's name of it: "output_blocks.0.1", "te2"."""
     return layers_by_module()[module].block
