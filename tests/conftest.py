@@ -48,6 +48,12 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     return [f"left out {name}: no {', '.join(sorted(p))}" for name, p in left_out.items()]
 
 
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where a slice goes."""
+    return tmp_path / "slice.safetensors"
+
+
 @pytest.fixture(scope="session")
 def cmd() -> Iterator[Cmd]:
     """A cmd.exe that runs .bat files; where there is none its tests are skipped, save in CI."""

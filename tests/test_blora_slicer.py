@@ -28,11 +28,6 @@ def lora(tmp_path: Path) -> Path:
     return write_lora(tmp_path / "parent.safetensors", blora_modules(CONTENT, STYLE))
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "slice.safetensors"
-
-
 def names(template: str) -> set[str]:
     return {key.split(".")[0] for key in blora_modules(template)}
 

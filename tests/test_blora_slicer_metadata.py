@@ -29,11 +29,6 @@ def lora(tmp_path: Path) -> Path:
     return write(tmp_path / "parent.safetensors", blora_modules(CONTENT, STYLE, alpha=2.0))
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "slice.safetensors"
-
-
 def test_the_sources_metadata_is_kept_and_the_slice_says_what_it_is(lora, output):
     metadata = cut(output, lora, "--alphas", "0.5")
     own = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.date", "modelspec.hash_sha256")

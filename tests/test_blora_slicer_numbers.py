@@ -19,11 +19,6 @@ DTYPES = {"F16": HALF, "BF16": BF, "F32": F32}
 FLOAT_8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "slice.safetensors"
-
-
 # ---- Precision -----------------------------------------------------------------------------------
 
 

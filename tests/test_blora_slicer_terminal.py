@@ -18,11 +18,6 @@ def lora(tmp_path: Path) -> Path:
     return write(tmp_path / "parent.safetensors", blora_modules(CONTENT, STYLE))
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "slice.safetensors"
-
-
 def test_names_from_a_file_cannot_drive_the_terminal(tmp_path, output, capsys):
     lora = write(tmp_path / "bad.safetensors", {"\x1b[2J\n.weight": torch.zeros(1)})
     sentence = refusal(capsys, "--loras", lora, "--output_path", output)
