@@ -5,6 +5,8 @@ rem Options given to it are appended last and override the recipe: sdxl_blora_cl
 setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
+rem Change what stands between = and " and nothing else: no space goes around the =. For example:
+rem   if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:/my models/sdxl.safetensors"
 rem Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 if not defined BLORA_NAME set "BLORA_NAME=my_project"
 rem The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.

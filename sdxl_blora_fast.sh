@@ -7,6 +7,8 @@
 set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------
+# Change what stands between :- and } and nothing else: no space goes around the =. For example:
+#   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-/home/me/my models/sdxl.safetensors}"
 # Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 BLORA_NAME="${BLORA_NAME:-my_project}"
 # The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.
