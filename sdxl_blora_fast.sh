@@ -4,6 +4,8 @@
 # own, no warm-up, no bias correction, and files in fp16.
 # Edit the settings below, or better a copy of this file, and run it.
 # Options given to it are appended last and override the recipe: sdxl_blora_fast --max_train_steps=10
+# sh cannot read the rest: started as "sh sdxl_blora_fast.sh", it goes on in bash.
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------

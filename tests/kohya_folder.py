@@ -102,8 +102,9 @@ TWO_PROCESSES = (
 
 @dataclass(frozen=True)
 class Bash:
-    """Runs the .sh launchers."""
+    """Runs the .sh launchers: by themselves, or by a shell that is named before them."""
 
+    shell: tuple[str, ...] = ()
     suffix = ".sh"
     path_separator = ":"
 
@@ -128,7 +129,7 @@ class Bash:
         self, launcher: Path, args: Sequence[str], cwd: Path, log: Path, env: Mapping[str, str]
     ) -> tuple[Finished, list[Call]]:
         done = subprocess.run(
-            [launcher, *args],
+            [*self.shell, launcher, *args],
             cwd=cwd,
             env={"PATH": os.defpath, "RECORDER_LOG": str(log), **env},
             stdin=subprocess.DEVNULL,

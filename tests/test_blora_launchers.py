@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from cmd_runner import Finished
-from kohya_folder import CHECKPOINT, ROOT, Bash, Bat, make_kohya, remove_files
+from kohya_folder import BASH, CHECKPOINT, ROOT, Bash, Bat, make_kohya, remove_files
 from launcher_text import FAST_CHANGES, outline
 from sdxl_train_network import build_parser
 
@@ -91,6 +93,10 @@ if not "%BLORA_SAVE_MEMORY%"=="1" if not "%BLORA_SAVE_MEMORY%"=="0" (
   %CHECKPOINTING% ^
 """,
 }
+
+
+# How env and bash complain of Windows line ends.
+MESSAGES_OF_CRLF = ["'bash\\r': No such file", "syntax error near unexpected token `$'{\\r''"]
 
 
 @pytest.fixture
@@ -312,6 +318,35 @@ def test_venv_is_used_then_dot_venv_then_the_active_environment(shell, tmp_path,
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_sh_goes_on_in_bash_when_it_is_started_by_sh(bash, tmp_path, name):
+    path = make_kohya(tmp_path / ODD)
+    bash.make_venv(path / "venv")
+    kohya = Kohya(Bash(("sh",)), path, tmp_path / "log")
+    assert kohya.argv(name, "--training_comment", ODD)[-2:] == ["--training_comment", ODD]
+
+
+@pytest.mark.parametrize("started", [[], ["bash"]], ids=["by itself", "by bash"])
+@pytest.mark.parametrize("name", NAMES)
+def test_windows_line_ends_in_a_sh_give_the_message_of_the_page_and_its_command_removes_them(
+    bash, tmp_path, name, started
+):
+    path = make_kohya(tmp_path / "kohya")
+    bash.make_venv(path / "venv")
+    launcher = path / f"{name}.sh"
+    launcher.write_bytes(launcher.read_bytes().replace(b"\n", b"\r\n"))
+    shell = Bash(tuple(started))
+    done, calls = shell.run(launcher, [], path, tmp_path / "log", SETTINGS | {"LC_ALL": "C"})
+    assert calls == []
+    page = (ROOT / "docs/blora_when_something_fails.md").read_text()
+    message = MESSAGES_OF_CRLF[len(started)]
+    assert message in page
+    assert message in done.stderr
+    [command] = re.findall(r"`(sed -i .*?)`", page)
+    subprocess.run([BASH, "-c", command], cwd=path, check=True)
+    assert Kohya(shell, path, tmp_path / "log").argv(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sh_runs_in_its_own_folder_whatever_cdpath_says(bash, tmp_path, name):
     path = make_kohya(tmp_path / "kohya")
     for folder in (path, make_kohya(tmp_path / "elsewhere/kohya")):
@@ -443,6 +478,7 @@ def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(bat, tmp_path, na
 # What only one of the twins has to say.
 ONE_TWIN = {
     ".sh": """\
+sh cannot read the rest: started as "sh NAME.sh", it goes on in bash.
 Change what stands between :- and } and nothing else: no space goes around the =. For example:
   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-/home/me/my models/sdxl.safetensors}"
 """.splitlines(),
