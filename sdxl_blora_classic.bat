@@ -6,14 +6,14 @@ setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
 rem Change what stands between = and " and nothing else: no space goes around the =. For example:
-rem   if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:/my models/sdxl.safetensors"
+rem   if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:\my models\sdxl.safetensors"
 rem Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 if not defined BLORA_NAME set "BLORA_NAME=my_project"
 rem The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.
 if not defined BLORA_REVISION set "BLORA_REVISION=1"
 rem Rank and alpha. 1024 saves 1.8 GB in fp32; 64, the paper's, 113 MB, and trains on smaller cards.
 if not defined BLORA_RANK set "BLORA_RANK=1024"
-rem The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. Write / for \.
+rem The SDXL checkpoint to train on: a .safetensors file or a diffusers folder.
 if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.safetensors"
 rem The blocks to train: one of lycoris_presets, relative to this folder.
 if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_style.toml"
@@ -24,6 +24,8 @@ rem ---- Launch (nothing below needs editing) ----------------------------------
 rem A path copied from Explorer has quote marks, and a \ at its end would swallow the next one.
 set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:"=%"
 set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:\=/%"
+set "BLORA_PRESET=%BLORA_PRESET:"=%"
+set "BLORA_PRESET=%BLORA_PRESET:\=/%"
 cd /d "%~dp0"
 set "PROJECT=%BLORA_NAME%_%BLORA_REVISION%"
 set "SCRIPT=sdxl_train_network.py"

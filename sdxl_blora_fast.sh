@@ -10,14 +10,14 @@ set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------
 # Change what stands between :- and } and nothing else: no space goes around the =. For example:
-#   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-/home/me/my models/sdxl.safetensors}"
+#   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-~/my models/sdxl.safetensors}"
 # Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 BLORA_NAME="${BLORA_NAME:-my_project}"
 # The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.
 BLORA_REVISION="${BLORA_REVISION:-1}"
 # Rank and alpha. 1024 saves 0.9 GB in fp16; 64, the paper's, 56 MB, and trains on smaller cards.
 BLORA_RANK="${BLORA_RANK:-1024}"
-# The SDXL checkpoint to train on: a .safetensors file or a diffusers folder. Write / for \.
+# The SDXL checkpoint to train on: a .safetensors file or a diffusers folder.
 BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-path/to/sd_xl_base_1.0.safetensors}"
 # The blocks to train: one of lycoris_presets, relative to this folder.
 BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
@@ -32,6 +32,16 @@ fail() {
   exit 1
 }
 
+# A path may have been pasted with quote marks around it, or start at the home folder.
+as_path() {
+  local path="${1#[\"\']}"
+  path="${path%[\"\']}"
+  if [[ "$path" == \~/* ]]; then path="$HOME${path:1}"; fi
+  printf '%s\n' "$path"
+}
+
+BLORA_CHECKPOINT="$(as_path "$BLORA_CHECKPOINT")"
+BLORA_PRESET="$(as_path "$BLORA_PRESET")"
 CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 PROJECT="${BLORA_NAME}_${BLORA_REVISION}"
 SCRIPT="sdxl_train_network.py"

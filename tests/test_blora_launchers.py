@@ -275,20 +275,40 @@ def options_after_names(name: str) -> list[str]:
     return rest
 
 
-@pytest.mark.parametrize(
-    ("pasted", "given"),
-    [
-        ('"D:\\my models\\sdxl & co.safetensors"', "D:/my models/sdxl & co.safetensors"),
+PATHS = {"BLORA_CHECKPOINT": "--pretrained_model_name_or_path=", "BLORA_PRESET": "preset="}
+PASTED = {
+    ".bat": [
+        ('"D:\\my models\\sdxl & co (1)!"', "D:/my models/sdxl & co (1)!"),
         ("D:\\models\\sdxl\\", "D:/models/sdxl/"),
     ],
-    ids=["with quote marks", "with a backslash at the end"],
-)
+    ".sh": [
+        ('"/my models/sdxl & co (1)!"', "/my models/sdxl & co (1)!"),
+        ("'/my models/it's sdxl'", "/my models/it's sdxl"),
+        ("~/my models/sdxl", "/home/zoe & co/my models/sdxl"),
+        ('"~/sdxl~/"', "/home/zoe & co/sdxl~/"),
+        ("~sdxl/~", "~sdxl/~"),
+    ],
+}
+
+
+@pytest.mark.parametrize("setting", PATHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_pasted_from_explorer_arrives_whole(bat, tmp_path, name, pasted, given):
-    path = make_kohya(tmp_path / "kohya")
-    bat.make_venv(path / "venv")
-    argv = Kohya(bat, path, tmp_path / "log", {"BLORA_CHECKPOINT": pasted}).argv(name)
-    assert argv[3:5] == [f"--pretrained_model_name_or_path={given}", CLASSIC[1]]
+def test_a_path_arrives_whole_however_it_was_pasted(kohya, name, setting):
+    kohya.env["HOME"] = "/home/zoe & co"
+    for pasted, given in PASTED[kohya.shell.suffix]:
+        kohya.env[setting] = pasted
+        argv = kohya.argv(name)
+        assert [arg for arg in argv if arg.startswith(PATHS[setting])] == [PATHS[setting] + given]
+        remove_files(kohya.log.parent, kohya.log.name)
+
+
+@pytest.mark.parametrize("setting", ["BLORA_REHEARSAL", "BLORA_PREVIEW"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_preflight_reads_from_the_environment_reaches_it(kohya, name, setting):
+    kohya.env[setting] = ODD
+    _, [preflight, _] = kohya.launch(name)
+    assert preflight.argv[1] == "blora_preflight.py"
+    assert preflight.env[setting] == ODD
 
 
 # ---- Where things are ----------------------------------------------------------------------------
@@ -480,11 +500,12 @@ ONE_TWIN = {
     ".sh": """\
 sh cannot read the rest: started as "sh NAME.sh", it goes on in bash.
 Change what stands between :- and } and nothing else: no space goes around the =. For example:
-  BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-/home/me/my models/sdxl.safetensors}"
+  BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-~/my models/sdxl.safetensors}"
+A path may have been pasted with quote marks around it, or start at the home folder.
 """.splitlines(),
     ".bat": """\
 Change what stands between = and " and nothing else: no space goes around the =. For example:
-  if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:/my models/sdxl.safetensors"
+  if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:\\my models\\sdxl.safetensors"
 A path copied from Explorer has quote marks, and a \\ at its end would swallow the next one.
 A double-click opens a window of its own that closes with the last line: hold it open.
 """.splitlines(),
