@@ -11,8 +11,8 @@ if not defined BLORA_LORA set "BLORA_LORA=%~dp0_out/lora/sdxl/my_project_1/my_pr
 rem ---- Slice (nothing below needs editing) -------------------------------------------------------
 set "BLORA_LORA=%BLORA_LORA:"=%"
 set "VENV="
-if exist "%~dp0.venv\Scripts\python.exe" set "VENV=%~dp0.venv"
-if exist "%~dp0venv\Scripts\python.exe" set "VENV=%~dp0venv"
+if exist "%~dp0.venv\Scripts\accelerate.exe" set "VENV=%~dp0.venv"
+if exist "%~dp0venv\Scripts\accelerate.exe" set "VENV=%~dp0venv"
 if defined VENV set "VIRTUAL_ENV=%VENV%"
 if defined VENV set "PATH=%VENV%\Scripts;%PATH%"
 set "RC=1"

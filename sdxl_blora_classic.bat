@@ -41,14 +41,24 @@ rem Lets the trainer of a kohya_ss folder find blora_network.py, which lies here
 if defined PYTHONPATH set "PYTHONPATH=;%PYTHONPATH%"
 set "PYTHONPATH=%CD%%PYTHONPATH%"
 set "VENV="
-if exist ".venv\Scripts\python.exe" set "VENV=%CD%\.venv"
-if exist "venv\Scripts\python.exe" set "VENV=%CD%\venv"
+if exist ".venv\Scripts\accelerate.exe" set "VENV=%CD%\.venv"
+if exist "venv\Scripts\accelerate.exe" set "VENV=%CD%\venv"
 if defined VENV set "VIRTUAL_ENV=%VENV%"
 if defined VENV set "PATH=%VENV%\Scripts;%PATH%"
-for %%I in (python.exe) do set "PYTHON=%%~$PATH:I"
 for %%I in (accelerate.exe) do set "ACCELERATE=%%~$PATH:I"
 if not defined ACCELERATE (
   echo No accelerate in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them.>&2
+  goto finish
+)
+
+rem Pre-flight looks at the environment of the training, so it runs by the Python of accelerate.
+rem It lies beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
+rem a folder without one.
+for %%I in ("%ACCELERATE%\..\python.exe") do set "PYTHON=%%~fI"
+if not exist "%PYTHON%" for %%I in ("%ACCELERATE%\..\..\python.exe") do set "PYTHON=%%~fI"
+if not exist "%PYTHON%" for %%I in (python.exe) do set "PYTHON=%%~$PATH:I"
+if not defined PYTHON (
+  echo No Python found that runs "%ACCELERATE%": make its environment again, with kohya's requirements.>&2
   goto finish
 )
 
@@ -92,7 +102,7 @@ set OPTIONS=^
   "safeguard_warmup=True" ^
   "beta3=None"
 
-"%PYTHON%" blora_preflight.py "%SCRIPT%" %OPTIONS% %*
+"%PYTHON%" blora_preflight.py launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRIPT%" %OPTIONS% %*
 set "RC=%ERRORLEVEL%"
 if not "%RC%"=="0" goto finish
 "%ACCELERATE%" launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRIPT%" %OPTIONS% %*

@@ -50,11 +50,22 @@ fi
 # Lets the trainer of a kohya_ss folder find blora_network.py, which lies here.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 VENV=""
-if [[ -x ".venv/bin/python" ]]; then VENV="$PWD/.venv"; fi
-if [[ -x "venv/bin/python" ]]; then VENV="$PWD/venv"; fi
+if [[ -x ".venv/bin/accelerate" ]]; then VENV="$PWD/.venv"; fi
+if [[ -x "venv/bin/accelerate" ]]; then VENV="$PWD/venv"; fi
 if [[ -n "$VENV" ]]; then export VIRTUAL_ENV="$VENV" PATH="$VENV/bin:$PATH"; fi
-if ! command -v accelerate >/dev/null; then
+if ! ACCELERATE="$(type -P accelerate)"; then
   fail "No accelerate in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them."
+fi
+
+# Pre-flight looks at the environment of the training, so it runs by the Python of accelerate.
+# The first line of accelerate names it. Where that is a shell, because the path is long or has a
+# space, Python lies beside.
+read -r PYTHON PROGRAM _ <"$ACCELERATE"
+PYTHON="${PYTHON#??}"
+if [[ "$PYTHON" == */env ]]; then PYTHON="$(type -P "$PROGRAM" || true)"; fi
+if [[ "${PYTHON##*/}" != python* ]]; then PYTHON="${ACCELERATE%/*}/python"; fi
+if [[ ! -x "$PYTHON" ]]; then
+  fail "No Python found that runs \"$ACCELERATE\": make its environment again, with kohya's requirements."
 fi
 
 OPTIONS=(
@@ -98,6 +109,6 @@ OPTIONS=(
   "beta3=None"
 )
 
-python blora_preflight.py "$SCRIPT" "${OPTIONS[@]}" "$@"
 read -r -a ACCELERATE_ARGS <<<"$BLORA_ACCELERATE_ARGS"
-accelerate launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"
+"$PYTHON" blora_preflight.py launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"
+"$ACCELERATE" launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"

@@ -30,7 +30,8 @@ mkdir -p "$RECORDER_LOG"
 record="$RECORDER_LOG/$(ls "$RECORDER_LOG" | wc -l)"
 printf '%s\\0' "$PWD" "$#" "$0" "$@" >"$record"
 env -0 >>"$record"
-code="RECORDER_EXIT_$(basename "$0")"
+program="${0##*/}"
+code="RECORDER_EXIT_${program%%[0-9]*}"
 exit "${!code:-${RECORDER_EXIT:-0}}"
 """
 
@@ -107,6 +108,8 @@ class Bash:
     shell: tuple[str, ...] = ()
     suffix = ".sh"
     path_separator = ":"
+    accelerate = "bin/accelerate"
+    python = "bin/python"
 
     def install_recorder(self, folder: Path, program: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +165,8 @@ class Bat:
     cmd: Cmd
     suffix = ".bat"
     path_separator = ";"
+    accelerate = "Scripts/accelerate.exe"
+    python = "Scripts/python.exe"
 
     def install_recorder(self, folder: Path, program: str) -> None:
         self.cmd.install_recorder(folder / f"{program}.exe")

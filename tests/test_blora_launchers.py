@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -131,15 +133,13 @@ class Kohya:
         return self.shell.run(launcher, args, cwd or self.path, self.log, self.env)
 
     def argv(self, name: str, *args: str, cwd: Path | None = None) -> list[str]:
-        """What a launcher called accelerate with, after it called pre-flight with the same."""
+        """What a launcher called accelerate with, after pre-flight was given the same words."""
         done, calls = self.launch(name, *args, cwd=cwd)
         assert (done.returncode, done.output) == (0, "")
         preflight, training = calls
         assert preflight.cwd == training.cwd == self.path
-        argv = training.argv[1:]
-        script = next(i for i, arg in enumerate(argv) if arg.endswith("sdxl_train_network.py"))
-        assert preflight.argv[1:] == ["blora_preflight.py", *argv[script:]]
-        return argv
+        assert preflight.argv[1:] == ["blora_preflight.py", *training.argv[1:]]
+        return training.argv[1:]
 
 
 @pytest.fixture
@@ -337,6 +337,86 @@ def test_venv_is_used_then_dot_venv_then_the_active_environment(shell, tmp_path,
     assert [call.env["VIRTUAL_ENV"] for call in calls] == [shell.shown(path / used)] * 2
 
 
+@pytest.mark.parametrize(
+    ("without", "used"), [(["venv"], ".venv"), (["venv", ".venv"], "active")], ids=["one", "both"]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_venv_without_accelerate_does_not_count(shell, tmp_path, name, without, used):
+    path = make_kohya(tmp_path / "kohya")
+    programs = {folder: shell.make_venv(path / folder) for folder in ["venv", ".venv", "active"]}
+    remove_files(path, *(f"{folder}/{shell.accelerate}" for folder in without))
+    kohya = Kohya(shell, path, tmp_path / "log")
+    kohya.env |= shell.path_variable(programs["active"])
+    kohya.env["VIRTUAL_ENV"] = shell.shown(path / "active")
+    done, calls = kohya.launch(name)
+    assert (done.returncode, done.output) == (0, "")
+    assert [shell.program_folder(call) for call in calls] == [programs[used]] * 2
+    assert [call.env["VIRTUAL_ENV"] for call in calls] == [shell.shown(path / used)] * 2
+
+
+# Where accelerate lies, its first lines, and the Python that they start.
+ACCELERATES = {
+    "by pip": ("other", "#!{python}\n", "usr/python3"),
+    "by pip of a version": ("other", "#!{python}\n", "usr/python3.11"),
+    "by Debian": ("other", "#!{python} -sP\n", "usr/python3"),
+    "by hand": ("other", "#!/usr/bin/env python3\n", "usr/python3"),
+    "by pip, with a space": ("my env", '#!/bin/sh\nexec \'{python}\' "$0" "$@"\n', "my env/python"),
+    "by pyenv": ("usr", '#!/usr/bin/env bash\nexec \'{python}\' "$0" "$@"\n', "usr/python"),
+}
+
+
+@pytest.mark.parametrize("made", ACCELERATES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sh_runs_preflight_by_the_python_of_accelerate(bash, tmp_path, name, made):
+    """Not by the `python` that comes first on PATH."""
+    folder, lines, program = ACCELERATES[made]
+    path, python = make_kohya(tmp_path / "kohya"), tmp_path / program
+    bash.install_recorder(tmp_path / "other", "python")
+    bash.install_recorder(python.parent, python.name)
+    accelerate = tmp_path / folder / "accelerate"
+    accelerate.write_text(lines.format(python=python))
+    accelerate.chmod(0o755)
+    env = SETTINGS | {"PATH": f"{tmp_path}/other:{python.parent}:{os.defpath}"}
+    done, calls = bash.run(path / f"{name}.sh", [], path, tmp_path / "log", env)
+    assert (done.returncode, done.output) == (0, "")
+    preflight, training = ([Path(word).name for word in call.argv] for call in calls)
+    assert [call.argv[0] for call in calls] == [str(python)] * 2
+    assert preflight[1:3] == ["blora_preflight.py", "launch"]
+    assert "accelerate" in training[1:4]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sh_needs_no_python_beside_python3(bash, tmp_path, name):
+    path, folder = make_kohya(tmp_path / "kohya"), tmp_path / "bin"
+    bash.install_recorder(folder, "python3")
+    for tool in ("bash", "env", "dirname", "basename", "mkdir", "ls", "wc"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    (folder / "accelerate").write_text(f"#!{folder}/python3\n")
+    (folder / "accelerate").chmod(0o755)
+    env = SETTINGS | {"PATH": str(folder)}
+    done, calls = bash.run(path / f"{name}.sh", [], path, tmp_path / "log", env)
+    assert (done.returncode, done.output) == (0, "")
+    assert [call.argv[0] for call in calls] == [f"{folder}/python3"] * 2
+
+
+@pytest.mark.parametrize("place", ["beside", "one folder up", "elsewhere on PATH"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bat_runs_preflight_by_the_python_of_accelerate(bat, tmp_path, name, place):
+    """In a venv it lies beside, in conda one folder up, and pip --user leaves it where it was."""
+    path, env, other = make_kohya(tmp_path / "kohya"), tmp_path / ODD, tmp_path / "other"
+    bat.install_recorder(env / "Scripts", "accelerate")
+    bat.install_recorder(other, "python")
+    folders = {"beside": env / "Scripts", "one folder up": env, "elsewhere on PATH": other}
+    bat.install_recorder(folders[place], "python")
+    variables = bat.path_variable(env / "Scripts")
+    variables["PATH"] = f"{bat.shown(other)};{variables['PATH']}"
+    kohya = Kohya(bat, path, tmp_path / "log", SETTINGS | variables)
+    done, [preflight, training] = kohya.launch(name)
+    assert (done.returncode, done.output) == (0, "")
+    assert preflight.argv[0] == bat.shown(folders[place] / "python.exe")
+    assert training.argv[0] == bat.shown(env / bat.accelerate)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sh_goes_on_in_bash_when_it_is_started_by_sh(bash, tmp_path, name):
     path = make_kohya(tmp_path / ODD)
@@ -468,6 +548,11 @@ REFUSALS = {
 }
 
 
+NO_PYTHON = (
+    'No Python found that runs "{}": make its environment again, with kohya\'s requirements.'
+)
+
+
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_refusal_is_one_sentence_and_exit_1_before_anything_starts(kohya, name, refusal):
@@ -476,6 +561,25 @@ def test_a_refusal_is_one_sentence_and_exit_1_before_anything_starts(kohya, name
     done, calls = kohya.launch(name)
     expected = sentence.format(folder=kohya.shell.shown(kohya.path))
     assert (done.stdout, done.stderr.splitlines()) == ("", [expected])
+    assert (done.returncode, calls) == (1, [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_the_python_of_accelerate_it_says_so_in_one_sentence(kohya, name):
+    remove_files(kohya.path, f"venv/{kohya.shell.python}")
+    done, calls = kohya.launch(name)
+    accelerate = kohya.shell.shown(kohya.path / "venv" / kohya.shell.accelerate)
+    assert (done.stdout, done.stderr.splitlines()) == ("", [NO_PYTHON.format(accelerate)])
+    assert (done.returncode, calls) == (1, [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sh_says_so_too_where_the_python_that_accelerate_names_is_gone(bash, tmp_path, name):
+    path = make_kohya(tmp_path / "kohya")
+    accelerate = bash.make_venv(path / "venv") / "accelerate"
+    accelerate.write_text(f"#!{tmp_path}/moved/bin/python3\n")
+    done, calls = bash.run(path / f"{name}.sh", [], path, tmp_path / "log", SETTINGS)
+    assert (done.stdout, done.stderr) == ("", NO_PYTHON.format(accelerate) + "\n")
     assert (done.returncode, calls) == (1, [])
 
 
@@ -502,11 +606,15 @@ sh cannot read the rest: started as "sh NAME.sh", it goes on in bash.
 Change what stands between :- and } and nothing else: no space goes around the =. For example:
   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-~/my models/sdxl.safetensors}"
 A path may have been pasted with quote marks around it, or start at the home folder.
+The first line of accelerate names it. Where that is a shell, because the path is long or has a
+space, Python lies beside.
 """.splitlines(),
     ".bat": """\
 Change what stands between = and " and nothing else: no space goes around the =. For example:
   if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:\\my models\\sdxl.safetensors"
 A path copied from Explorer has quote marks, and a \\ at its end would swallow the next one.
+It lies beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
+a folder without one.
 A double-click opens a window of its own that closes with the last line: hold it open.
 """.splitlines(),
 }

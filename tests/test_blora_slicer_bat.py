@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cmd_runner import Cmd
-from kohya_folder import Bat, make_kohya
+from kohya_folder import Bat, make_kohya, remove_files
 
 pytestmark = pytest.mark.shell
 
@@ -107,6 +107,14 @@ def test_it_uses_the_venv_of_its_folder(bat, tmp_path, venv):
     _, [call] = bat.run(path / "blora_slicer.bat", [], tmp_path, tmp_path / "log", {})
     assert bat.program_folder(call) == programs
     assert call.env["VIRTUAL_ENV"] == bat.shown(path / venv)
+
+
+def test_a_venv_without_accelerate_is_not_kohyas(bat, tmp_path):
+    path = make_kohya(tmp_path / "kohya")
+    programs = {venv: bat.make_venv(path / venv) for venv in ("venv", ".venv")}
+    remove_files(path, f"venv/{bat.accelerate}")
+    _, [call] = bat.run(path / "blora_slicer.bat", [], tmp_path, tmp_path / "log", {})
+    assert bat.program_folder(call) == programs[".venv"]
 
 
 def test_it_does_the_same_where_a_caller_expands_exclamation_marks(bat, tmp_path):
