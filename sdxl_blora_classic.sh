@@ -68,6 +68,10 @@ if [[ ! -x "$PYTHON" ]]; then
   fail "No Python found that runs \"$ACCELERATE\": make its environment again, with kohya's requirements."
 fi
 
+# torch refuses to keep workers where --max_data_loader_n_workers=0 leaves none.
+WORKERS=(--persistent_data_loader_workers)
+if [[ " $* " == *" --max_data_loader_n_workers"[=\ ]"0 "* ]]; then WORKERS=(); fi
+
 OPTIONS=(
   --pretrained_model_name_or_path="$BLORA_CHECKPOINT"
   --dataset_config="./_in/lora/sdxl/$BLORA_NAME/config.toml"
@@ -84,7 +88,7 @@ OPTIONS=(
   --bucket_reso_steps=32
   --random_crop
   --caption_extension=.txt
-  --persistent_data_loader_workers
+  "${WORKERS[@]}"
   --max_train_steps=3000
   --save_every_n_steps=1000
   --save_model_as=safetensors

@@ -73,6 +73,16 @@ if not "%BLORA_SAVE_MEMORY%"=="1" if not "%BLORA_SAVE_MEMORY%"=="0" (
   goto finish
 )
 
+rem torch refuses to keep workers where --max_data_loader_n_workers=0 leaves none.
+set "WORKERS=--persistent_data_loader_workers"
+:next_option
+rem cmd splits an option at its =, unless there are quote marks around it. One empty text is no end.
+if "%~1"=="--max_data_loader_n_workers" if "%~2"=="0" set "WORKERS="
+if "%~1"=="--max_data_loader_n_workers=0" set "WORKERS="
+shift /1
+if not "%~1"=="" goto next_option
+if not "%~2"=="" goto next_option
+
 set OPTIONS=^
   --pretrained_model_name_or_path="%BLORA_CHECKPOINT%" ^
   --dataset_config="./_in/lora/sdxl/%BLORA_NAME%/config.toml" ^
@@ -90,7 +100,7 @@ set OPTIONS=^
   --bucket_reso_steps=32 ^
   --cache_latents ^
   --caption_extension=.txt ^
-  --persistent_data_loader_workers ^
+  %WORKERS% ^
   --max_train_steps=3000 ^
   --save_every_n_steps=1000 ^
   --save_model_as=safetensors ^

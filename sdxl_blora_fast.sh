@@ -78,6 +78,10 @@ if [[ "$BLORA_SAVE_MEMORY" != [01] ]]; then
   fail "BLORA_SAVE_MEMORY is \"$BLORA_SAVE_MEMORY\": give 1 to save memory, or 0 to be faster."
 fi
 
+# torch refuses to keep workers where --max_data_loader_n_workers=0 leaves none.
+WORKERS=(--persistent_data_loader_workers)
+if [[ " $* " == *" --max_data_loader_n_workers"[=\ ]"0 "* ]]; then WORKERS=(); fi
+
 OPTIONS=(
   --pretrained_model_name_or_path="$BLORA_CHECKPOINT"
   --dataset_config="./_in/lora/sdxl/$BLORA_NAME/config.toml"
@@ -95,7 +99,7 @@ OPTIONS=(
   --bucket_reso_steps=32
   --cache_latents
   --caption_extension=.txt
-  --persistent_data_loader_workers
+  "${WORKERS[@]}"
   --max_train_steps=3000
   --save_every_n_steps=1000
   --save_model_as=safetensors

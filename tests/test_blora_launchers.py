@@ -515,6 +515,40 @@ def test_an_override_wins(kohya):
     assert parsed.network_args == OVERRIDES[1][1:]
 
 
+WITHOUT_WORKERS = [
+    ["--max_data_loader_n_workers=0"],
+    ["--max_data_loader_n_workers", "0", "--seed=1"],
+    ["--optimizer_args", "betas=(0.9,0.999)", "--max_data_loader_n_workers=0"],
+    ["--training_comment", ODD, "--output_config", "", "--max_data_loader_n_workers=0"],
+]
+WITH_WORKERS = [
+    ["--max_data_loader_n_workers=04"],
+    ["--max_data_loader_n_workers", "8", "--seed", "0"],
+    ["--seed=0", "--training_comment", "--max_data_loader_n_workers", "--lr_warmup_steps=0"],
+]
+
+
+@pytest.mark.parametrize("override", [*WITHOUT_WORKERS, *WITH_WORKERS], ids=" ".join)
+@pytest.mark.parametrize("name", NAMES)
+def test_workers_persist_unless_there_are_none(kohya, name, override):
+    argv = kohya.argv(name, *override)
+    expected = options_after_names(name)
+    if override in WITHOUT_WORKERS:
+        expected.remove("--persistent_data_loader_workers")
+    assert argv[7:] == [*expected, *override]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bat_sees_that_there_are_no_workers_inside_quote_marks_too(bat, tmp_path, name):
+    path = make_kohya(tmp_path / "kohya")
+    bat.make_venv(path / "venv")
+    line = f'@"{bat.shown(path / name)}.bat" "--max_data_loader_n_workers=0"\n'
+    (path / "caller.bat").write_text(line, newline="\r\n")
+    argv = Kohya(bat, path, tmp_path / "log").argv("caller")
+    assert argv[-1] == "--max_data_loader_n_workers=0"
+    assert "--persistent_data_loader_workers" not in argv
+
+
 @pytest.mark.parametrize("code", [0, 1, 7])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exit_code_of_the_training_is_the_launchers(kohya, name, code):
@@ -615,6 +649,7 @@ Change what stands between = and " and nothing else: no space goes around the =.
 A path copied from Explorer has quote marks, and a \\ at its end would swallow the next one.
 It lies beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
 a folder without one.
+cmd splits an option at its =, unless there are quote marks around it. One empty text is no end.
 A double-click opens a window of its own that closes with the last line: hold it open.
 """.splitlines(),
 }
