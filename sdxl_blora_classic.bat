@@ -18,6 +18,7 @@ if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.saf
 rem The blocks to train: one of lycoris_presets, relative to this folder.
 if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_style.toml"
 rem Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
+rem For one of several: --num_processes=1
 if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="
 
 rem ---- Launch (nothing below needs editing) ------------------------------------------------------

@@ -20,6 +20,7 @@ BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-path/to/sd_xl_base_1.0.safetensors}"
 # The blocks to train: one of lycoris_presets, relative to this folder.
 BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
 # Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
+# For one of several: --num_processes=1
 BLORA_ACCELERATE_ARGS="${BLORA_ACCELERATE_ARGS:-}"
 
 # ---- Launch (nothing below needs editing) --------------------------------------------------------

@@ -22,6 +22,7 @@ if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_styl
 rem 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
 if not defined BLORA_SAVE_MEMORY set "BLORA_SAVE_MEMORY=1"
 rem Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
+rem For one of several: --num_processes=1
 if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="
 
 rem ---- Launch (nothing below needs editing) ------------------------------------------------------

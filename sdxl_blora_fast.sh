@@ -24,6 +24,7 @@ BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
 # 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
 BLORA_SAVE_MEMORY="${BLORA_SAVE_MEMORY:-1}"
 # Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
+# For one of several: --num_processes=1
 BLORA_ACCELERATE_ARGS="${BLORA_ACCELERATE_ARGS:-}"
 
 # ---- Launch (nothing below needs editing) --------------------------------------------------------

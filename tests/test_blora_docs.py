@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sdxl_train_network
 import torch
+from accelerate.commands.launch import launch_command_parser
 from kohya_folder import ROOT, install
 from launcher_text import outline
 from make_checkpoint import main as make_checkpoint
@@ -130,6 +131,7 @@ def parsers():
         blora_preflight.build_parser(),
         sdxl_train_network.build_parser(),
         resize_parser(),
+        launch_command_parser(),
     )
 
 
