@@ -75,7 +75,8 @@ def make_standin(path: Path, *, name: str, gui: bool = False) -> Path:
     install(path)
     for script in (ROOT / "tests/standin").glob("*.py"):
         shutil.copy(script, scripts)
-    shutil.copy(ROOT / "tests/data/sdxl_train_network_options.json", scripts)
+    for data in ("sdxl_train_network_options.json", "sdxl_checkpoint.json"):
+        shutil.copy(ROOT / "tests/data" / data, scripts)
     made = {"make_checkpoint.py": "toy.safetensors", "make_dataset.py": f"_in/lora/sdxl/{name}"}
     for script, argument in made.items():
         subprocess.run([sys.executable, scripts / script, argument], cwd=path, check=True)

@@ -1,4 +1,4 @@
-"""Write a checkpoint that is SDXL's by its names alone, for the stand-in, which does not read it.
+"""Write a checkpoint that is SDXL's by names and shapes, for the stand-in, which does not read it.
 
 python make_checkpoint.py FILE
 """
@@ -8,19 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-
-NAMES = (
-    "model.diffusion_model.label_emb.0.0.weight",
-    "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
-    "conditioner.embedders.1.model.ln_final.weight",
-)
+from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 
 def main(argv: list[str]) -> int:
-    """One number under each name."""
-    save_file({name: np.zeros(1, dtype=np.float16) for name in NAMES}, Path(argv[0]))
+    """All tensors, and a hole where their numbers would be."""
+    write_checkpoint(Path(argv[0]), sdxl_shapes())
     return 0
 
 

@@ -1,0 +1,44 @@
+"""SDXL's checkpoint as sd-scripts saves it: names and shapes, and files of the header alone.
+
+Needs sdxl_checkpoint.json beside this file, or in ../data where the tests keep it: the 2,514
+tensors of the file that make_random_sdxl.py makes, as a tree by the dots of their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+DATA = "sdxl_checkpoint.json"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def leaves(tree: dict[str, Any], start: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, inside in tree.items():
+        if isinstance(inside, list):
+            yield start + name, tuple(inside)
+        else:
+            yield from leaves(inside, f"{start}{name}.")
+
+
+def sdxl_shapes() -> Shapes:
+    """{name: shape} of every tensor."""
+    folder = next(folder for folder in (HERE, HERE.parent / "data") if (folder / DATA).is_file())
+    return dict(leaves(json.loads((folder / DATA).read_text(encoding="utf-8"))))
+
+
+def write_checkpoint(path: Path, shapes: Shapes, metadata: dict[str, str] | None = None) -> None:
+    """A whole safetensors file in fp16; its weights are a hole, which takes no room on the disk."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
