@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,15 @@ if not (KOHYA_ROOT and KOHYA_PYTHON):
     )
 # Commands run in other folders. A venv's python must stay the link that it is.
 KOHYA_ROOT, KOHYA_PYTHON = str(Path(KOHYA_ROOT).absolute()), str(Path(KOHYA_PYTHON).absolute())
+BEFORE_0_10 = "validation_split" not in Path(KOHYA_ROOT, "train_network.py").read_text("utf-8")
+
+
+def make_copy(path: Path) -> None:
+    """The tracked files of the checkout, as far as they are there."""
+    listed = subprocess.run(
+        ["git", "-C", KOHYA_ROOT, "ls-files", "-z"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    for name in listed.stdout.split("\0")[:-1]:
+        if (source := Path(KOHYA_ROOT, name)).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, path / name)

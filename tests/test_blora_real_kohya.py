@@ -30,7 +30,7 @@ import torch
 from kohya_folder import ROOT, SCRIPT, Bash, install, with_text_encoders
 from network_cases import MODULES, PLAIN, cases, preset_files, with_both
 from preset_modules import CONTENT, EXPECTED, STYLE, block_modules, text_encoder_modules
-from real_kohya import KOHYA_PYTHON, KOHYA_ROOT
+from real_kohya import BEFORE_0_10, KOHYA_PYTHON, KOHYA_ROOT, make_copy
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -82,7 +82,6 @@ PLAIN_ARGS = ("--network_args", preset("blora_content_style"))
 LYCORIS_NETWORK = ("--network_module=lycoris.kohya", *PLAIN_ARGS)
 GO_ON = ("--dim_from_weights",)
 LOOK = ("--sample_prompts=prompts.txt", "--sample_every_n_steps=1", "--sample_at_first")
-BEFORE_0_10 = "validation_split" not in Path(KOHYA_ROOT, "train_network.py").read_text("utf-8")
 if not BEFORE_0_10:
     LOOK += ("--validation_split=0.4", "--validate_every_n_steps=1")
 COMPILED = ("--torch_compile", "--dynamo_backend=eager")
@@ -162,17 +161,6 @@ class Kohya:
             TESTS / "kohya_probe.py", self.path, input=json.dumps(question), check=True
         )
         return json.loads(probe.stdout)
-
-
-def make_copy(path: Path) -> None:
-    """The tracked files of the checkout, as far as they are there."""
-    listed = subprocess.run(
-        ["git", "-C", KOHYA_ROOT, "ls-files", "-z"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    for name in listed.stdout.split("\0")[:-1]:
-        if (source := Path(KOHYA_ROOT, name)).is_file():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, path / name)
 
 
 @pytest.fixture(scope="module")

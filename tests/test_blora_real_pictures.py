@@ -1,0 +1,383 @@
+"""What pre-flight says of pictures, on the datasets that a real sd-scripts makes.
+
+  KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
+    .venv/bin/python -m pytest tests/test_blora_real_pictures.py
+
+takes five minutes: each case is a process with sd-scripts' imports. No model is loaded.
+BLORA_RANDOM_SDXL names a folder that tests/make_random_sdxl.py filled, for its tokenizers; without
+it they are made, which needs open_clip_torch. BLORA_WRITE_PREVIEW=1 writes docs/blora_preview.jpg
+anew. The checkout is only read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kohya_folder import ROOT
+from make_dataset import draw
+from PIL import Image, ImageChops, ImageStat
+from real_kohya import KOHYA_PYTHON, KOHYA_ROOT
+from sample_pictures import make_sample
+
+pytestmark = pytest.mark.slow
+
+BEFORE_0_10 = "validation_split" not in Path(KOHYA_ROOT, "train_network.py").read_text("utf-8")
+CLASSIC, FAST = ("--random_crop",), ("--cache_latents",)  # how the two launchers open pictures
+ON_DISK = ("--cache_latents_to_disk",)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory) -> Path:
+    """The two tokenizers of SDXL."""
+    made = os.environ.get("BLORA_RANDOM_SDXL") or tmp_path_factory.mktemp("tokenizers")
+    if not (folder := Path(made, "tokenizers")).is_dir():
+        maker = ROOT / "tests/make_random_sdxl.py"
+        subprocess.run([KOHYA_PYTHON, maker, made, "--no_checkpoint"], check=True)
+    return folder
+
+
+class Training:
+    """A folder with pictures and a dataset config, and what pre-flight says of it."""
+
+    def __init__(self, path: Path, tokenizers: Path):
+        self.path, self.tokenizers, self.images = path, tokenizers, path / "images"
+        self.images.mkdir()
+        self.config()
+
+    def config(self, *lines: str, more: str = "") -> None:
+        """One dataset of 512 x 512 and one subset, with more lines for the subset."""
+        head = 'resolution = 512\n[[datasets.subsets]]\nimage_dir = "images"'
+        text = "\n".join(["[[datasets]]", head, 'class_tokens = "A [v]"', *lines, more])
+        (self.path / "config.toml").write_text(text, encoding="utf-8")
+
+    def draw(self, name: str, size: tuple[int, int] = (512, 512), **options: Any) -> Path:
+        path = self.images / name
+        path.parent.mkdir(exist_ok=True)
+        draw(1, max(size)).resize(size).save(path, **options)
+        return path
+
+    def npz(self, name: str, size: tuple[int, int], trained: tuple[int, int] = (512, 512)) -> Path:
+        """A latent cache as sd-scripts writes it, newer than the pictures."""
+        latents = np.zeros((4, trained[1] // 8, trained[0] // 8), np.float32)
+        path = self.images / name
+        np.savez(path, latents=latents, original_size=np.array(size), crop_ltrb=np.zeros(4))
+        os.utime(path, (4e9, 4e9))
+        return path
+
+    def ask(self, *options: str, buckets: bool = True, sheet: Path | None = None) -> dict:
+        """What pre-flight says of the launchers' options and these."""
+        recipe = ["--resolution=1024,1024", "--min_bucket_reso=512", "--bucket_reso_steps=32"]
+        given = [
+            "--pretrained_model_name_or_path=none.safetensors",
+            f"--tokenizer_cache_dir={self.tokenizers}",
+            "--dataset_config=config.toml",
+            "--network_module=lycoris.kohya",
+            "--network_train_unet_only",
+            "--mixed_precision=no",
+            "--caption_extension=.txt",
+            "--prior_loss_weight=0",
+            "--seed=0",
+            "--max_train_steps=10",
+            *recipe,
+            *(["--enable_bucket"] if buckets else []),
+            *options,
+        ]
+        drawn = ["--sheet", str(sheet)] if sheet else []
+        command = [KOHYA_PYTHON, str(ROOT / "tests/dataset_probe.py"), KOHYA_ROOT, str(ROOT)]
+        before = self.contents()
+        done = subprocess.run(
+            [*command, *drawn, "--", *given], cwd=self.path, capture_output=True, text=True
+        )
+        assert done.stdout, done.stderr[-3000:]
+        assert self.contents() == before  # it looks, and writes nothing
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def contents(self) -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in self.path.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def training(tmp_path, tokenizers) -> Training:
+    return Training(tmp_path, tokenizers)
+
+
+def silent(answer: dict) -> bool:
+    return not (answer["errors"] or answer["warnings"] or answer["notes"])
+
+
+# ---- Nothing to say ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [CLASSIC, FAST, (*FAST, *ON_DISK)])
+def test_of_a_sound_dataset_there_is_nothing_to_say(training, options):
+    training.config(more=(ROOT / "blora_dataset.toml").read_text("utf-8").split("[general]")[0])
+    training.draw("a.png")
+    training.draw("b.jpg", (700, 500))
+    training.draw("c.webp", (300, 900))
+    training.draw("d.png").with_suffix(".txt").write_text("a dog\n")
+    for name in "abc":
+        (training.images / f"{name}.txt").write_text("a cat")
+    (training.images / "._a.png").write_bytes(b"macOS")
+    answer = training.ask(*options)
+    assert silent(answer)
+    assert answer["folders"] == '4 in "images"'
+    assert answer["opened"] == 4
+
+
+def test_an_epoch_is_counted_in_the_trainers_own_buckets(training):
+    training.config("num_repeats = 3")
+    for name in ("a.png", "b.png"):
+        training.draw(name)
+    training.draw("c.png", (768, 512)).with_suffix(".txt").write_text("a dog")
+    epoch = training.ask(*FAST, "--train_batch_size=4")["epoch"]
+    # 2 x 3 squares make two batches of 4, and 3 wide ones another.
+    expected = {"images": 3, "captions": 1, "repeated": 9, "batches": 3, "batch_sizes": [4]}
+    assert {key: epoch[key] for key in expected} == expected
+    assert epoch["largest_batch"] == 4 * 512 * 512
+
+
+# ---- Pictures that cannot be trained -------------------------------------------------------------
+
+
+def truncated(path: Path) -> None:
+    data = io.BytesIO()
+    draw(1, 512).save(data, "JPEG")
+    path.write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
+
+
+def cut_png(path: Path) -> None:
+    data = io.BytesIO()
+    Image.effect_noise((512, 512), 50).save(data, "PNG")
+    path.write_bytes(data.getvalue()[:20_000])
+
+
+BROKEN = {
+    "truncated": (truncated, "image file is truncated"),
+    "a PNG that is cut": (cut_png, "image file is truncated"),
+    "empty": (Path.touch, "the file is empty"),
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "it is a web page"),
+    "something else": (lambda path: path.write_text("hello " * 99), "no picture that PIL can read"),
+    "a JPEG's first bytes": (
+        lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" * 4),
+        "PIL can read",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "options"), [(case, FAST) for case in BROKEN] + [("truncated", CLASSIC)]
+)
+def test_a_picture_that_cannot_be_opened_is_named(training, case, options):
+    write, reason = BROKEN[case]
+    training.draw("a.png")
+    name = "b.png" if "PNG" in case else "b.jpg"
+    write(training.images / name)
+    [error] = training.ask(*options)["errors"]
+    assert error.startswith(f'cannot open the picture "images/{name}" (')
+    assert reason in error
+    assert error.endswith("): save it anew, or take it out")
+
+
+def test_many_broken_pictures_are_summed_up(training):
+    training.draw("a.png")
+    for number in range(5):
+        truncated(training.images / f"b{number}.jpg")
+    [error] = training.ask(*FAST)["errors"]
+    assert error.startswith('cannot open 5 pictures, "images/b0.jpg" (image file is truncated')
+    assert " and 2 more: " in error
+
+
+def test_without_buckets_a_picture_of_another_size_is_named(training):
+    for name, side in (("ok.png", 512), ("small.png", 300), ("big.png", 600)):
+        training.draw(name, (side, side))
+    training.config("random_crop = false")
+    errors = training.ask(buckets=False)["errors"]
+    assert len(errors) == 2
+    assert (
+        'images/small.png" (image size is small, it is 300x300): add --enable_bucket' in errors[0]
+    )
+    assert 'images/big.png" (image too large' in errors[1]
+    assert not training.ask(*FAST, buckets=False)["errors"]  # where it is resized all the same
+
+
+# ---- What the trainer does not say ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [CLASSIC, FAST], ids=["classic", "fast"])
+def test_what_the_trainer_does_not_say_is_said(training, options):
+    training.config(
+        'caption_prefix = "sks"',
+        more="""
+        [[datasets.subsets]]
+        image_dir = "reg"
+        class_tokens = "dog"
+        is_reg = true
+        [[datasets.subsets]]
+        image_dir = "missing"
+        """,
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    captions = {
+        training.draw("phone.jpg", exif=exif): "a dog",
+        training.draw("blank.png"): "\na dog",
+        training.draw("lines.png"): "a dog\na cat",
+        training.draw("long.png"): "dog " * 76,
+        training.draw("enough.png"): "dog " * 74,  # and the prefix
+    }
+    for path, text in captions.items():
+        path.with_suffix(".txt").write_text(text)
+    training.draw("other.png").with_suffix(".caption").write_text("a dog")
+    training.draw("left.gif")
+    training.draw("below/a.png")
+    training.draw("../reg/a.png")
+    answer = training.ask(*options, "--train_batch_size=2", "--flip_aug")
+    assert not answer["errors"]
+    found = answer["warnings"]
+    expected = [
+        'images in "images" have no .txt caption and are trained as "A [v]", the class_tokens: '
+        "other.caption is not read",
+        'trained as no words at all, 1 in "images": blank.txt',
+        'by their first line alone, 1 in "images": lines.txt',
+        'cut after 75 tokens, 1 in "images": long.png (77): shorten them, or give',
+        'left out of "images", as sd-scripts does not read such endings: left.gif',
+        "pictures an epoch train nothing, since prior_loss_weight is 0 and is_reg is set for reg",
+        "photos are trained lying down, as the camera stored them, since sd-scripts does not turn "
+        "them by their EXIF, 1 in all: phone.jpg",
+    ]
+    assert len(found) == len(expected)
+    for text, warning in zip(expected, found, strict=True):
+        assert text in warning
+    assert answer["notes"] == ['pictures in folders of "images" are not trained, in below']
+
+
+def test_a_prefix_that_cached_captions_leave_out_is_named(training):
+    training.config('caption_prefix = "sks"')
+    training.draw("a.png").with_suffix(".txt").write_text("a dog")
+    assert silent(training.ask(*FAST))
+    [warning] = training.ask(*FAST, "--cache_text_encoder_outputs")["warnings"]
+    assert 'caption_prefix and caption_suffix of "images" are not trained' in warning
+
+
+def test_more_tokens_are_trained_where_they_are_asked_for(training):
+    training.draw("a.png").with_suffix(".txt").write_text("dog " * 151)
+    [warning] = training.ask(*FAST, "--max_token_length=150")["warnings"]
+    assert warning == (
+        'captions are cut after 150 tokens, 1 in "images": a.png (151): shorten them, or give '
+        "--max_token_length=225"
+    )
+
+
+def test_an_option_that_the_config_overrides_is_named(training):
+    training.draw("a.png")
+    training.config("flip_aug = false")
+    assert silent(training.ask(*FAST))
+    [warning] = training.ask(*FAST, "--flip_aug", "--resolution=768")["warnings"]
+    assert warning == (
+        '--resolution=768 and --flip_aug=true do nothing, since "config.toml" says resolution = '
+        "512 and flip_aug = false: change it there"
+    )
+
+
+# ---- Leftovers -----------------------------------------------------------------------------------
+
+
+def test_latents_of_a_picture_that_was_replaced_are_named_where_they_would_be_trained(training):
+    for name in "abcd":
+        training.draw(f"{name}.png").with_suffix(".txt").write_text("a dog")
+    suffix = ".npz" if BEFORE_0_10 else "_0512x0512_sdxl.npz"
+    training.npz(f"a{suffix}", (512, 512))  # its own
+    os.utime(training.npz(f"b{suffix}", (512, 512)), (1, 1))
+    training.npz("c.npz", (600, 600))  # in 0.9's own name, which 0.10 takes too
+    [warning] = training.ask(*FAST, *ON_DISK)["warnings"]
+    assert warning == (
+        f"leftover latents are trained in place of pictures, 2 in all: b{suffix} (older than the "
+        "picture), c.npz (of a picture of 600x600, not 512x512): delete these files"
+    )
+    assert silent(training.ask(*FAST))  # where nothing is read from the disk
+
+
+def test_a_broken_picture_whose_latents_are_taken_stops_nothing(training):
+    training.draw("a.png")
+    truncated(training.images / "b.jpg")
+    training.npz("b.npz", (512, 512))
+    assert not training.ask(*FAST, *ON_DISK)["errors"]
+    assert len(training.ask(*FAST)["errors"]) == 1
+
+
+@pytest.mark.skipif(BEFORE_0_10, reason="0.9 opens each picture for its size")
+@pytest.mark.parametrize("options", [CLASSIC, FAST], ids=["classic", "fast"])
+def test_a_picture_that_is_squeezed_by_the_name_of_a_leftover_is_named(training, options):
+    training.draw("a.png")
+    training.npz("a_0768x0512_sdxl.npz", (768, 512), (640, 416))
+    [warning] = training.ask(*options)["warnings"]
+    assert warning == (
+        "pictures are trained squeezed, since sd-scripts takes their size from an earlier file, 1 "
+        "in all: a.png (768x512, is 512x512): delete the .npz files (or metadata_cache.json) "
+        "beside them"
+    )
+    [warning] = training.ask(*FAST, *ON_DISK)["warnings"]
+    assert "a_0768x0512_sdxl.npz (of a picture of 768x512, not 512x512)" in warning
+
+
+def test_cached_words_that_are_older_than_the_caption_are_named(training):
+    training.draw("a.png").with_suffix(".txt").write_text("a dog")
+    cached = training.images / "a_te_outputs.npz"
+    np.savez(cached, nothing=np.zeros(1))
+    options = (*FAST, "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk")
+    assert silent(training.ask(*options))
+    os.utime(cached, (1, 1))
+    [warning] = training.ask(*options)["warnings"]
+    assert "trained in their place, 1 in all: a_te_outputs.npz: delete" in warning
+
+
+# ---- The sheet -----------------------------------------------------------------------------------
+
+PREVIEW = ROOT / "docs/blora_preview.jpg"
+
+
+def test_the_readmes_preview_is_what_the_sample_gives(training, tmp_path_factory):
+    shutil.rmtree(training.images)
+    make_sample(training.path)
+    sheet = tmp_path_factory.mktemp("sheet") / "sheet.jpg"
+    training.ask(*FAST, sheet=sheet)
+    if os.environ.get("BLORA_WRITE_PREVIEW") == "1":
+        shutil.copy(sheet, PREVIEW)
+    with Image.open(sheet) as drawn, Image.open(PREVIEW) as shown:
+        assert drawn.size == shown.size
+        # Another release of Pillow or OpenCV may round a pixel another way.
+        assert max(ImageStat.Stat(ImageChops.difference(drawn, shown)).mean) < 1
+    assert PREVIEW.stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("options", [(), FAST], ids=["step", "cache"])
+def test_the_sheet_shows_a_picture_cropped_as_the_trainer_crops_it(
+    training, tmp_path_factory, options
+):
+    """A bar down the left edge, which the crop of a panorama to its bucket cuts off."""
+    wide = Image.new("RGB", (1000, 100), "#2f9e44")
+    wide.paste("#d03030", (0, 0, 100, 100))
+    wide.save(training.images / "wide.png")
+    sheet = tmp_path_factory.mktemp("sheet") / "sheet.jpg"
+    training.ask(*options, sheet=sheet)
+    with Image.open(sheet) as image:
+        reds = sum(
+            count
+            for count, (r, g, b) in image.getcolors(image.width * image.height)
+            if r > 180 and g < 90 and b < 90
+        )
+        greens = sum(
+            count
+            for count, (r, g, b) in image.getcolors(image.width * image.height)
+            if g > 130 and r < 90
+        )
+    assert greens > 1000
+    assert reds < 50
