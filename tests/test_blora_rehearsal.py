@@ -1,0 +1,206 @@
+"""What of the rehearsal needs no sd-scripts: tensors without numbers, and how the script is found.
+
+sd-scripts' own train() is rehearsed by test_blora_real_rehearsal.py and test_blora_real_cases.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lycoris.kohya
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import blora_rehearsal
+from blora_rehearsal import (
+    as_started,
+    header_tensors,
+    is_safetensors,
+    on_meta,
+    open_to_read,
+    rehearse,
+    replaced,
+)
+
+# ---- Tensors without numbers ---------------------------------------------------------------------
+
+TENSORS = {
+    "matrix": torch.ones(3, 2, dtype=torch.float16),
+    "kernel": torch.ones(2, 2, 3, 3),
+    "one row": torch.ones(1, 4, dtype=torch.bfloat16),
+    "empty": torch.ones(0, 4),
+    "alpha": torch.tensor(8.0),
+    "alpha in a list": torch.tensor([4.0]),
+    "numbers": torch.arange(3),
+}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "a.safetensors"
+    save_file(TENSORS, path)
+    return path
+
+
+def test_a_file_is_read_as_far_as_its_header(file):
+    with on_meta():
+        read = header_tensors(file, device="cpu")
+    loaded = load_file(file)
+    assert {n: (t.shape, t.dtype) for n, t in read.items()} == {
+        n: (t.shape, t.dtype) for n, t in loaded.items()
+    }
+    with_numbers = {name for name, tensor in read.items() if not tensor.is_meta}
+    assert with_numbers == {"alpha", "alpha in a list"}
+    assert (read["alpha"].item(), read["alpha in a list"].item()) == (8, 4)
+
+
+def test_what_is_made_has_no_numbers_and_goes_to_no_device():
+    with on_meta():
+        made = torch.zeros(2, 2)
+        moved = [made.cpu(), made.to("cpu"), made.to(0), made.to(torch.device("cpu"), torch.half)]
+        moved += [made.to(device="cpu", dtype=torch.half), nn.Linear(2, 2).to("cpu").weight]
+    assert all(tensor.is_meta for tensor in (made, *moved))
+    assert [tensor.dtype for tensor in moved[3:5]] == [torch.half, torch.half]
+
+
+def test_a_number_that_is_there_stays_one():
+    with on_meta():
+        assert torch.tensor(4.0).item() == 4
+        assert torch.ones(1, device="cpu").to("cpu").item() == 1
+    assert not torch.zeros(1).is_meta
+
+
+class Transformer2DModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.conv = nn.Linear(64, 64), nn.Conv2d(64, 64, 3)
+
+
+ALGOS = ("lora", "locon", "loha", "lokr", "dylora", "full", "ia3", "glora", "diag-oft", "boft")
+
+
+@pytest.mark.parametrize("dora", ["False", "True"])
+@pytest.mark.parametrize("algo", ALGOS)
+def test_lycoris_builds_the_same_modules_without_numbers_as_with(algo, dora):
+    def build(model: nn.Module) -> dict[str, torch.Size]:
+        unet = nn.Module()
+        unet.block = model
+        options = {"algo": algo, "dora_wd": dora, "conv_dim": "4"}
+        network = lycoris.kohya.create_network(1.0, 4, 4, None, nn.Module(), unet, **options)
+        network.apply_to(nn.Module(), unet, False, True)
+        return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+    real = build(Transformer2DModel())
+    with on_meta():
+        rehearsed = build(Transformer2DModel().to("cpu"))
+    assert rehearsed == real
+    assert real
+
+
+# ---- The script ----------------------------------------------------------------------------------
+
+
+def test_the_scripts_folder_comes_first_as_where_accelerate_runs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(blora_rehearsal.HERE), "/elsewhere"])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    before = list(sys.path)
+    with as_started(tmp_path / "script.py", ["--a", "b"]):
+        assert sys.path == [str(tmp_path), "/elsewhere"]
+        assert sys.argv == [str(tmp_path / "script.py"), "--a", "b"]
+    assert sys.path == before
+
+
+def test_our_folder_stays_where_pythonpath_has_it(tmp_path, monkeypatch):
+    ours = str(blora_rehearsal.HERE)
+    monkeypatch.setattr(sys, "path", [ours, "/elsewhere"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/other", ours]))
+    with as_started(tmp_path / "script.py", []):
+        assert sys.path == [str(tmp_path), ours, "/elsewhere"]
+
+
+def test_what_is_replaced_comes_back():
+    class Owner:
+        there = 1
+
+    with replaced(Owner, there=2, new=3):
+        assert (Owner.there, Owner.new) == (2, 3)
+    assert Owner.there == 1
+    assert not hasattr(Owner, "new")
+
+
+def test_files_are_read_and_never_written(tmp_path):
+    path = tmp_path / "metadata_cache.json"
+    for mode in ("w", "a", "x", "wb"):
+        with open_to_read(path, mode) as file:
+            file.write(b"a" if "b" in mode else "a")
+    assert not path.exists()
+    path.write_text("a")
+    with open_to_read(path, "r", encoding="utf-8") as file:
+        assert file.read() == "a"
+
+
+def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch, tmp_path):
+    (tmp_path / "models").mkdir()
+    relative, absolute = tmp_path / "models/relative.safetensors", tmp_path / "models/b.safetensors"
+    relative.symlink_to("../a.safetensors")
+    absolute.symlink_to(file)
+    monkeypatch.chdir(tmp_path / "models")
+    assert is_safetensors("../a.safetensors")
+    assert is_safetensors("b.safetensors")
+    assert is_safetensors("relative.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert not is_safetensors("models/relative.safetensors")
+    assert not is_safetensors("models")
+
+
+def make_script(folder: Path, text: str) -> Path:
+    """A training script beside what sd-scripts has beside its own."""
+    (folder / "library").mkdir()
+    (folder / "library/train_util.py").touch()
+    script = folder / "sdxl_train_network.py"
+    script.write_text(text)
+    return script
+
+
+def rehearsed(script: Path) -> str:
+    """What is missing or failed, asked in a Python of its own."""
+    code = (
+        "import sys; from pathlib import Path; from blora_rehearsal import rehearse\n"
+        "it = rehearse(Path(sys.argv[1]), ['--a'])\n"
+        "print(it.missing, repr(it.failure), it.ready, repr(it.printed.getvalue()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, script],
+        cwd=blora_rehearsal.HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_another_trainer_than_sd_scripts_is_not_rehearsed(tmp_path):
+    script = tmp_path / "sdxl_train_network.py"
+    assert rehearse(script, []).missing == f'"{script}" is not sd-scripts\' own'
+
+
+def test_a_script_that_trains_no_lora_of_sdxl_is_not_rehearsed(tmp_path):
+    script = make_script(tmp_path, "")
+    missing = f'"{script}" does not train a LoRA of SDXL'
+    assert rehearsed(script) == f"{missing} None False ''"
+
+
+def test_what_the_script_raises_is_kept_and_what_it_prints_is_not_shown(tmp_path):
+    script = make_script(tmp_path, "print('reading')\nraise ValueError('no')")
+    assert rehearsed(script) == " ValueError('no') False 'reading\\n'".strip()
+
+
+def test_a_script_may_end_python(tmp_path):
+    script = make_script(tmp_path, "import sys\nsys.exit(3)")
+    assert rehearsed(script) == "SystemExit(3) False ''"
