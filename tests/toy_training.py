@@ -1,0 +1,353 @@
+"""Run sd-scripts' own SDXL training to its end on a CPU in seconds, with toys for its three models.
+
+  KOHYA_PYTHON toy_training.py SCRIPT [options of a training...]
+  KOHYA_PYTHON toy_training.py --many SCRIPT < trainings.json
+  KOHYA_PYTHON toy_training.py --checkpoint KOHYA_ROOT FILE
+
+SCRIPT is the sdxl_train_network.py of a kohya folder. Its parser, verification, datasets, loader of
+checkpoints, network module, optimizer, DataLoader, scheduler, loop and saving run as they are, in
+sd-scripts 0.9 and 0.10. What is a toy: every weight of the checkpoint is 0, in memory that nobody
+writes to; the U-Net, the text encoders and the VAE call no layer but the ones that are trained,
+each on a small input, so that a backward pass reaches them; and the checkpoint is not hashed.
+
+The last line of stdout is a JSON object: "outcome" (trained or failed), "when" it failed (before,
+step or save), "error", and what a training was about: "losses", and whether a step was "idle" with
+a loss of 0; "captions" and "sizes" of the pictures it was shown; "modules" and "scale" of its
+network; and the "files" it left. The exit code is the trainer's own. A training that ends without a
+step has failed, although sd-scripts then exits with 0.
+
+--many takes a list of {"name", "folder", "words", "path"}: trainings, each in its folder, with a
+path where Python looks first. Two at a time run in forks of a process that has imported sd-scripts,
+which halves the time. Each answer is a line with the name and the exit code; what the trainer
+printed lies in the folder's trainer.log.
+
+--checkpoint writes an SDXL checkpoint of full size by sd-scripts' own names and shapes. It is a
+hole in the disk: 6.9 GB that take 300 kB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "F8_E4M3": 1}
+
+
+# ---- Checkpoints that are holes ------------------------------------------------------------------
+
+
+def write_hole(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "F16") -> None:
+    """A whole safetensors file of these tensors, whose numbers are a hole in the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = DTYPE_BYTES[dtype] * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def make_checkpoint(kohya: Path, path: Path) -> None:
+    """The names and shapes that sd-scripts' own code saves SDXL's models under."""
+    from make_random_sdxl import import_models, models_on_meta
+
+    sdxl = import_models(kohya)
+    te1, te2, vae, unet = models_on_meta(sdxl)
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(tensors: dict[str, Tensor], *_: Any) -> None:
+        found.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+
+    sdxl.save_file = note
+    scale = torch.tensor(1.0)
+    sdxl.save_stable_diffusion_checkpoint(
+        "x.safetensors", te1, te2, unet, 0, 0, None, vae, scale, None
+    )
+    write_hole(path, found)
+
+
+def zeros_of(path: str, device: Any = None) -> dict[str, Tensor]:
+    """The tensors of a file, all 0: calloc hands out memory that costs nothing until written to."""
+    with safe_open(path, "pt"):  # refuses what the real loader refuses
+        pass
+    with Path(path).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {n: torch.from_numpy(np.zeros(h["shape"], np.float32)) for n, h in header.items()}
+
+
+# ---- Toys for the three models -------------------------------------------------------------------
+
+
+def trained_layers(model: nn.Module) -> list[nn.Module]:
+    """One layer of each kind and width that a network has put itself into.
+
+    A network gives each such layer a forward of its own.
+    """
+    kinds = {}
+    for layer in model.modules():
+        if layer is not model and "forward" in vars(layer):
+            kind = type(getattr(layer.forward, "__self__", None)), small_input(layer).shape
+            kinds.setdefault(kind, layer)
+    return list(kinds.values())
+
+
+def small_input(layer: nn.Module) -> Tensor:
+    """What the layer takes, as small as it may be."""
+    if isinstance(layer, nn.Linear):
+        return torch.ones(1, 1, layer.in_features)
+    if isinstance(layer, nn.Conv2d):
+        return torch.ones(1, layer.in_channels, 3, 3)
+    if isinstance(layer, nn.GroupNorm):
+        return torch.ones(1, layer.num_channels, 2, 2)
+    return torch.ones(1, 1, layer.normalized_shape[-1])
+
+
+def touch(model: nn.Module) -> Tensor | float:
+    """A number that depends on what is trained in the model."""
+    dtype = next(model.parameters()).dtype
+    outputs = [layer(small_input(layer).to(dtype)) for layer in trained_layers(model)]
+    return sum(output.float().sum() for output in outputs)
+
+
+class Moments:
+    """What a VAE encodes pictures to."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.latent_dist = self
+        self.images = images
+
+    def sample(self) -> Tensor:
+        means = nn.functional.avg_pool2d(self.images, 8)
+        return means.mean(1, keepdim=True).repeat(1, 4, 1, 1)
+
+
+def make_toys(text_encoders: list[nn.Module], vae: nn.Module, unet: nn.Module) -> None:
+    """Replace what the models compute, and nothing else of them."""
+
+    def unet_forward(x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, **_: Any) -> Tensor:
+        assert context.shape[-1] == 2048, context.shape
+        assert y.shape[-1] == 2816, y.shape
+        return x * 0.1 + touch(unet)
+
+    def toy_encoder(encoder: nn.Module) -> Any:
+        def forward(input_ids: Tensor, **_: Any) -> dict[str, Any]:
+            width = encoder.config.hidden_size
+            hidden = torch.zeros(*input_ids.shape, width) + touch(encoder)
+            layers = encoder.config.num_hidden_layers + 1
+            return {"hidden_states": [hidden] * layers, "last_hidden_state": hidden}
+
+        return forward
+
+    def decode(latents: Tensor, **_: Any) -> Any:
+        images = nn.functional.interpolate(latents[:, :3], scale_factor=8)
+        return argparse.Namespace(sample=images)
+
+    unet.forward = unet_forward
+    for encoder in text_encoders:
+        encoder.forward = toy_encoder(encoder)
+    vae.encode, vae.decode = Moments, decode
+
+
+# ---- The training --------------------------------------------------------------------------------
+
+
+class Seen:
+    """What the training was about, as far as it came."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.losses: list[float] = []
+        self.captions: set[str] = set()
+        self.sizes: set[tuple[int, int]] = set()
+        self.modules: int | None = None
+        self.scale: float | None = None
+
+    def batch(self, batch: dict[str, Any], latents: Tensor) -> None:
+        self.captions |= set(batch["captions"])
+        self.sizes.add((latents.shape[-1] * 8, latents.shape[-2] * 8))
+
+    def network(self, network: nn.Module) -> None:
+        self.modules = len({name.split(".")[0] for name in network.state_dict()})
+        loras = getattr(network, "loras", None)
+        self.scale = getattr(loras[0], "scale", None) if loras else None
+
+    def answer(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses,
+            "idle": 0.0 in self.losses,
+            "captions": sorted(self.captions),
+            "sizes": sorted(self.sizes),
+            "modules": self.modules,
+            "scale": self.scale,
+        }
+
+
+def toy_trainer(script: Any, train_util: Any, seen: Seen) -> Any:
+    """sd-scripts' trainer of SDXL LoRAs, with toy models."""
+
+    class Recorder(train_util.LossRecorder):
+        def add(self, *, epoch: int, step: int, loss: float) -> None:
+            seen.losses.append(loss)
+            super().add(epoch=epoch, step=step, loss=loss)
+
+    torch.set_flush_denormal(True)  # the gradients of toys are small, and a CPU is slow with such
+    train_util.LossRecorder = Recorder
+    train_util.calculate_sha256 = lambda _path: "not hashed"
+
+    class ToyTrainer(script.SdxlNetworkTrainer):
+        def load_target_model(self, args: Any, dtype: torch.dtype, accelerator: Any) -> Any:
+            script.sdxl_model_util.load_file = zeros_of
+            version, encoders, vae, unet = super().load_target_model(args, dtype, accelerator)
+            make_toys(encoders, vae, unet)
+            return version, encoders, vae, unet
+
+        def call_unet(
+            self, args: Any, accelerator: Any, unet: Any, noisy: Tensor, *more: Any, **kw
+        ):
+            batch = next(item for item in more if isinstance(item, dict))
+            seen.batch(batch, noisy)
+            return super().call_unet(args, accelerator, unet, noisy, *more, **kw)
+
+        def all_reduce_network(self, accelerator: Any, network: nn.Module) -> None:
+            seen.network(accelerator.unwrap_model(network))
+            super().all_reduce_network(accelerator, network)
+
+        def sample_images(self, *args: Any) -> None:
+            seen.begun = True  # called once before the first step
+            super().sample_images(*args)
+
+    return ToyTrainer()
+
+
+def import_script(path: Path) -> Any:
+    """sdxl_train_network, which finds the rest of sd-scripts beside itself."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    return importlib.import_module(path.stem)
+
+
+def train(script_path: Path, words: list[str], seen: Seen) -> None:
+    """As the script itself begins when it is run."""
+    sys.argv = [str(script_path), *words]  # sd-scripts reads --config_file off the command line
+    script = import_script(script_path)
+    from library import train_util
+
+    parser = script.setup_parser()
+    args = parser.parse_args()
+    train_util.verify_command_line_training_args(args)
+    args = train_util.read_config_from_file(args, parser)
+    seen.output_dir = args.output_dir
+    toy_trainer(script, train_util, seen).train(args)
+
+
+def phase(error: BaseException, seen: Seen) -> str:
+    """before the first step, in a step, or at a save."""
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if any(name.startswith("save_") for name in names):
+        return "save"
+    return "step" if seen.begun else "before"
+
+
+def files_of(folder: str | None) -> list[str]:
+    """What lies in the output folder in the end."""
+    if not folder or not Path(folder).is_dir():
+        return []
+    root = Path(folder)
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def run(script_path: Path, words: list[str]) -> tuple[int, dict[str, Any]]:
+    """The exit code of the trainer, and the answer."""
+    seen = Seen()
+    seen.output_dir = None
+    answer: dict[str, Any] = {"outcome": "trained", "when": "", "error": ""}
+    code = 0
+    try:
+        train(script_path, words, seen)
+        if not seen.losses:
+            answer |= {"outcome": "failed", "when": "before", "error": "it ended without a step"}
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        code = error.code if isinstance(error, SystemExit) else 1
+        if isinstance(code, str):
+            code = 1
+        told = f"{type(error).__name__}: {error}"
+        answer |= {"outcome": "failed", "when": phase(error, seen), "error": told}
+    return code or 0, answer | seen.answer() | {"files": files_of(seen.output_dir)}
+
+
+def run_in_fork(script_path: Path, training: dict[str, Any]) -> dict[str, Any]:
+    """The child's part: everything but the answer goes to the folder's log."""
+    os.chdir(training["folder"])
+    log = os.open("trainer.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if training["path"]:
+        sys.path.insert(0, training["path"])
+    code, answer = run(script_path, training["words"])
+    return {"name": training["name"], "code": code, **answer}
+
+
+def fork_each(
+    script_path: Path,
+    trainings: list[dict[str, Any]],
+    ask: Callable[[Path, dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Each in a fork of this process, which has imported the trainer; two at a time.
+
+    What a child answers is printed as a line of JSON. One that ends otherwise prints none.
+    """
+    import_script(script_path)
+    gc.freeze()  # sd-scripts collects garbage often, and need not look through what was imported
+    sys.stdout.flush()
+    running = 0
+    for training in trainings:
+        if running == 2:
+            os.wait()
+            running -= 1
+        if not os.fork():
+            out = os.dup(1)
+            try:
+                answer = ask(script_path, training)
+                os.write(out, json.dumps(answer).encode() + b"\n")
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+        running += 1
+    for _ in range(running):
+        os.wait()
+
+
+def main(argv: list[str]) -> int:
+    if argv[0] == "--many":
+        fork_each(Path(argv[1]).absolute(), json.load(sys.stdin), run_in_fork)
+        return 0
+    if argv[0] == "--checkpoint":
+        make_checkpoint(Path(argv[1]), Path(argv[2]))
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):
+        code, answer = run(Path(argv[0]).absolute(), argv[1:])
+    print(json.dumps(answer))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
