@@ -11,8 +11,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from blora_options import matching
-
 # Parameters of SDXL's models, as sd-scripts builds them.
 UNET = 2_567_463_684
 TEXT_ENCODERS = 123_060_480 + 694_659_840
@@ -40,19 +38,6 @@ PIXELS = 1024 * 1024  # of those figures; what is held grows with pixels and bat
 
 
 BYTES = {"float": 4, "fp16": 2, "bf16": 2}  # of a number, by --save_precision
-# fp32 numbers that an optimizer keeps for each parameter, beside its gradient.
-OPTIMIZER_STATE = (
-    (r"prodigy", 4.0),
-    (r"(paged)?adamw8bit", 0.5),
-    (r"(paged)?lion8bit|sgdnesterov8bit", 0.25),
-    (r"(paged)?adamw(32bit)?|adamwschedulefree|dadaptadam.*", 2.0),
-    (r"lion|sgdnesterov", 1.0),
-)
-
-
-def optimizer_state(optimizer: str) -> float | None:
-    """fp32 numbers that an optimizer of this name keeps for each parameter; None if not known."""
-    return matching(OPTIMIZER_STATE, optimizer)
 
 
 @dataclass(frozen=True)

@@ -1,42 +1,17 @@
-"""The options of a training as blora_preflight.py reads them, without knowing them all.
+"""The options of a training as blora_look.py reads them, by name, without knowing them all.
 
 A command line, with the options of --config_file under it, which is how the kohya_ss GUI passes
-all. Values are read by the setting's name, and a BloraError says which one is wrong.
+all. The rehearsal reads them by the trainer's own parser.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blora_words import BloraError, printable
-
-
-def as_number(name: str, value: object) -> float:
-    """A setting's value as a finite number, refused by the setting's name."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise BloraError(f"{name}={printable(str(value))} is not a number: correct it")
-    return number
-
-
-def as_whole(name: str, value: object, least: int = 1) -> int:
-    """A setting's value as a whole number that is not too small."""
-    number = int(as_number(name, value))
-    if number < least:
-        raise BloraError(f"{name}={printable(str(value))} is below {least}: correct it")
-    return number
-
-
-def matching(table: tuple[tuple[str, Any], ...], name: str) -> Any:
-    """The value of the first pattern that is the whole name, in any case."""
-    return next((value for pattern, value in table if re.fullmatch(pattern, name.lower())), None)
 
 
 @dataclass(frozen=True)
@@ -53,29 +28,9 @@ class Options:
         """The last value of an option; the default where it has none."""
         return (self.values.get(name) or [""])[-1] or default
 
-    def number(self, name: str, default: float) -> float:
-        """A finite number; BloraError where the value is none."""
-        return as_number(f"--{name}", self.text(name, str(default)))
-
-    def whole(self, name: str, default: int, least: int = 1) -> int:
-        """A whole number from `least` on; BloraError where the value is none."""
-        return as_whole(f"--{name}", self.text(name, str(default)), least)
-
-    def is_on(self, name: str) -> bool:
-        """Whether a switch is given, or a number other than 0."""
-        return self.has(name) and (not self.text(name) or self.number(name, 0) != 0)
-
-    def caches(self, what: str) -> bool:
-        """Whether it is cached; to do so on disk is enough for sd-scripts."""
-        return self.has(f"cache_{what}") or self.has(f"cache_{what}_to_disk")
-
     def pairs(self, name: str) -> dict[str, str]:
         """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
         return dict(item.partition("=")[::2] for item in self.values.get(name, []))
-
-    def asks_lycoris(self, name: str, default: str = "false") -> bool:
-        """Whether a network argument is on; LyCORIS takes every word but "false" for true."""
-        return self.pairs("network_args").get(name, default).lower() != "false"
 
 
 def parse_options(words: list[str]) -> Options:

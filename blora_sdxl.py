@@ -46,11 +46,6 @@ class Layer:
         return self.kind in ("Linear", "Conv2d")
 
     @property
-    def is_kernel(self) -> bool:
-        """A convolution with a kernel larger than 1 x 1."""
-        return self.shape[2:] > (1, 1)
-
-    @property
     def block(self) -> str:
         """The block it lies in: "output_blocks.0.1", "middle_block.1", "time_embed", "te2"."""
         if self.network != "unet":

@@ -16,10 +16,11 @@ from blora_sdxl import load_traits
 # runs its command on the real one.
 RESIZE = ("--model", "--save_to", "--new_rank", "--save_precision")
 RESIZE += ("--dynamic_method", "--device", "--verbose")
-# fast has every setting of classic, and one more.
-SETTINGS = set(
-    re.findall(r"^(BLORA_\w+)=", (ROOT / "sdxl_blora_fast.sh").read_text(), re.MULTILINE)
-)
+# fast has every setting of classic, and one more; pre-flight reads two by itself.
+SETTINGS = {
+    *re.findall(r"^(BLORA_\w+)=", (ROOT / "sdxl_blora_fast.sh").read_text(), re.MULTILINE),
+    *re.findall(r'environ\.get\("(BLORA_\w+)"', (ROOT / "blora_preflight.py").read_text()),
+}
 
 
 def check_launcher(command: list[str]) -> None:

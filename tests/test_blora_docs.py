@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -12,15 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prodigyopt
 import pytest
 import sdxl_train_network
 import torch
 from accelerate.commands.launch import launch_command_parser
 from kohya_folder import ROOT, install
-from launcher_text import outline
 from make_checkpoint import main as make_checkpoint
 from make_dataset import draw
 from readme_commands import (
+    SETTINGS,
     check_cmd,
     check_launcher,
     check_preflight,
@@ -28,15 +30,20 @@ from readme_commands import (
     check_slicer,
     resize_parser,
 )
+from rehearsed_networks import made, network
 from safetensors.torch import save_file
+from sdxl_train_network_options import build_parser
 
 import blora_memory
+import blora_plan
 import blora_preflight
-import blora_preset
 import blora_slicer
+from blora_refusals import refusal
+from blora_report import Report
 from blora_safetensors import read_header
-from blora_sdxl import sdxl_layers
+from blora_sdxl import layers_by_module, load_traits, sdxl_layers
 
+SCRIPT = "sdxl_train_network.py"
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
 NAMES = ("recipes", "own_blocks", "what_loads_where", "when_something_fails")
@@ -116,8 +123,7 @@ def test_its_links_within_the_repository_lead_somewhere(page):
 @pytest.mark.parametrize("page", NAMES)
 def test_the_presets_settings_and_options_that_it_names_exist(page):
     text = PAGES[page]
-    settings = {line.split(" = ")[0] for line in outline(ROOT / "sdxl_blora_fast.sh")}
-    assert set(re.findall(r"BLORA_[A-Z_]+", text)) <= settings
+    assert set(re.findall(r"BLORA_[A-Z_]+", text)) <= SETTINGS
     presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
     assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout)_\w+", text)) <= presets
     known = {o for p in parsers() for action in p._actions for o in action.option_strings}
@@ -143,7 +149,7 @@ def kohya(tmp_path, monkeypatch) -> Path:
     """A folder as the README sets it up, with one picture; it is the working directory."""
     install(tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("sdxl_train_network.py").touch()
+    Path(SCRIPT).touch()
     Path("models").mkdir()
     make_checkpoint(["models/sd_xl_base_1.0.safetensors"])
     images = Path(CONFIG).parent / "images"
@@ -172,18 +178,12 @@ def test_the_sample_dataset_config_loads(kohya):
     assert [caption for _, caption in dataset.subsets[0].pairs] == ["a knight"]
 
 
-@pytest.mark.parametrize(
-    "caches", [[], ["--cache_latents", "--cache_text_encoder_outputs"]], ids=["plain", "caches"]
-)
-def test_preflight_accepts_the_sample_dataset_config(kohya, capsys, caches):
-    options = [f"--dataset_config={CONFIG}", "--network_module=lycoris.kohya"]
+def test_preflights_look_accepts_the_sample_dataset_config(kohya, capsys):
+    options = [f"--dataset_config={CONFIG}", "--output_dir=_out"]
     options += ["--pretrained_model_name_or_path=models/sd_xl_base_1.0.safetensors"]
-    options += ["--network_args", "preset=lycoris_presets/blora_content_style.toml"]
-    options += ["--network_train_unet_only", "--network_dim=4"]
-    assert blora_preflight.main(["--json", "sdxl_train_network.py", *options, *caches]) == 0
+    assert blora_preflight.main(["--json", "--no_rehearsal", SCRIPT, *options]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert not [w for w in report["warnings"] if "text-encoder modules are left out" not in w]
-    assert report["plan"]["images"].startswith("1 with 0 captions")
+    assert report["warnings"] == report["notes"] == []
 
 
 def test_the_sample_dataset_config_has_the_launchers_paths():
@@ -224,40 +224,60 @@ def own_commands() -> tuple[str, str, list[str]]:
     return preflight, cut, [line for line in lines if not TYPED.match(line)]
 
 
+def own_plan() -> dict[str, str]:
+    """What pre-flight says of LyCORIS' network under the page's preset, with its options."""
+    args = build_parser().parse_args(shlex.split(own_commands()[0])[3:])
+    report, traits = Report(), load_traits(Path("blora_traits.json"))
+    found = network(args.network_dim, "my_middle.toml")
+    blora_plan.plan_modules(found, traits, report)
+    blora_plan.plan_rank(found, args, report)
+    return report.plan
+
+
 def test_preflight_shows_what_the_pages_preset_selects(kohya):
     add_own_blocks(kohya)
-    preflight, _, shown = own_commands()
-    done = run(preflight)
-    assert (done.returncode, done.stderr) == (0, "")
-    told = [line for line in shown if line.startswith("  ")]
-    assert len(told) == 2
-    assert set(told) <= set(done.stdout.splitlines())
+    told = [line for line in own_commands()[2] if line.startswith("  ")]
+    assert told == [f"  {name:<9} {text}" for name, text in own_plan().items()]
 
 
 def test_without_the_trait_preflight_names_the_block_alone(kohya):
     add_own_blocks(kohya)
     shutil.copyfile(ROOT / "blora_traits.json", kohya / "blora_traits.json")
     assert "`80 in middle_block.1`" in PAGES["own_blocks"]
-    assert ": 80 in middle_block.1, 80 style" in run(own_commands()[0]).stdout
+    assert ": 80 in middle_block.1, 80 style" in own_plan()["modules"]
+
+
+def test_the_look_accepts_the_pages_command(kohya):
+    add_own_blocks(kohya)
+    words = shlex.split(own_commands()[0])[2:]
+    done = run(shlex.join(["python", "blora_preflight.py", "--no_rehearsal", *words]))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_preset_that_fits_nothing_is_refused_as_shown(kohya):
     add_own_blocks(kohya)
     text = Path("my_middle.toml").read_text()
-    Path("my_middle.toml").write_text(text.replace("_block", "_blok"))
-    preflight, _, shown = own_commands()
-    done = run(preflight)
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [line for line in shown if line.startswith("error: ")]
+    Path("none.toml").write_text(text.replace("_block", "_blok"))
+    with pytest.raises(ValueError, match="empty") as raised:
+        get_optimizer(made(preset="none.toml"))
+    args = argparse.Namespace(network_args=["preset=my_middle.toml"], network_dim=64)
+    shown = [line for line in own_commands()[2] if line.startswith("error: ")]
+    assert shown == [f"error: {refusal(raised.value, args, '')}"]
+
+
+def get_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """As sd-scripts' function of this name makes one."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
 def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
     add_own_blocks(kohya)
     _, cut, shown = own_commands()
-    layers = blora_preset.trained_layers(blora_preset.load_preset(Path("my_middle.toml")))
+    layers = layers_by_module()
+    trained = list(network(1, "my_middle.toml").modules)
     tensors = {}
-    for name, layer in layers.items():
-        outputs, inputs = layer.shape
+    for name in trained:
+        outputs, inputs = layers[name].shape
         tensors[f"{name}.lora_down.weight"] = torch.zeros(64, inputs, dtype=torch.float16)
         tensors[f"{name}.lora_up.weight"] = torch.zeros(outputs, 64, dtype=torch.float16)
         tensors[f"{name}.alpha"] = torch.tensor(64.0, dtype=torch.float16)
@@ -267,23 +287,29 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
     assert done.stderr == ""
     assert done.stdout.splitlines() == [s for s in shown if s.startswith(("middle of", "->"))]
     kept, _ = read_header(Path("my_middle.safetensors"))
-    assert {key.split(".")[0] for key in kept} == {n for n in layers if "_middle_block_1_" in n}
+    assert {key.split(".")[0] for key in kept} == {n for n in trained if "_middle_block_1_" in n}
 
 
 # ---- Recipes -------------------------------------------------------------------------------------
 
 
+def prodigy_state() -> float:
+    """Bytes that Prodigy keeps for each byte of a LoRA, whose lora_up begins at zero."""
+    parameters = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.zeros(64, 64))]
+    optimizer = prodigyopt.Prodigy(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(v.numel() for v in kept if isinstance(v, torch.Tensor) and v.ndim) / (2 * 64 * 64)
+
+
 def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
-    layers = blora_preset.trained_layers(
-        blora_preset.load_preset(ROOT / "lycoris_presets/blora_content_style.toml")
-    )
-    unet = [layer for name, layer in layers.items() if name.startswith("lora_unet_")]
+    def gigabytes(rank: int, state: float) -> float:
+        return 4 * rank * network(1).parameters * (2 + state) / 1e9
 
-    def gigabytes(rank: int, optimizer: str) -> float:
-        state = blora_memory.optimizer_state(optimizer)
-        return sum(4 * layer.parameters(rank) * (2 + state) for layer in unet) / 1e9
-
-    small, large = gigabytes(64, "AdamW8bit"), gigabytes(1024, "prodigy")
+    # AdamW8bit, which needs a card to be counted, keeps two numbers of a byte each.
+    small, large = gigabytes(64, 2 / 4), gigabytes(1024, prodigy_state())
     text = re.sub(r"\s+", " ", PAGES["recipes"])
     assert f"take {small:.2f} GB at rank 64 with AdamW8bit" in text
     kept, _ = blora_memory.FROM_BLOCK["output_blocks.0.1"]
@@ -324,7 +350,7 @@ def templates(*sources: Path) -> list[str]:
                 parts = [p.value if isinstance(p, ast.Constant) else "..." for p in node.values]
                 found.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+                found.append(re.sub(r"\{[\w.]+\}", "...", node.value))
     return found
 
 
@@ -335,7 +361,8 @@ def bare(message: str) -> str:
 
 TEXTS = map(bare, templates(*ROOT.glob("blora_*.py")))
 OURS = [
-    ".+".join(map(re.escape, text.split("...")))
+    # What a text is added to comes behind its colon.
+    ".+".join(map(re.escape, re.sub(": $", ": ...", text).split("...")))
     for text in TEXTS
     if len(text.replace("...", "")) >= 20
 ]
@@ -346,7 +373,9 @@ OWN = [*quoted("Pre-flight"), *quoted("Slicer"), *quoted("blora_network")]
 
 @pytest.mark.parametrize("message", [m for m in OWN if not m.startswith("ModuleNotFoundError: ")])
 def test_a_message_of_ours_is_one_that_the_programs_have(message):
-    assert any(re.fullmatch(pattern, bare(message)) for pattern in OURS)
+    ours = bare(message)
+    forms = (ours, ours.removesuffix(" (...)"))  # without the trainer's own words
+    assert any(re.fullmatch(pattern, form) for pattern in OURS for form in forms)
 
 
 # What the system says of a launcher, not the launcher.

@@ -1,464 +1,308 @@
-"""What blora_preflight.py finds before a training begins."""
+"""blora_preflight.py as a program: its command line, what it prints, and in which order it asks.
+
+What it finds is in test_blora_look.py, test_blora_plan.py, test_blora_advice.py and their siblings.
+The script of these tests is not sd-scripts' own, so nothing is rehearsed: test_blora_real_kohya.py
+rehearses.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import lycoris.config
-import lycoris.config_sdk
 import pytest
-import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from kohya_folder import ROOT
-from lycoris_releases import LYCORIS, PRESETS, trained
-from preflight_folder import (
-    CONFIG,
-    OPTIONS,
-    OURS,
-    WITH_BYPASS,
-    checked,
-    edit_config,
-    make_trainable,
-    words,
-)
-from safetensors.torch import save_file
+from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 import blora_preflight
-import blora_preset
+from blora_rehearsal import Rehearsal
+from blora_report import Report
+from blora_words import BloraError
 
-SDXL = json.loads((ROOT / "tests/data/sdxl_modules.json").read_text())
+PROGRAM = ROOT / "blora_preflight.py"
+SCRIPT = "sdxl_train_network.py"
+NOT_REHEARSED = f'"{SCRIPT}" is not sd-scripts\' own, so the training was not rehearsed'
+ANNOUNCED = "Rehearsing the training on the trainer's own code; this takes some seconds.\n"
+OPTIONS = {
+    "pretrained_model_name_or_path": "sdxl.safetensors",
+    "dataset_config": "config.toml",
+    "output_dir": "_out",
+    "output_name": "hero_1",
+}
+LINE = [f"--{name}={value}" for name, value in OPTIONS.items()]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def kohya(tmp_path, monkeypatch) -> Path:
     """A folder in which a training could begin; it is the working directory."""
-    return make_trainable(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path(SCRIPT).touch()
+    write_checkpoint(Path("sdxl.safetensors"), sdxl_shapes())
+    Path("images").mkdir()
+    write_config("images")
+    return tmp_path
 
 
-# ---- The preset ----------------------------------------------------------------------------------
+def write_config(folder: str) -> None:
+    text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {json.dumps(folder)}\n"
+    Path("config.toml").write_text(text, encoding="utf-8")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
-def test_it_announces_the_modules_that_lycoris_trains(kohya, capsys, preset):
-    args = [f"preset=lycoris_presets/{preset}.toml"]
-    report = checked(capsys, network_args=args, network_train_unet_only=None)
-    modules = trained(LYCORIS[-1])[preset]
-    assert sorted(report["modules"]) == sorted(modules["unet"] + modules["text_encoders"])
+def asked(capsys, *words: str) -> dict:
+    """What a run says as JSON; its exit code is 1 where it has an error."""
+    code = blora_preflight.main(["--json", *words])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    report = json.loads(printed.out)
+    assert code == (1 if report["errors"] else 0)
+    return report
 
 
-CUSTOM = {
-    "by class": 'unet_target_module = ["CrossAttention"]\nunet_target_name = []',
-    "feed-forward by class": 'unet_target_module = ["FeedForward"]\nunet_target_name = []',
-    "with convolutions": "enable_conv = true",
-    "without convolutions": "enable_conv = false",
-    "by glob": "use_fnmatch = true\nunet_target_module = []\n"
-    'unet_target_name = ["output_blocks.?.1*attn2.to_k"]',
-    "with exceptions": 'unet_target_module = ["CrossAttention"]\nunet_target_name = []\n'
-    "exclude_name = ['output_blocks.*', '.*attn1.*']",
-    "text by class": 'unet_target_module = []\nunet_target_name = ["out.2"]\n'
-    'text_encoder_target_module = ["CLIPMLP"]',
-    "one by its name": 'unet_target_module = []\nunet_target_name = ["time_embed.0"]',
-}
+def run(*words: object, **more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
 
 
-@pytest.fixture(scope="module")
-def custom_presets(tmp_path_factory) -> list[Path]:
-    """The presets above as files."""
-    folder = tmp_path_factory.mktemp("presets")
-    for name, text in CUSTOM.items():
-        (folder / f"{name}.toml").write_text(text)
-    return sorted(folder.iterdir())
+# ---- What it prints ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_preset_of_ones_own_is_matched_as_lycoris_matches_it(kohya, capsys, custom_presets):
-    modules = trained(LYCORIS[-1], *map(str, custom_presets))
-    for path in custom_presets:
-        given = [f"preset={path}"]
-        report = checked(capsys, network_args=given, network_train_unet_only=None)
-        lycoris = modules[path.stem]["unet"] + modules[path.stem]["text_encoders"]
-        assert sorted(report["modules"]) == sorted(lycoris), path.stem
-
-
-PRESET_ERRORS = {
-    "missing": (None, 'no preset at "own.toml": write one there, or correct the path'),
-    "an unknown key": (
-        "dora_wd = true",
-        'the preset "own.toml" has keys that LyCORIS refuses (dora_wd): remove them; dora_wd and '
-        "the like are given as --network_args",
-    ),
-    "no list": (
-        'unet_target_name = "a"',
-        'unet_target_name in the preset "own.toml" is not a list of texts: correct it',
-    ),
-    "nothing selected": (
-        "unet_target_module = []\nunet_target_name = []\ntext_encoder_target_module = []",
-        'the preset "own.toml" selects no module of SDXL: correct its names',
-    ),
-    "text alone": (
-        "unet_target_module = []\nunet_target_name = []",
-        'the preset "own.toml" selects no module of SDXL: correct its names',
-    ),
-    "no expression": (
-        "unet_target_name = ['(']",
-        "a pattern of the preset is no regular expression (missing ), unterminated subpattern at "
-        "position 0)",
-    ),
-}
-
-
-@pytest.mark.parametrize("preset", PRESET_ERRORS)
-def test_a_preset_that_lycoris_would_refuse_is_an_error(kohya, capsys, preset):
-    text, sentence = PRESET_ERRORS[preset]
-    if text is not None:
-        Path("own.toml").write_text(text)
-    assert checked(capsys, network_args=["preset=own.toml"])["errors"] == [sentence]
-
-
-def test_text_encoders_alone_are_trained_on_request(kohya, capsys):
-    given = {"network_train_unet_only": None, "network_train_text_encoder_only": True}
-    report = checked(capsys, **given)
-    modules = trained(LYCORIS[-1])["blora_content_style"]
-    assert sorted(report["modules"]) == sorted(modules["text_encoders"])
-    assert report["plan"]["modules"].startswith("176: ")
-
-
-@pytest.mark.parametrize("preset", lycoris.config.PRESET)
-def test_a_preset_of_lycoris_itself_passes_with_a_note(kohya, capsys, preset):
-    report = checked(capsys, network_args=[f"preset={preset}"])
-    note = f'"{preset}" is a preset of LyCORIS itself and was not looked into'
-    assert (report["errors"], report["notes"]) == ([], [note])
-
-
-def test_without_a_preset_lycoris_takes_its_own_full(kohya, capsys):
-    [note] = checked(capsys, network_args=None)["notes"]
-    assert note.startswith('"full" is a preset of LyCORIS itself')
-
-
-def test_the_keys_of_a_preset_are_those_that_lycoris_accepts():
-    theirs = lycoris.config_sdk.VALID_PRESET_KEYS
-    assert sorted(blora_preset.PRESET_KEYS) == sorted(theirs)
-
-
-@pytest.mark.parametrize("module", ["networks.lora", None])
-def test_a_network_other_than_lycoris_passes_with_a_note(kohya, capsys, module):
-    report = checked(capsys, network_module=module)
-    note = "no LyCORIS network, so there is no preset to look at"
-    assert (report["errors"], report["notes"]) == ([], [note])
-
-
-def test_blora_network_trains_the_same_modules(kohya, capsys):
-    theirs, ours = checked(capsys), checked(capsys, **OURS, network_args=WITH_BYPASS)
-    assert ours["errors"] == []
-    assert ours["modules"] == theirs["modules"]
-    assert ours["plan"]["rank"] == theirs["plan"]["rank"]
-
-
-@pytest.mark.parametrize("module", ["lycoris.kohya", "blora_network"])
-def test_dora_that_lycoris_would_drop_is_an_error(kohya, capsys, module):
-    dora = [*OPTIONS["network_args"], "dora_wd=True"]
-    given = {"network_module": module, "network_args": [*dora, "bypass_mode=True"]}
-    assert checked(capsys, **given)["errors"] == [
-        "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: remove "
-        "one of the two from --network_args"
+def test_it_says_what_the_training_will_be(capsys):
+    assert blora_preflight.main([SCRIPT, *LINE]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "This training:",
+        "  base      sdxl.safetensors (SDXL, 6.94 GB)",
+        f"note: {NOT_REHEARSED}",
     ]
-    for args in (dora, WITH_BYPASS, [*dora, "bypass_mode=False"]):
-        assert checked(capsys, network_module=module, network_args=args)["errors"] == []
+    assert printed.err == ANNOUNCED
 
 
-def test_a_broken_traits_file_is_a_warning_and_the_modules_are_told_without_it(
-    kohya, capsys, monkeypatch
-):
-    monkeypatch.setattr(blora_preflight, "HERE", kohya)
-    Path("blora_traits.json").write_text("{")
-    report = checked(capsys)
-    assert report["errors"] == []
-    assert report["warnings"][-1].startswith(f"{kohya / 'blora_traits.json'} is not valid JSON (")
-    told = "160: 80 in output_blocks.0.1, 80 in output_blocks.1.1"
-    assert report["plan"]["modules"] == told
+def test_json_is_the_same_and_nothing_else(capsys):
+    assert asked(capsys, SCRIPT, *LINE) == {
+        "errors": [],
+        "warnings": [],
+        "notes": [NOT_REHEARSED],
+        "plan": {"base": "sdxl.safetensors (SDXL, 6.94 GB)"},
+        "modules": [],
+    }
 
 
-# ---- The checkpoint ------------------------------------------------------------------------------
+def test_errors_come_first_and_alone(capsys):
+    Path("config.toml").unlink()
+    Path("_out").mkdir()
+    Path("_out/hero_1.safetensors").touch()
+    assert blora_preflight.main(["--no_rehearsal", SCRIPT, *LINE, "--vae=gone"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    starts = ['error: no VAE at "gone"', "error: no dataset config at ", 'warning: "_out/hero_1.']
+    lines = printed.err.replace("\\", "/").splitlines()
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * 3
 
 
-def cut_off(path: str) -> None:
-    Path(path).write_bytes(Path("sdxl.safetensors").read_bytes()[:-2])
+def test_a_warning_stops_nothing(capsys):
+    Path("_out").mkdir()
+    Path("_out/hero_1.safetensors").touch()
+    assert blora_preflight.main(["--no_rehearsal", SCRIPT, *LINE]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: ")
+    assert printed.out.startswith("This training:\n  base ")
 
 
-def too_long(path: str) -> None:
-    Path(path).write_bytes(Path("sdxl.safetensors").read_bytes() + b"more")
+def test_text_of_files_reaches_the_terminal_escaped(capsys):
+    write_config("gone\x1b[31m")
+    assert blora_preflight.main(["--no_rehearsal", SCRIPT, *LINE]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(r'error: no folder of images at "gone\x1b[31m": ')
 
 
-def broken(path: str) -> None:
-    Path(path).write_bytes(struct.pack("<Q", 4) + b"nope")
-
-
-NOT_WHOLE = (
-    "base.safetensors is not a whole safetensors file ({}): download it again, or save it as "
-    "safetensors"
-)
-CHECKPOINTS = {
-    "missing": (
-        lambda path: None,
-        'no checkpoint at "base.safetensors": correct BLORA_CHECKPOINT at the top of the launcher',
-    ),
-    "cut off": (cut_off, NOT_WHOLE.format("it is 2 bytes shorter than its header says")),
-    "too long": (too_long, NOT_WHOLE.format("it is 4 bytes longer than its header says")),
-    "cut off in the header": (
-        lambda path: Path(path).write_bytes(struct.pack("<Q", 99) + b"{"),
-        NOT_WHOLE.format("it ends before its header does"),
-    ),
-    "broken": (broken, NOT_WHOLE.format("Expecting value: line 1 column 1 (char 0)")),
-    "empty": (
-        lambda path: Path(path).touch(),
-        NOT_WHOLE.format("it ends before its header does"),
-    ),
-}
-
-
-def test_a_file_that_is_missing_is_not_taken_for_a_model_of_the_hub(kohya, capsys):
-    assert checked(capsys, pretrained_model_name_or_path="models/sdxl.safetensors")["errors"] == [
-        'no checkpoint at "models/sdxl.safetensors": correct BLORA_CHECKPOINT at the top of the '
-        "launcher"
-    ]
-
-
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_a_checkpoint_that_is_not_a_whole_sdxl_is_an_error(kohya, capsys, checkpoint):
-    make, sentence = CHECKPOINTS[checkpoint]
-    make("base.safetensors")
-    report = checked(capsys, pretrained_model_name_or_path="base.safetensors")
-    assert report["errors"] == [sentence]
-
-
-OTHER_MODELS = {
-    "lora_unet_out_2.alpha": "a LoRA",
-    "unet.conv_in.lora_A.weight": "a LoRA",
-    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "a LoRA",
-    "base_model.model.conv_in.lora_A.weight": "a LoRA",
-    "conditioner.embedders.0.model.ln_final.weight": "an SDXL refiner",
-    "cond_stage_model.transformer.text_model.final_layer_norm.weight": "an SD 1.x checkpoint",
-    "cond_stage_model.model.ln_final.weight": "an SD 2.x checkpoint",
-    "double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
-    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
-    "joint_blocks.0.x_block.attn.qkv.weight": "an SD3 checkpoint",
-    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "an SD3 checkpoint",
-    # Half of SDXL: its U-Net, or its second text encoder.
-    "model.diffusion_model.label_emb.0.0.weight": "something else",
-    "conditioner.embedders.1.model.ln_final.weight": "something else",
-}
-
-
-@pytest.mark.parametrize("key", OTHER_MODELS)
-def test_a_model_of_another_family_is_named_in_the_error(kohya, capsys, key):
-    save_file({key: torch.zeros(1)}, "base.safetensors")
-    assert checked(capsys, pretrained_model_name_or_path="base.safetensors")["errors"] == [
-        f'"base.safetensors" is {OTHER_MODELS[key]}, not an SDXL checkpoint: give the one to '
-        "train on"
-    ]
-
-
-def test_a_checkpoint_may_have_metadata(kohya, capsys):
-    names = blora_preflight.SDXL_KEYS
-    save_file({name: torch.zeros(1) for name in names}, "base.safetensors", {"format": "pt"})
-    assert checked(capsys, pretrained_model_name_or_path="base.safetensors")["errors"] == []
-
-
-@pytest.mark.parametrize("given", ["path/to/sd_xl_base_1.0.safetensors", ""])
-def test_settings_that_are_not_edited_yet_are_an_error(kohya, capsys, given):
-    assert given in Path("sdxl_blora_classic.sh").read_text()
-    assert checked(capsys, pretrained_model_name_or_path=given)["errors"] == [
-        "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to your "
-        "SDXL checkpoint"
-    ]
+# ---- The command line ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "note"),
+    "line",
     [
-        ("model", '"model" is a folder, taken for a diffusers model and not looked into'),
-        (
-            "stabilityai/stable-diffusion-xl-base-1.0",
-            '"stabilityai/stable-diffusion-xl-base-1.0" is no file here, taken for a model of the '
-            "Hugging Face hub",
-        ),
-        ("old.ckpt", '"old.ckpt" is no .safetensors file and was not looked into'),
+        ["launch", "--num_processes=2"],
+        ["accelerate", "launch", "--num_processes", "2", "--mixed_precision", "bf16"],
+        ["/venv/bin/accelerate", "launch"],
+        [],
     ],
 )
-def test_what_cannot_be_looked_into_passes_with_a_note(kohya, capsys, given, note):
-    Path("model").mkdir()
-    Path("old.ckpt").touch()
-    report = checked(capsys, pretrained_model_name_or_path=given)
-    assert (report["errors"], report["notes"]) == ([], [note])
+def test_the_words_before_the_script_are_accelerates(monkeypatch, line):
+    seen = []
+    monkeypatch.setattr(blora_preflight, "check", lambda *args: seen.append(args) or Report())
+    assert blora_preflight.main([*line, SCRIPT, *LINE]) == 0
+    assert blora_preflight.main(["--json", "--preview=a.jpg", *line, SCRIPT, *LINE]) == 0
+    assert seen == [
+        (Path(SCRIPT), LINE, line, True, None, sys.stderr),
+        (Path(SCRIPT), LINE, line, True, Path("a.jpg"), None),  # no bar beside JSON
+    ]
 
 
-def test_a_v_prediction_model_without_its_options_is_a_warning(kohya, capsys):
-    names = [*blora_preflight.SDXL_KEYS, "v_pred"]
-    save_file({name: torch.zeros(1) for name in names}, "v.safetensors")
-    given = {"pretrained_model_name_or_path": "v.safetensors"}
-    sentence = '"v.safetensors" says it predicts v: add --v_parameterization --zero_terminal_snr'
-    assert sentence in checked(capsys, **given)["warnings"]
-    assert sentence not in checked(capsys, **given, v_parameterization=True)["warnings"]
+def test_without_a_script_the_first_word_is_taken_for_one(capsys):
+    sentence = 'no training script at "launch": run this in a kohya sd-scripts or kohya_ss folder'
+    assert sentence in asked(capsys, "launch", "--num_processes=2")["errors"]
 
 
-# ---- Options and numbers -------------------------------------------------------------------------
+def test_the_gui_gives_the_options_in_a_config_file(capsys):
+    options = OPTIONS | {"vae": "gone", "train_data_dir": "", "save_last_n_epochs": ""}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
+    Path("gui.toml").write_text("\n".join([*lines, "cache_latents = false"]), encoding="utf-8")
+    found = asked(capsys, SCRIPT, "--config_file", "gui.toml")
+    assert found["errors"] == ['no VAE at "gone": correct --vae']
+    assert asked(capsys, SCRIPT, "--config_file=gui", "--vae=")["errors"] == []
 
 
-ODD_LINES = {
-    "--network_dim=0 is below 1: correct it": {"network_dim": "0"},
-    "--network_dim=inf is not a number: correct it": {"network_dim": "inf"},
-    "--max_train_steps=nan is not a number: correct it": {"max_train_steps": "nan"},
-    "--gradient_accumulation_steps=0 is below 1: correct it": {"gradient_accumulation_steps": "0"},
-    "batch_size=0 is below 1: correct it": {"train_batch_size": "0"},
-    "--config_file names no file: add it": {"config_file": True},
+def test_what_is_not_rehearsed_on_request_gets_no_note(capsys, monkeypatch):
+    assert asked(capsys, "--no_rehearsal", SCRIPT, *LINE)["notes"] == []
+    monkeypatch.setenv("BLORA_REHEARSAL", "0")
+    assert asked(capsys, SCRIPT, *LINE)["notes"] == []
+    assert blora_preflight.main([SCRIPT, *LINE]) == 0
+    assert capsys.readouterr().err == ""
+    for other in ("", "1"):
+        monkeypatch.setenv("BLORA_REHEARSAL", other)
+        assert asked(capsys, SCRIPT, *LINE)["notes"] == [NOT_REHEARSED]
+
+
+def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
+    def preview(*words: str) -> Path | None:
+        return blora_preflight.build_parser().parse_args([*words, SCRIPT]).preview
+
+    monkeypatch.delenv("BLORA_PREVIEW", raising=False)
+    assert preview() is None
+    assert preview("--preview", "sheet.jpg") == Path("sheet.jpg")
+    monkeypatch.setenv("BLORA_PREVIEW", "other.jpg")
+    assert preview() == Path("other.jpg")
+    assert preview("--preview=sheet.jpg") == Path("sheet.jpg")
+    monkeypatch.setenv("BLORA_PREVIEW", "")
+    assert preview() is None
+
+
+NAMES = [*OPTIONS, "network_args", "network_module", "config_file", "resume", "vae", "output_nam"]
+NAMES += ["save_every_n_steps", "max_train_steps", "sample_prompts", "sample_at_first"]
+VALUES = st.sampled_from(["", "0", "-1", "nan", "1e999", "config.toml", "images", "lycoris.kohya"])
+VALUES |= st.text(max_size=20) | st.just("x" * 300)
+WORDS = st.builds("--{}".format, st.sampled_from(NAMES))
+WORDS |= st.builds("--{}={}".format, st.sampled_from(NAMES), VALUES) | VALUES
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(line=st.lists(WORDS, max_size=4))
+def test_odd_command_lines_are_told_in_sentences(capsys, line):
+    words = ["--json", "--no_rehearsal", SCRIPT, *LINE[1:], *line]
+    assert blora_preflight.main(words) in (0, 1)
+    assert json.loads(capsys.readouterr().out).keys() == Report().__dict__.keys()
+
+
+# ---- The order of things -------------------------------------------------------------------------
+
+
+def make_own_script(text: str) -> None:
+    """A script that pre-flight takes for sd-scripts' own."""
+    Path("library").mkdir()
+    Path("library/train_util.py").touch()
+    Path(SCRIPT).write_text(text, encoding="utf-8")
+
+
+def test_what_fails_at_the_look_ends_before_the_trainer_is_asked():
+    make_own_script("from pathlib import Path\nPath('asked').touch()\n")
+    assert run(PROGRAM, SCRIPT, *LINE, "--vae=gone").returncode == 1
+    assert not Path("asked").exists()
+    done = run(PROGRAM, SCRIPT, *LINE)
+    assert (done.returncode, done.stderr) == (0, ANNOUNCED)
+    assert Path("asked").exists()
+    told = f'note: "{SCRIPT}" does not train a LoRA of SDXL, so the training was not rehearsed'
+    assert done.stdout.splitlines()[-1] == told
+
+
+def test_what_the_trainer_prints_stays_out_of_the_json():
+    make_own_script("import sys\nprint('printed')\nprint('logged', file=sys.stderr)\n")
+    done = run(PROGRAM, "--json", SCRIPT, *LINE)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["errors"] == []
+
+
+def test_a_package_that_the_trainer_lacks_is_an_error():
+    make_own_script("import torch\n")
+    done = run("-S", PROGRAM, "--json", SCRIPT, *LINE)
+    report = json.loads(done.stdout)
+    assert report["notes"] == ["no toml in this Python, so the configs were not looked into"]
+    [error] = report["errors"]
+    assert error.startswith(f"this Python ({sys.executable}) has no torch: ")
+
+
+ENDS = {
+    "the trainer is another": (
+        Rehearsal(missing='"it" is not there'),
+        "notes",
+        '"it" is not there, so the training was not rehearsed',
+    ),
+    "a tensor without numbers was asked for one": (
+        Rehearsal(failure=RuntimeError("Cannot copy out of meta tensor")),
+        "notes",
+        "without weights the rehearsal goes no further than the network (Cannot copy out of meta "
+        "tensor)",
+    ),
+    "the trainer raised": (
+        Rehearsal(failure=KeyError("it")),
+        "errors",
+        "the training would stop: correct what the trainer's words name (KeyError: 'it')",
+    ),
+    "the trainer came back": (
+        Rehearsal(),
+        "errors",
+        "the trainer ends before its first step: start it without the option that asks for it",
+    ),
 }
 
 
-@pytest.mark.parametrize("sentence", ODD_LINES)
-def test_a_number_that_cannot_be_is_an_error(kohya, capsys, sentence):
-    edit_config("batch_size = 1\n", "")
-    assert checked(capsys, **ODD_LINES[sentence])["errors"] == [sentence]
+@pytest.mark.parametrize("end", ENDS)
+def test_how_a_rehearsal_ended_is_one_sentence(end):
+    rehearsal, kind, sentence = ENDS[end]
+    report = Report()
+    blora_preflight.conclude(rehearsal, report)
+    assert report == Report(**{kind: [sentence]})
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "sentence"),
-    [
-        ("batch_size = 1", "batch_size = [1]", "batch_size=[1] is not a number: correct it"),
-        ("num_repeats = 2", 'num_repeats = "two"', "num_repeats=two is not a number: correct it"),
-    ],
-)
-def test_a_number_of_the_config_that_is_none_is_an_error(kohya, capsys, old, new, sentence):
-    edit_config(old, new)
-    assert checked(capsys)["errors"] == [sentence]
+def test_of_a_rehearsal_that_came_to_its_end_nothing_is_said():
+    report = Report()
+    blora_preflight.conclude(Rehearsal(ready=True), report)
+    assert report == Report()
 
 
-def test_an_option_that_is_no_number_is_an_error(kohya, capsys):
-    errors = checked(capsys, network_dim="many")["errors"]
-    assert errors == ["--network_dim=many is not a number: correct it"]
+# ---- What it loads -------------------------------------------------------------------------------
 
 
-def test_a_name_that_is_too_long_is_an_error_and_no_traceback(kohya, capsys):
-    [error] = checked(capsys, pretrained_model_name_or_path="x" * 300 + ".safetensors")["errors"]
-    assert error.startswith("cannot look at everything (")
+@pytest.mark.parametrize("room", ["blora_dataset", "blora_pictures", "blora_preview"])
+def test_a_file_that_only_the_rehearsal_needs_is_named_where_it_is_missing(monkeypatch, room):
+    monkeypatch.setitem(sys.modules, room, None)
+    with pytest.raises(BloraError, match=f"^{room}.py beside blora_preflight.py is missing, or"):
+        blora_preflight.look_at_pictures(Rehearsal(), [], None, None, Report())
 
 
-def test_the_gui_prints_the_line_with_accelerate_before_the_script(kohya, capsys):
-    line = ["accelerate", "launch", "--num_processes", "1", "sdxl_train_network.py", *words()]
-    assert blora_preflight.main(["--json", *line]) == 0
-    assert len(json.loads(capsys.readouterr().out)["modules"]) == 160
-
-
-# ---- Scripts and packages ------------------------------------------------------------------------
-
-
-def test_a_missing_training_script_is_an_error(kohya, capsys):
-    blora_preflight.main(["--json", "gone.py", *words()])
-    assert json.loads(capsys.readouterr().out)["errors"] == [
-        'no training script at "gone.py": run this in a kohya sd-scripts or kohya_ss folder'
-    ]
-
-
-def test_blora_network_that_was_not_copied_is_an_error(kohya, capsys, monkeypatch):
-    monkeypatch.setattr(blora_preflight, "HERE", kohya)
-    Path("blora_network.py").unlink()
-    assert checked(capsys, **OURS)["errors"] == [
-        f'no blora_network.py in "{kohya}": copy it there, from this bundle'
-    ]
-
-
-def in_bare_python(env: dict[str, str] | None = None, **changes: object) -> dict:
-    """The JSON of a check by a Python that has its standard library and no package."""
-    line = [sys.executable, "-S", "blora_preflight.py", "--json", "sdxl_train_network.py"]
-    done = subprocess.run(
-        [*line, *words(**changes)], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE
-    )
-    return json.loads(done.stdout)
-
-
-OPTIMIZERS = {
-    "prodigy": ["prodigyopt"],
-    "DAdaptation": ["dadaptation"],
-    "DAdaptAdam": ["dadaptation"],
-    "Lion": ["lion-pytorch"],
-    "AdamW8bit": ["bitsandbytes"],
-    "PagedAdamW": ["bitsandbytes"],
-    "AdamWScheduleFree": ["schedulefree"],
-    "AdaFactor": ["transformers"],
-    "some_package.of.ones_own.Optimizer": ["some_package"],
-    "AdamW": [],
-    None: [],
-}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_packages_of_a_training_are_looked_for(kohya, optimizer):
-    errors = in_bare_python(optimizer_type=optimizer)["errors"]
-    packages = ["torch", "accelerate", "lycoris", *OPTIMIZERS[optimizer]]
-    installed = {"lycoris": "lycoris_lora"}
-    assert [error for error in errors if "pip install" in error] == [
-        f"this Python ({sys.executable}) has no {package.replace('-', '_')}: pip install "
-        f"{installed.get(package, package)}"
-        for package in packages
-    ]
-
-
-@pytest.mark.parametrize(
-    ("module", "package"),
-    [
-        ("networks.lora", None),
-        (None, None),
-        ("blora_network", "lycoris_lora"),
-        ("other.x", "other"),
-    ],
-)
-def test_the_package_of_the_network_is_looked_for(kohya, module, package):
-    errors = in_bare_python(network_module=module, optimizer_type=None)["errors"]
-    installed = [error.split("pip install ")[1] for error in errors if "pip install" in error]
-    assert installed == ["torch", "accelerate", *([package] if package else [])]
-
-
-def test_without_toml_no_config_can_be_read(kohya):
-    sentence = "no toml in this Python: install kohya's requirements"
-    assert sentence in in_bare_python()["errors"]
-
-
-def test_a_lycoris_without_a_version_is_a_warning(kohya):
-    Path("checkout/lycoris").mkdir(parents=True)
-    warnings = in_bare_python({"PYTHONPATH": "checkout"})["warnings"]
-    tested = ", ".join(blora_preflight.LYCORIS_TESTED)
-    assert f"LyCORIS unknown is not one of the tested ones, {tested}" in warnings
-
-
-def test_a_lycoris_that_is_not_tested_is_a_warning(kohya, capsys, monkeypatch):
-    monkeypatch.setattr(blora_preflight, "LYCORIS_TESTED", ("1.0",))
-    assert "LyCORIS 4.1.3 is not one of the tested ones, 1.0" in checked(capsys)["warnings"]
-
-
-def test_the_tested_lycoris_releases_are_the_tested_ones():
-    assert list(blora_preflight.LYCORIS_TESTED) == LYCORIS
-
-
-# ---- What it prints and loads --------------------------------------------------------------------
-
-
-def test_errors_come_first_and_alone(kohya, capsys):
-    Path(CONFIG).unlink()
-    assert blora_preflight.main(["sdxl_train_network.py", *words()]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.splitlines()[0].startswith("error: no dataset config at")
-
-
-def test_it_loads_neither_torch_nor_lycoris(kohya):
+def test_the_look_loads_no_package_but_toml(kohya):
     code = (
-        "import sys, blora_preflight\n"
-        "assert blora_preflight.main(['sdxl_train_network.py', *sys.argv[1:]]) == 0\n"
-        "sys.exit(bool({'torch', 'lycoris', 'numpy'} & set(sys.modules)))\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import blora_preflight\n"
+        "code = blora_preflight.main(['--no_rehearsal', *sys.argv[1:]])\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'lycoris', 'accelerate', 'safetensors', 'tqdm'}\n"
+        "sys.exit(code or ', '.join(heavy & sys.modules.keys()) or None)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words()], cwd=kohya, check=False)
-    assert done.returncode == 0
+    done = run("-c", code, SCRIPT, *LINE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_it_runs_in_a_python_without_any_package():
+    done = run("-S", PROGRAM, "--no_rehearsal", SCRIPT, *LINE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("note: no toml in this Python")
+
+
+def test_a_name_that_the_terminals_encoding_lacks_is_escaped():
+    write_config("gone_ü")
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run(PROGRAM, "--no_rehearsal", SCRIPT, *LINE, env=env)
+    assert r'"gone_\xfc"' in done.stderr

@@ -12,17 +12,18 @@ import pytest
 from bundle_files import BUNDLE, tracked
 from kohya_folder import ROOT, copy_command
 from launcher_text import FAST_CHANGES, outline
+from preset_modules import CONTENT, EXPECTED, block_modules, text_encoder_modules
 from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
 
 import blora_slicer
-from blora_preset import load_preset, trained_layers
-from blora_sdxl import load_traits
+from blora_sdxl import layers_by_module, load_traits
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLAN = ("base  ", "images  ", "training  ", "modules  ", "rank  ", "memory  ", "saves  ")
+PLAN = ("base  ", "images  ", "epoch  ", "training  ", "modules  ", "rank  ", "memory  ", "saves  ")
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
 # What programs print, among what people type.
-SHOWN = ("early stop: ", "content of ", "-> ", "error: ", "warning: ", "This training:", *PLAN)
+SHOWN = ("early stop: ", "content of ", "-> ", "error: ", "note: ", "Rehearsing ", "This training:")
+SHOWN += PLAN
 COMMANDS = [
     line.strip()
     for language, block in BLOCKS
@@ -107,13 +108,13 @@ def test_every_setting_is_in_it_with_its_default(setting):
 
 
 def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
-    for path in (ROOT / "lycoris_presets").iterdir():
-        layers = trained_layers(load_preset(path))
-        unet = sum(x.parameters(1) for name, x in layers.items() if "_unet_" in name)
-        text = sum(x.parameters(1) for name, x in layers.items() if "_te" in name)
-        [row] = [line for line in README.splitlines() if line.startswith(f"| `{path.stem}` |")]
+    layers = layers_by_module()
+    for preset, (blocks, encoders) in EXPECTED.items():
+        unet = sum(layers[m].parameters(1) for block in blocks for m in block_modules(block))
+        text = sum(layers[m].parameters(1) for m in text_encoder_modules(encoders))
+        [row] = [line for line in README.splitlines() if line.startswith(f"| `{preset}` |")]
         told = [int(number.replace(",", "")) for number in re.findall(r"\d{2,3},\d{3}", row)]
-        assert told == ([unet, text] if "clip" in path.stem else [unet])
+        assert told == ([unet, text] if "clip" in preset else [unet])
 
 
 def test_the_options_page_is_what_the_programs_print(bundle):
@@ -138,9 +139,8 @@ def test_its_links_within_the_repository_lead_somewhere():
 
 def test_the_size_it_shows_is_that_of_the_file():
     """Content has half of the two blocks' parameters, in fp32; the header is below 0.1 MB."""
-    layers = trained_layers(load_preset(ROOT / "lycoris_presets/blora_content_style.toml"))
-    content = [layer for name, layer in layers.items() if "_output_blocks_0_1_" in name]
-    size = 4 * sum(layer.parameters(1024) for layer in content)
+    layers = layers_by_module()
+    size = 4 * sum(layers[module].parameters(1024) for module in block_modules(CONTENT))
     assert (
         f"-> my_content.safetensors: 80 modules, 240 tensors, rank 1024, {size / 1e6:.1f} MB"
         in README

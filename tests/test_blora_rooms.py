@@ -18,8 +18,9 @@ ROOMS = {
         "blora_cut",
     ],
     "blora_preflight.py": [
-        "blora_words", "blora_sdxl", "blora_safetensors", "blora_options", "blora_preset",
-        "blora_memory",
+        "blora_words", "blora_sdxl", "blora_safetensors", "blora_options", "blora_report",
+        "blora_checkpoint", "blora_look", "blora_rehearsal", "blora_refusals", "blora_memory",
+        "blora_plan", "blora_advice",
     ],
 }  # fmt: skip
 NOT_THERE = "is missing, or of another version"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from blora_memory import BYTES, optimizer_state
+from blora_memory import BYTES
 from blora_sdxl import Layer, load_traits, sdxl_layers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,6 +241,8 @@ def blocks_picture() -> str:
 
 RANKS = (16, 32, 64, 128, 256, 512, 1024)
 USERS = {64: "paper", 1024: "original"}  # whose rank it is
+# Numbers that Prodigy keeps for each: four of lora_down, three of lora_up, which begins at zero.
+PRODIGY = 3.5
 FLOOR, CEILING, END = 616, 112, 694  # y of the axis, top of the hatching, right end of both
 
 
@@ -341,7 +343,7 @@ def rank_picture() -> str:
     per_rank = sum(layer.parameters(1) for layer in layers)
     file = BYTES["fp16"] * per_rank
     # For each parameter its value, its gradient and Prodigy's state.
-    memory = BYTES["float"] * (1 + 1 + optimizer_state("prodigy")) * per_rank
+    memory = BYTES["float"] * (1 + 1 + PRODIGY) * per_rank
     # A LoRA of rank (in x out) / (in + out) holds as many numbers as the matrix.
     outgrown = {
         math.prod(layer.shape) // layer.parameters(1): TIMES.join(map(str, layer.shape[::-1]))

@@ -1,0 +1,475 @@
+"""What blora_plan.py and blora_memory.py say of a training: length, modules, sizes, memory, saves.
+
+The networks are LyCORIS' own, on SDXL's names and shapes; the options have sd-scripts' defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers_sdxl import sdxl_unet_without_weights
+from preset_modules import CONTENT, STYLE, block_modules, text_encoder_modules
+from rehearsed_networks import CONTENT_STYLE, made, network, options
+from torch.utils.data import ConcatDataset, TensorDataset
+
+import blora_memory
+import blora_plan
+from blora_plan import Length, length, saves
+from blora_rehearsal import Rehearsal
+from blora_report import Report
+
+CARD = blora_memory.card
+PRODIGY = 4.0  # bytes that it keeps for each byte of a parameter
+MEGAPIXEL = 1024 * 1024
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, on a machine without a graphics card."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(blora_memory, "card", lambda: None)
+    return tmp_path
+
+
+# ---- Its length ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "batches", "processes", "steps", "epochs"),
+    [
+        ([], 12, 1, 1600, 134),
+        (["--max_train_steps=3000"], 12, 1, 3000, 250),
+        (["--max_train_steps=10"], 12, 1, 10, 1),
+        (["--max_train_epochs=2"], 12, 1, 24, 2),
+        (["--max_train_epochs=2", "--max_train_steps=5"], 12, 1, 24, 2),
+        (["--max_train_epochs=2", "--gradient_accumulation_steps=4"], 12, 1, 6, 2),
+        (["--max_train_epochs=2", "--gradient_accumulation_steps=5"], 12, 1, 6, 2),
+        (["--max_train_epochs=2"], 13, 2, 14, 2),
+        (["--max_train_epochs=2", "--gradient_accumulation_steps=4"], 13, 2, 4, 2),
+        (["--max_train_epochs=2"], 1, 2, 2, 2),
+    ],
+)
+def test_a_training_is_so_long(given, batches, processes, steps, epochs):
+    assert length(options(*given), batches, processes) == Length(steps, epochs)
+
+
+@pytest.mark.parametrize(
+    ("batches", "processes", "given", "told"),
+    [
+        ([1], 1, [], "24 steps, 2 epochs, batch 1, fp16 mixed precision"),
+        ([8, 1, 8], 1, [], "24 steps, 2 epochs, batch 1/8, fp16 mixed precision"),
+        ([4], 2, [], "24 steps, 2 epochs, batch 4 in each of 2 processes, fp16 mixed precision"),
+        ([1], 1, ["--mixed_precision=no"], "24 steps, 2 epochs, batch 1, no mixed precision"),
+    ],
+)
+def test_its_length_is_told_with_what_a_step_takes(batches, processes, given, told):
+    report = Report()
+    blora_plan.plan_length(Length(24, 2), batches, processes, options(*given), report)
+    assert report.plan == {"training": told}
+
+
+@pytest.mark.parametrize("option", ["--max_train_steps=0", "--max_train_epochs=0"])
+def test_a_training_of_no_step_is_an_error(option):
+    report, args = Report(), options(option)
+    blora_plan.plan_length(length(args, 12, 1), [1], 1, args, report)
+    assert report.errors == [f"{option} trains nothing: give more"]
+
+
+# ---- Its modules ---------------------------------------------------------------------------------
+
+
+def test_the_modules_are_those_of_the_network_that_was_built():
+    unet = block_modules(CONTENT) | block_modules(STYLE)
+    assert network().modules.keys() == unet
+    assert network().blocks == {"output_blocks.0.1", "output_blocks.1.1"}
+    assert network().parameters == 440_320 * 64
+    assert not network().trains_text
+    with_text = network(trains_text=True)
+    assert with_text.modules.keys() == unet | text_encoder_modules("all")
+    assert with_text.parameters == (440_320 + 401_408) * 64
+    assert with_text.blocks == network().blocks
+    assert with_text.trains_text
+
+
+def own_preset(*patterns: str) -> str:
+    """A preset of the patterns alone."""
+    lists = ["unet_target_module", "text_encoder_target_module", "text_encoder_target_name"]
+    text = "enable_conv = true\n" + "".join(f"{name} = []\n" for name in lists)
+    path = Path(f"own_{len(list(Path().iterdir()))}.toml").absolute()
+    path.write_text(f"{text}unet_target_name = {list(patterns)}\n")
+    return str(path)
+
+
+MODULES = {
+    "160: 80 content (output_blocks.0.1), 80 style (output_blocks.1.1)": network,
+    "240: 80 layout (input_blocks.8.1), 80 content (output_blocks.0.1), "
+    "80 style (output_blocks.1.1)": lambda: network(preset="blora_content_layout_style"),
+    "2: 1 in input_blocks.0.0, 1 in out": lambda: network(
+        preset=own_preset("input_blocks.0.0$", "out.2$")
+    ),
+    "71 in 12 blocks": lambda: network(preset=own_preset(".*attn1.to_q$", "out.2$")),
+}
+
+
+@pytest.mark.parametrize("told", MODULES)
+def test_modules_are_told_by_trait_and_block(told):
+    report = Report()
+    found = MODULES[told]()
+    blora_plan.plan_modules(found, blora_plan.known_traits(report), report)
+    assert report.plan == {"modules": told}
+    assert report.modules == list(found.modules)
+
+
+def test_a_broken_traits_file_is_a_warning_and_modules_are_told_without_it(monkeypatch, folder):
+    monkeypatch.setattr(blora_plan, "HERE", folder)
+    Path("blora_traits.json").write_text("{")
+    report = Report()
+    blora_plan.plan_modules(network(), blora_plan.known_traits(report), report)
+    assert report.plan["modules"] == "160: 80 in output_blocks.0.1, 80 in output_blocks.1.1"
+    [warning] = report.warnings
+    assert warning.startswith(f"{folder / 'blora_traits.json'} is not valid JSON (")
+
+
+# ---- Its size ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "args", "told"),
+    [
+        ([], {}, "64, alpha 64: 28,180,480 parameters, 112.7 MB a file"),
+        (["--network_alpha=1"], {}, "64, alpha 1: 28,180,480 parameters, 112.7 MB a file"),
+        (["--save_precision=fp16"], {}, "56.4 MB a file"),
+        (["--save_precision=bf16"], {}, "56.4 MB a file"),
+        (["--full_bf16"], {}, "56.4 MB a file"),
+        (["--full_fp16"], {}, "56.4 MB a file"),
+        (["--full_fp16", "--save_precision=float"], {}, "112.7 MB a file"),
+        # either side of a GB
+        (["--network_dim=567"], {"rank": 567}, "249,661,440 parameters, 998.6 MB a file"),
+        (["--network_dim=568"], {"rank": 568}, "250,101,760 parameters, 1.00 GB a file"),
+        ([], {"dora_wd": "True"}, f"64, alpha 64: {28_180_480 + 160 * 1280:,} parameters"),
+        (
+            [],
+            {"dora_wd": "True", "wd_on_output": "False"},
+            f"{28_180_480 + 120 * 1280 + 40 * 2048:,} parameters",
+        ),
+        ([], {"algo": "loha"}, f"{2 * 28_180_480:,} parameters, 225.4 MB a file"),
+        (
+            ["--dim_from_weights", "--network_weights=hero.safetensors"],
+            {"rank": 8},
+            "as in hero.safetensors: 3,522,560 parameters, 14.1 MB a file",
+        ),
+    ],
+)
+def test_rank_parameters_and_a_files_size_are_told(given, args, told):
+    report = Report()
+    blora_plan.plan_rank(network(**args), options(*given), report)
+    assert told in report.plan["rank"]
+
+
+def test_a_rank_that_is_left_to_the_network_is_told_so():
+    report = Report()
+    args = options("--network_module=lycoris.kohya", without="network_dim")
+    blora_plan.plan_rank(network(4), args, report)
+    assert report.plan["rank"].startswith("as lycoris.kohya has it: 1,761,280 parameters")
+
+
+@pytest.mark.parametrize(
+    ("rank", "given", "notes"),
+    [
+        (640, ["--network_dim=640"], []),
+        (
+            641,
+            ["--network_dim=641"],
+            [
+                "at rank 641 the LoRA is larger than the matrix it changes in 120 of 160 modules",
+            ],
+        ),
+        (
+            641,
+            ["--dim_from_weights"],
+            ["the LoRA is larger than the matrix it changes in 120 of 160 modules"],
+        ),
+    ],
+)
+def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(rank, given, notes):
+    report = Report()
+    blora_plan.plan_rank(network(rank), options(*given), report)
+    assert report.notes == notes
+
+
+# ---- Its memory ----------------------------------------------------------------------------------
+
+
+def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
+    assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == blora_memory.UNET
+
+
+def told_memory(
+    args: Namespace,
+    found: blora_plan.Built,
+    state: float | None = PRODIGY,
+    pixels: int = MEGAPIXEL,
+    report: Report | None = None,
+) -> str:
+    report = report or Report()
+    stops_early = args.network_module == blora_plan.OUR_NETWORK
+    way_back = blora_plan.backward(found, args, pixels, stops_early)
+    blora_plan.plan_memory(found, state, way_back, args, report)
+    return report.plan["memory"]
+
+
+def test_the_cards_memory_is_a_sum_of_parts():
+    assert told_memory(options(), network()) == (
+        "8.44 GB at least, computed: 5.13 GB U-Net in 16 bits, 1.64 GB text encoders, 112.7 MB "
+        "LoRA, 112.7 MB gradients, 450.9 MB prodigy state, 993.0 MB activations "
+        "(BLORA_SAVE_MEMORY=0, which is without --gradient_checkpointing: 2.80 GB more)"
+    )
+
+
+FIRST, LAST = "input_blocks.0.0$", "out.2$"
+
+
+@pytest.mark.parametrize(
+    ("given", "args", "part"),
+    [
+        (["--network_module=lycoris.kohya"], {}, "1.20 GB activations"),
+        ([], {"trains_text": True}, "1.20 GB activations"),  # then it cannot stop early
+        ([], {"preset": "blora_layout_style"}, "1.07 GB activations"),
+        ([], {"preset": FIRST}, "1.20 GB activations"),
+        ([], {"preset": LAST}, " 0.0 MB activations"),
+        (["--mixed_precision=no"], {}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
+        (["--mixed_precision=no"], {}, "activations of unknown size"),
+        (["--fp8_base_unet"], {}, "2.57 GB U-Net in 8 bits, 1.64 GB text encoders, "),
+        (["--fp8_base"], {}, "2.57 GB U-Net in 8 bits, 817.7 MB text encoders, "),
+        (["--cache_text_encoder_outputs"], {}, "5.13 GB U-Net in 16 bits, 112.7 MB LoRA, "),
+        (["--full_bf16"], {}, "56.4 MB LoRA, 56.4 MB gradients, 225.4 MB prodigy state"),
+    ],
+)
+def test_each_part_follows_the_options_and_the_network(given, args, part):
+    if args.get("preset") in (FIRST, LAST):
+        args = {"preset": own_preset(args["preset"])}
+    told = told_memory(options(*given), network(**args))
+    assert part in told
+    total, parts = told.split(" at least, computed: ")
+    sizes = [in_bytes(size) for size in re.findall(r"[\d.]+ [GM]B", parts.split(" (")[0])]
+    assert abs(in_bytes(total) - sum(sizes)) < 0.03e9
+
+
+@pytest.mark.parametrize(
+    ("without", "given", "args", "part"),
+    [
+        ("gradient_checkpointing", [], {}, "3.79 GB activations"),
+        ("gradient_checkpointing", ["--network_dim=1024"], {"rank": 1024}, "4.64 GB activations"),
+        # the copies in 16 bits are the LoRA itself
+        ("gradient_checkpointing", ["--full_fp16"], {}, "3.73 GB activations"),
+        ("cache_latents", [], {}, "167.3 MB VAE, "),
+        ("cache_latents", ["--no_half_vae"], {}, "334.6 MB VAE, "),
+    ],
+)
+def test_what_an_option_saves_is_in_the_sum_without_it(without, given, args, part):
+    assert part in told_memory(options(*given, without=without), network(**args))
+
+
+def in_bytes(told: str) -> float:
+    number, unit = told.split()
+    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "part"),
+    [
+        (2 * MEGAPIXEL, "1.99 GB activations"),
+        (MEGAPIXEL // 4, "248.2 MB activations"),
+        (0, "activations of unknown size"),  # of a dataset that does not tell its sizes
+    ],
+)
+def test_activations_grow_with_the_pixels_of_a_batch(pixels, part):
+    assert part in told_memory(options(), network(), pixels=pixels)
+
+
+def test_the_state_of_an_optimizer_that_was_not_counted_has_no_size():
+    told = told_memory(options("--optimizer_type=Came"), network(), state=None)
+    assert told.split(" gradients, ")[1].startswith("993.0 MB activations, Came state of unknown")
+    assert " AdamW state" in told_memory(options(without="optimizer_type"), network(), state=2.0)
+
+
+def put_card(monkeypatch: pytest.MonkeyPatch, folder: Path, prints: str) -> None:
+    """A program with the name of nvidia-smi, which prints as that one does."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{prints}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(blora_memory, "card", CARD)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+@pytest.mark.parametrize(
+    ("prints", "rank", "given", "without", "sentence"),
+    [
+        ("10240\\n", 64, [], "", None),
+        ("4096\\n24576\\n", 1024, [], "", None),  # the larger of two cards
+        ("[N/A]\\n", 64, [], "", None),
+        (
+            "12288\\n",
+            1024,
+            [],
+            "",
+            "the card has 12.88 GB of memory, and this training takes at least 18.58 GB "
+            "(computed): lower BLORA_RANK, or add --cache_text_encoder_outputs",
+        ),
+        (
+            "4096\\n",
+            64,
+            ["--cache_text_encoder_outputs"],
+            "",
+            "the card has 4.29 GB of memory, and this training takes at least 6.80 GB (computed): "
+            "use a larger card",
+        ),
+        (
+            "6144\\n",
+            64,
+            ["--cache_text_encoder_outputs"],
+            "gradient_checkpointing",
+            "the card has 6.44 GB of memory, and this training takes at least 9.60 GB (computed): "
+            "set BLORA_SAVE_MEMORY to 1, or add --gradient_checkpointing, or lower batch_size or "
+            "resolution",
+        ),
+    ],
+)
+def test_a_card_that_is_too_small_is_a_warning_that_says_what_to_change(
+    folder, monkeypatch, prints, rank, given, without, sentence
+):
+    put_card(monkeypatch, folder / "bin", prints)
+    report = Report()
+    args = options(f"--network_dim={rank}", *given, without=without)
+    told_memory(args, network(rank), report=report)
+    assert report.warnings == ([sentence] if sentence else [])
+
+
+# ---- Its saves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "files", "states"),
+    [
+        ([], 0, 0),
+        (["--save_every_n_steps=1000"], 3, 3),  # the last step's is one of its own
+        (["--save_every_n_steps=100", "--save_last_n_steps=1000"], 11, 11),
+        (["--save_every_n_steps=1000", "--save_last_n_steps=9000"], 3, 3),
+        (["--save_every_n_epochs=100"], 2, 2),
+        (["--save_every_n_epochs=125"], 1, 1),  # not the last epoch
+        (["--save_every_n_epochs=100", "--save_last_n_epochs=9"], 2, 2),
+        (["--save_every_n_epochs=1", "--save_last_n_epochs=2"], 2, 2),
+        (["--save_every_n_steps=1000", "--save_every_n_epochs=100"], 5, 5),
+        (["--save_n_epoch_ratio=5"], 4, 4),
+        (["--save_n_epoch_ratio=999"], 249, 249),
+        (["--save_every_n_epochs=1", "--save_last_n_epochs_state=3"], 249, 3),
+        (
+            "--save_every_n_epochs=1 --save_last_n_epochs=2 --save_last_n_epochs_state=3".split(),
+            2,
+            3,
+        ),
+        (["--save_every_n_steps=100", "--save_last_n_steps_state=200"], 30, 3),
+    ],
+)
+def test_so_many_files_and_states_are_there_before_the_last(given, files, states):
+    training = Length(3000, 250)
+    assert saves(training, options(*given)) == files
+    assert saves(training, options(*given), "_state") == states
+
+
+def told_saves(*given: str, rank: int = 64, report: Report | None = None) -> str:
+    report = report or Report()
+    args = options("--save_every_n_steps=1000", "--save_precision=fp16", *given)
+    blora_plan.plan_saves(Length(3000, 250), network(rank), PRODIGY, args, report)
+    return report.plan["saves"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "4 of 56.4 MB in _out ("),
+        # a state: the LoRA in 32 bits, and four times as much of the optimizer's
+        (["--save_state"], "4 of 56.4 MB and 4 states of 563.6 MB in _out ("),
+        (["--save_state_on_train_end"], "4 of 56.4 MB and 1 states of 563.6 MB in _out ("),
+        (["--full_fp16", "--save_state"], "4 of 56.4 MB and 4 states of 281.8 MB in _out ("),
+        (["--output_dir=a/b"], f"4 of 56.4 MB in {Path('a/b')} ("),
+    ],
+)
+def test_saves_are_told_with_the_free_space(given, told):
+    found = told_saves(*given)
+    assert found.startswith(told)
+    assert re.fullmatch(r".* \([\d.]+ [GM]B free\)", found)
+
+
+@pytest.fixture
+def little_room(monkeypatch) -> None:
+    """A disk with 200 MB free."""
+    free = shutil.disk_usage(".")._replace(free=200_000_000)
+    monkeypatch.setattr(blora_plan.shutil, "disk_usage", lambda folder: free)
+
+
+@pytest.mark.usefixtures("little_room")
+def test_saves_that_do_not_fit_on_the_disk_are_an_error(folder):
+    report = Report()
+    told_saves("--save_state", report=report)
+    assert report.errors == [
+        "4 of 56.4 MB and 4 states of 563.6 MB do not fit into the 200.0 MB free at "
+        f'"{folder}": make room, or raise --save_every_n_steps'
+    ]
+
+
+@pytest.mark.usefixtures("little_room")
+@pytest.mark.parametrize("name", ["hero_1", "cat[1]"])
+def test_files_that_will_be_written_over_count_as_free(name):
+    report = Report()
+    told_saves(f"--output_name={name}", report=report)
+    assert len(report.errors) == 1
+    Path("_out").mkdir()
+    with Path(f"_out/{name}-step00001000.safetensors").open("wb") as file:
+        file.truncate(56_000_000)
+    report = Report()
+    told_saves(f"--output_name={name}", report=report)
+    assert report.errors == []
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+
+class Batches(TensorDataset):
+    """As many batches as a dataset of sd-scripts' has."""
+
+    def __init__(self, number: int, batch_size: int):
+        super().__init__(torch.zeros(number))
+        self.batch_size = batch_size
+
+
+def rehearsed(**more: object) -> Rehearsal:
+    """What a rehearsal hands on: options, datasets, and for what the optimizer keeps."""
+    group = ConcatDataset([Batches(8, 1), Batches(4, 2)])
+    return Rehearsal(
+        args=options("--max_train_epochs=2"), group=group, optimizer_state=PRODIGY, **more
+    )
+
+
+def test_a_plan_has_a_line_for_each():
+    report = Report()
+    blora_plan.plan(rehearsed(network=made(preset=CONTENT_STYLE)), 1, MEGAPIXEL, report)
+    assert list(report.plan) == ["training", "modules", "rank", "memory", "saves"]
+    assert report.plan["training"] == "24 steps, 2 epochs, batch 1/2, fp16 mixed precision"
+    assert report.plan["memory"] == told_memory(options(), network())
+    assert len(report.modules) == 160
+    assert report.errors == report.warnings == report.notes == []
+
+
+def test_of_a_network_that_is_wrapped_the_length_is_told_alone():
+    report = Report()
+    blora_plan.plan(rehearsed(), 1, MEGAPIXEL, report)
+    assert list(report.plan) == ["training"]
