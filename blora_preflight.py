@@ -142,6 +142,8 @@ def check(
     try:
         look(script, parse_options(words), report)
         if rehearses and not report.errors:
+            if bar:
+                say("Rehearsing the training on the trainer's own code; this takes some seconds.")
             check_rehearsed(script, words, accelerate, preview, bar, report)
     except BloraError as error:
         report.errors.append(str(error))
@@ -182,8 +184,6 @@ def main(argv: list[str] | None = None) -> int:
     words = [args.script, *args.options]
     # The whole line may stand here, with accelerate and its options before the script.
     start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
-    if not (args.json or args.no_rehearsal):
-        say("Rehearsing the training on the trainer's own code; this takes some seconds.")
     report = check(
         Path(words[start]),
         words[start + 1 :],
