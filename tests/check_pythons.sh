@@ -25,11 +25,6 @@ for version in 3.10 3.13; do
   (
     PYTHON="$python"
     source tests/environment.sh tests/requirements-other-pythons.txt ".venv/python$version"
-    # Pre-flight looks for what a training imports and loads none of it. So these come without what
-    # they need themselves, and of torch there is a bare folder.
-    python -m pip install --quiet --disable-pip-version-check --no-deps \
-      --constraint tests/requirements.txt accelerate lycoris_lora prodigyopt
-    mkdir -p "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch"
     python -m pytest tests -m "not slow and not shell" --only-importable "$@"
   )
 done
