@@ -4,7 +4,8 @@ blora_preflight.py asks it. Whatever sd-scripts, LyCORIS, accelerate and the opt
 options is asked of them, in the release that is here, and not known by heart: reading and checking
 of arguments, the dataset and its buckets, the network on SDXL, the optimizer, the scheduler, the
 DataLoader. The checkpoint is read as far as its header, and its tensors are torch's meta tensors,
-which have a shape and no numbers. Nothing is computed, cached or written.
+which have a shape and no numbers. Nothing is computed, cached or written, but that SDXL's
+tokenizers are fetched where they are not yet, as the training would.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Rehearsal:
 
     args: argparse.Namespace | None = None  # after all of sd-scripts' own checks
     group: Any = None  # the DatasetGroup
+    validation: list[Any] = field(default_factory=list)  # datasets of pictures kept back
     accelerator: Any = None
     network: Any = None
     optimizer_state: float | None = None  # bytes that it keeps for each byte of a parameter
@@ -91,9 +93,8 @@ def on_meta() -> contextlib.ExitStack:
     class Staying(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             kwargs = kwargs or {}
-            if (
-                func is torch.tensor
-            ):  # of a number that is there: an alpha, whose value is asked for
+            # Made of a number that is there: an alpha, whose value is asked for.
+            if func is torch.tensor:
                 kwargs.setdefault("device", "cpu")
             if func in (torch.Tensor.cpu, torch.Tensor.cuda) and args[0].is_meta:
                 return args[0]
@@ -199,6 +200,7 @@ def rehearsing(script: ModuleType, rehearsal: Rehearsal, stack: contextlib.ExitS
                     if each is not None:
                         setattr(each, name, nothing)
             rehearsal.group = group
+            rehearsal.validation = [d for each in others if each for d in each.datasets]
             super().assert_extra_args(args, group, *others)
 
         def load_target_model(self, args, weight_dtype, accelerator):
@@ -232,6 +234,13 @@ def harmless(args: argparse.Namespace, folder: str) -> None:
             setattr(args, name, None)
     # Read at once, the file would be read to its end.
     args.disable_mmap_load_safetensors = False
+    args.debug_dataset = False  # it shows pictures until somebody presses a key
+    if args.vae and not is_safetensors(args.vae):
+        args.vae = None  # it would be read to its end, or fetched
+    # sd-scripts fills an empty one.
+    cache = getattr(args, "tokenizer_cache_dir", None)
+    if cache and not (Path(cache).is_dir() and any(Path(cache).iterdir())):
+        args.tokenizer_cache_dir = None
 
 
 # ---- The rehearsal -------------------------------------------------------------------------------
@@ -241,7 +250,7 @@ def train(script: ModuleType, rehearsal: Rehearsal, words: list[str]) -> None:
     """sd-scripts' train() up to its first step; raises whatever it raises."""
     import safetensors.torch
     from accelerate import Accelerator
-    from library import sdxl_model_util, sdxl_train_util, train_util
+    from library import model_util, sdxl_model_util, sdxl_train_util, train_util
 
     rehearsal.args = args = parse(script, words)
     dataset_module = sys.modules[train_util.DreamBoothDataset.__module__]
@@ -251,6 +260,7 @@ def train(script: ModuleType, rehearsal: Rehearsal, words: list[str]) -> None:
             (Accelerator, {"register_load_state_pre_hook": say_ready}),
             (safetensors.torch, {"load_file": header_tensors}),
             (sdxl_model_util, {"load_file": header_tensors}),
+            (model_util, {"load_file": header_tensors}),
             (dataset_module, {"open": open_to_read}),
         ):
             stack.enter_context(replaced(owner, **values))

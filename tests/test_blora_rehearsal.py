@@ -5,6 +5,7 @@ sd-scripts' own train() is rehearsed by test_blora_real_rehearsal.py and test_bl
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import nn
 import blora_rehearsal
 from blora_rehearsal import (
     as_started,
+    harmless,
     header_tensors,
     is_safetensors,
     on_meta,
@@ -100,6 +102,36 @@ def test_lycoris_builds_the_same_modules_without_numbers_as_with(algo, dora):
         rehearsed = build(Transformer2DModel().to("cpu"))
     assert rehearsed == real
     assert real
+
+
+# ---- What it leaves alone ------------------------------------------------------------------------
+
+
+def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    args = argparse.Namespace(
+        logging_dir="logs",
+        wandb_api_key="secret",
+        console_log_file="log.txt",
+        disable_mmap_load_safetensors=True,
+        debug_dataset=True,
+        vae="stabilityai/sdxl-vae",
+        tokenizer_cache_dir=str(empty),
+    )
+    harmless(args, "temporary")
+    assert vars(args) == {
+        "logging_dir": "temporary",
+        "wandb_api_key": None,
+        "console_log_file": None,
+        "disable_mmap_load_safetensors": False,
+        "debug_dataset": False,
+        "vae": None,
+        "tokenizer_cache_dir": None,
+    }
+    args = argparse.Namespace(vae=str(file), tokenizer_cache_dir=str(tmp_path))
+    harmless(args, "temporary")
+    assert (args.vae, args.tokenizer_cache_dir) == (str(file), str(tmp_path))
 
 
 # ---- The script ----------------------------------------------------------------------------------
