@@ -37,7 +37,7 @@ REFUSALS = (
         "--optimizer_type={args.optimizer_type} is none: correct it",
     ),
     (
-        r"(get_optimizer|optimizer_step).*:",
+        r"(get_optimizer|try_optimizer).*:",
         "--optimizer_type={args.optimizer_type} refuses --optimizer_args {optimizer_args}, or its "
         "learning rate: correct them",
     ),
@@ -166,14 +166,13 @@ REFUSALS = (
         "--persistent_data_loader_workers does not go with --max_data_loader_n_workers=0: leave "
         "one of the two out",
     ),
+    (r"load_vae.*:", "--vae={args.vae} cannot be loaded: correct it"),
     (
-        r"load_target_model.*: (RuntimeError|KeyError): ",
+        r"load_models_from_sdxl_checkpoint.*: (RuntimeError|KeyError): ",
         "{args.pretrained_model_name_or_path} is not a whole SDXL checkpoint: give another",
     ),
-    (r"load_vae.*:", "--vae={args.vae} cannot be loaded: correct it"),
-    (r": (SafetensorError|FileNotFoundError): ", "a file cannot be read: correct its path"),
 )
-NO_REFUSAL = "the training would stop: correct what the trainer's words name"
+NO_REFUSAL = "the training would stop: correct what the trainer names"
 LONGEST = 400  # letters of the trainer's own words
 INSTALLED_AS = {"lycoris": "lycoris_lora"}
 
@@ -299,13 +298,16 @@ def refusal(failure: BaseException, args: argparse.Namespace | None, printed: st
     for pattern, sentence in REFUSALS:
         if found := re.search(pattern, described(failure, said)):
             known = local_names(failure) | joined(args) | found.groupdict()
-            return f"{sentence.format_map(known)} ({said})"
+            try:
+                return f"{sentence.format_map(known)} ({said})"
+            except (KeyError, AttributeError):  # another release calls its variables otherwise
+                break
     return f"{NO_REFUSAL} ({type(failure).__name__}: {said})"
 
 
 def is_of_the_rehearsal(failure: BaseException) -> bool:
     """Whether it failed because the rehearsal's tensors have no numbers, as no training's do."""
-    return "meta" in own_words(failure).lower()
+    return bool(re.search(r"\bmeta (tensor|device)|device.{0,12}\bmeta\b", own_words(failure)))
 
 
 def ended_sentence(printed: str) -> str:

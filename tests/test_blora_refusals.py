@@ -282,6 +282,36 @@ def test_of_two_languages_the_english_words_are_told(text):
     assert own_words(ValueError(text)) == WORDS[text]
 
 
+def test_variables_of_another_name_leave_the_trainers_own_words():
+    def get_optimizer() -> None:
+        _key, _value = "decouple".split("=")
+
+    assert said(get_optimizer).startswith(
+        "the training would stop: correct what the trainer names (ValueError: not enough values"
+    )
+
+
+def test_an_optimizer_that_fails_at_its_step_is_told_as_one():
+    def try_optimizer() -> None:
+        torch.optim.LBFGS([MATRIX]).step()
+
+    assert said(try_optimizer).startswith(
+        "--optimizer_type=prodigy refuses --optimizer_args eps=-1"
+    )
+
+
+def test_a_vae_that_cannot_be_loaded_is_not_taken_for_the_checkpoint():
+    def load_vae() -> None:
+        raise KeyError("encoder.conv_in.weight")
+
+    def load_target_model() -> None:
+        load_vae()
+
+    assert said(load_target_model) == (
+        "--vae=None cannot be loaded: correct it ('encoder.conv_in.weight')"
+    )
+
+
 def test_words_without_end_are_cut():
     assert own_words(ValueError("x" * 1000)) == "x" * 400 + "..."
 
@@ -367,14 +397,17 @@ def test_what_blora_network_ends_with_is_a_sentence_already():
 
 def test_what_nobody_foresaw_is_told_in_the_trainers_words():
     assert said(int, "abc") == (
-        "the training would stop: correct what the trainer's words name (ValueError: invalid "
+        "the training would stop: correct what the trainer names (ValueError: invalid "
         "literal for int() with base 10: 'abc')"
     )
 
 
 def test_what_only_the_rehearsal_lacks_is_no_refusal():
     assert is_of_the_rehearsal(raised(torch.empty(1, device="meta").item))
-    assert not is_of_the_rehearsal(raised(int, "abc"))
+    moved = nn.Linear(2, 2, device="meta").to
+    assert is_of_the_rehearsal(raised(moved, "cpu"))
+    for words in ("abc", "no metadata / メタデータ", "D:/meta/metal.png", "metadata_cache.json"):
+        assert not is_of_the_rehearsal(raised(int, words)), words
 
 
 def test_a_training_without_pictures_ends_without_a_word_that_is_seen():
