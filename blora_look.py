@@ -97,7 +97,7 @@ def check_resume(options: Options, report: Report) -> None:
     if not folder.is_dir():
         report.errors.append(f'no folder of a saved state at "{state}": correct --resume')
         return
-    if not any(folder.glob("optimizer*")):  # as accelerate calls a part of each
+    if not any(folder.iterdir()):
         report.errors.append(f'no saved state in "{state}": correct --resume')
         return
     others = ("max_train_epochs", "initial_epoch", "initial_step", "max_train_steps")
@@ -352,7 +352,9 @@ def attempt(report: Report, check: Callable[..., Any], *args: Any) -> Any:
     except BloraError as error:
         report.errors.append(str(error))
     except OSError as error:
-        report.errors.append(f"cannot look at everything ({error}): correct it")
+        report.errors.append(
+            f"cannot read a file or folder ({error}): correct its path or its rights"
+        )
     return None
 
 

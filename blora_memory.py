@@ -1,6 +1,6 @@
 """What a training takes of the card's memory: a sum of its parts, computed and not measured.
 
-blora_preflight.py tells it. The parts are what is known before a training begins: the models in
+blora_plan.py tells it. The parts are what is known before a training begins: the models in
 their precision, the LoRA with gradients and optimizer, and what autograd holds for the backward
 pass. The driver, torch and its kernels need some more, so the sum is the least that is needed.
 """

@@ -70,6 +70,7 @@ class Opened:
     size: tuple[int, int]  # of the file; 0, 0 where it is no picture
     orientation: int = 1  # by EXIF; 1 is upright
     error: str = ""  # why it cannot be trained, in the words of whoever refused it
+    is_strange: bool = False  # what is wrong is no picture's fault, but how sd-scripts was called
     thumbnail: Image.Image | None = None  # where a side was asked for
 
 
@@ -214,7 +215,10 @@ def open_pictures(
             disable=stream is None,
             delay=1,
         )
-        return list(bar)
+        found = list(bar)
+    if found and all(picture.is_strange for picture in found):
+        raise TypeError(found[0].error)
+    return found
 
 
 def openers(dataset: Any, cached: bool) -> Iterator[tuple[Any, Callable[[], np.ndarray]]]:
@@ -289,7 +293,7 @@ def open_one(info: Any, opener: Callable[[], np.ndarray], side: int) -> Opened:
     """Open a picture; whatever is wrong with it becomes its error."""
     path = Path(info.absolute_path)
     size, orientation = look_at(path)
-    thumbnail, error = None, ""
+    thumbnail, error, is_strange = None, "", False
     try:
         array = opener()
         if side:
@@ -297,7 +301,8 @@ def open_one(info: Any, opener: Callable[[], np.ndarray], side: int) -> Opened:
             thumbnail.thumbnail((side, side))
     except Exception as refusal:  # sd-scripts', PIL's or OpenCV's: each has its own
         error = what_is_wrong(path, size, refusal)
-    return Opened(path, tuple(info.bucket_reso), size, orientation, error, thumbnail)
+        is_strange = isinstance(refusal, (TypeError, AttributeError))
+    return Opened(path, tuple(info.bucket_reso), size, orientation, error, is_strange, thumbnail)
 
 
 def look_at(path: Path) -> tuple[tuple[int, int], int]:

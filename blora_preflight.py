@@ -24,9 +24,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def missing_file(module: str | None) -> str:
@@ -84,7 +85,7 @@ def look_at_pictures(
     """Everything that the dataset shows; hands back the pixels of its largest batch."""
     try:
         from blora_dataset import in_words
-        from blora_pictures import check_dataset
+        from blora_pictures import check_dataset, open_pictures, refusals
         from blora_preview import thumbnail_side, write_preview
     except ImportError as missing:
         raise BloraError(missing_file(missing.name)) from missing
@@ -97,9 +98,14 @@ def look_at_pictures(
             f"{seen.epoch.images} images with {seen.epoch.captions} captions, "
             f"{seen.epoch.repeated} with repeats, {seen.epoch.batches} batches"
         )
+    kept_back = open_pictures(rehearsal.validation, rehearsal.args.cache_latents, bar)
+    report.errors += refusals(kept_back)
     if preview:
-        write_preview(preview, seen.folders, seen.opened)
-        report.notes.append(f'"{preview}" shows the pictures as the trainer will see them')
+        try:
+            write_preview(preview, seen.folders, seen.opened)
+            report.notes.append(f'"{preview}" shows the pictures as the trainer will see them')
+        except BloraError as error:  # the training does without
+            report.warnings.append(str(error))
     return seen.epoch.largest_batch if seen.epoch else 0
 
 
@@ -119,11 +125,22 @@ def check_rehearsed(
         given = list(parse_options(words).values)
         pixels = look_at_pictures(rehearsal, given, preview, bar, report)
     if rehearsal.ready:
-        started, was_said = processes(accelerate, str(script))
-        plan(rehearsal, started, pixels, report)
-        advise(rehearsal, report)
+        started, was_said = attempt(report, processes, accelerate, str(script)) or (1, True)
+        attempt(report, plan, rehearsal, started, pixels, report)
+        attempt(report, advise, rehearsal, report)
         check_device(rehearsal.accelerator.device.type, accelerate, report)
         check_processes(started, was_said, report)
+
+
+def attempt(report: Report, step: Callable[..., Any], *args: Any) -> Any:
+    """What a step hands back; None, with a note, where a release does not let it know."""
+    try:
+        return step(*args)
+    except BloraError:
+        raise
+    except Exception as error:  # the trainer itself has passed, so that this stops nothing
+        report.notes.append(f"this release does not let us tell all of the plan ({error!r})")
+        return None
 
 
 # ---- Both stages ---------------------------------------------------------------------------------
@@ -147,7 +164,14 @@ def check(
             check_rehearsed(script, words, accelerate, preview, bar, report)
     except BloraError as error:
         report.errors.append(str(error))
+    if preview and not rehearses:
+        report.notes.append("there is no preview without the rehearsal")
     return report
+
+
+def setting(name: str) -> str:
+    """A setting from the environment, without the quote marks and blanks that cmd leaves in it."""
+    return os.environ.get(name, "").strip().strip("\"'")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,14 +185,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no_rehearsal",
         action="store_true",
-        default=os.environ.get("BLORA_REHEARSAL") == "0",
+        default=setting("BLORA_REHEARSAL") == "0",
         help="look, and leave the trainer's own code out (or set BLORA_REHEARSAL to 0)",
     )
     parser.add_argument(
         "--preview",
         type=Path,
         metavar="SHEET.jpg",
-        default=os.environ.get("BLORA_PREVIEW") or None,
+        default=setting("BLORA_PREVIEW") or None,
         help="draw the pictures as the trainer will see them (or set BLORA_PREVIEW)",
     )
     parser.add_argument("script", help="the training script")
@@ -184,14 +208,17 @@ def main(argv: list[str] | None = None) -> int:
     words = [args.script, *args.options]
     # The whole line may stand here, with accelerate and its options before the script.
     start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
-    report = check(
-        Path(words[start]),
-        words[start + 1 :],
-        words[:start],
-        not args.no_rehearsal,
-        args.preview,
-        None if args.json else sys.stderr,
-    )
+    try:
+        report = check(
+            Path(words[start]),
+            words[start + 1 :],
+            words[:start],
+            not args.no_rehearsal,
+            args.preview.expanduser() if args.preview else None,
+            None if args.json else sys.stderr,
+        )
+    except KeyboardInterrupt:
+        return 130  # as a shell counts Ctrl+C
     if args.json:
         print(json.dumps(asdict(report), indent=2))
     else:

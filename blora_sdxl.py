@@ -2,8 +2,8 @@
 
 Layers are built from SDXL's architecture (arXiv 2307.01952); a test checks them against diffusers'
 and transformers' own models.
-blora_names.py asks it which layer a key means, blora_preflight.py what a preset selects, and
-blora_strength.py where a checkpoint holds a weight.
+blora_names.py asks it which layer a key means, blora_checkpoint.py which tensors there are,
+blora_plan.py in which block a module lies, and blora_strength.py where a checkpoint holds a weight.
 
 A layer of the U-Net has two names, sgm's (input_blocks.4.1.proj_in), which checkpoints and kohya
 use, and diffusers' (down_blocks.1.attentions.0.proj_in). A layer of a text encoder is called as

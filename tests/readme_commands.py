@@ -19,7 +19,7 @@ RESIZE += ("--dynamic_method", "--device", "--verbose")
 # fast has every setting of classic, and one more; pre-flight reads two by itself.
 SETTINGS = {
     *re.findall(r"^(BLORA_\w+)=", (ROOT / "sdxl_blora_fast.sh").read_text(), re.MULTILINE),
-    *re.findall(r'environ\.get\("(BLORA_\w+)"', (ROOT / "blora_preflight.py").read_text()),
+    *re.findall(r'setting\("(BLORA_\w+)"', (ROOT / "blora_preflight.py").read_text()),
 }
 
 

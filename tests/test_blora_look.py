@@ -48,7 +48,7 @@ def kohya(tmp_path, monkeypatch, checkpoint) -> Path:
     Path(IMAGES).mkdir(parents=True)
     write_config(IMAGES)
     put("presets/style.toml")
-    put("state/optimizer.bin")  # as accelerate saves one
+    put("state/optimizer.bin")
     return tmp_path
 
 
@@ -121,7 +121,7 @@ def test_all_errors_come_at_once():
 
 def test_a_name_that_is_too_long_for_a_file_is_an_error_and_no_traceback():
     [error] = looked(pretrained_model_name_or_path="x" * 300 + ".safetensors").errors
-    assert error.startswith("cannot look at everything (")
+    assert error.startswith("cannot read a file or folder (")
 
 
 def test_v_prediction_may_be_given():
@@ -192,7 +192,8 @@ def test_a_state_may_lie_in_the_home_folder(kohya, monkeypatch):
 
 
 def test_a_folder_without_a_saved_state_is_an_error():
-    assert looked(resume="presets").errors == ['no saved state in "presets": correct --resume']
+    Path("empty").mkdir()
+    assert looked(resume="empty").errors == ['no saved state in "empty": correct --resume']
 
 
 @pytest.mark.parametrize("reached", ["1600", "3000"])

@@ -198,6 +198,34 @@ def test_odd_command_lines_are_told_in_sentences(capsys, line):
     assert json.loads(capsys.readouterr().out).keys() == Report().__dict__.keys()
 
 
+def test_cmd_leaves_quote_marks_and_blanks_in_a_setting(monkeypatch):
+    monkeypatch.setenv("BLORA_PREVIEW", '"D:/my sheet.jpg" ')
+    monkeypatch.setenv("BLORA_REHEARSAL", "0 ")
+    args = blora_preflight.build_parser().parse_args([SCRIPT])
+    assert (args.preview, args.no_rehearsal) == (Path("D:/my sheet.jpg"), True)
+
+
+def test_there_is_no_preview_without_the_rehearsal(capsys):
+    report = asked(capsys, "--no_rehearsal", "--preview=sheet.jpg", SCRIPT, *LINE)
+    assert report["notes"] == ["there is no preview without the rehearsal"]
+
+
+def test_who_stops_it_sees_no_traceback(capsys, monkeypatch):
+    def stop(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(blora_preflight, "look", stop)
+    assert blora_preflight.main(["--json", SCRIPT, *LINE]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_release_does_not_let_know_is_a_note():
+    report = Report()
+    assert blora_preflight.attempt(report, int, "12") == 12
+    assert blora_preflight.attempt(report, {}.__getitem__, "a") is None
+    assert report.notes == ["this release does not let us tell all of the plan (KeyError('a'))"]
+
+
 # ---- The order of things -------------------------------------------------------------------------
 
 
@@ -251,7 +279,7 @@ ENDS = {
     "the trainer raised": (
         Rehearsal(failure=KeyError("it")),
         "errors",
-        "the training would stop: correct what the trainer's words name (KeyError: 'it')",
+        "the training would stop: correct what the trainer names (KeyError: 'it')",
     ),
     "the trainer came back": (
         Rehearsal(),
