@@ -29,3 +29,20 @@ def make_copy(path: Path) -> None:
         if (source := Path(KOHYA_ROOT, name)).is_file():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, path / name)
+
+
+def tokenizers(tmp: Path, kohya: Path) -> Path:
+    """SDXL's own, which are otherwise downloaded."""
+    found = Path(os.environ.get("BLORA_RANDOM_SDXL", tmp)).absolute() / "tokenizers"
+    if not found.is_dir():
+        command = [
+            Path(__file__).with_name("make_random_sdxl.py"),
+            "--kohya",
+            kohya,
+            "--out",
+            tmp,
+            "--no_checkpoint",
+        ]
+        subprocess.run([KOHYA_PYTHON, *command], check=True)
+        return tmp / "tokenizers"
+    return found

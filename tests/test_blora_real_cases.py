@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 from kohya_folder import PROGRAMS, ROOT, SCRIPT, Bash, install, make_kohya
 from lycoris_releases import RELEASES
-from real_kohya import BEFORE_0_10, KOHYA_PYTHON, make_copy
+from real_kohya import BEFORE_0_10, KOHYA_PYTHON, make_copy, tokenizers
 from safetensors import safe_open
 from trainer_case import Case
 from trainer_cases import OF_DATA
@@ -94,16 +94,6 @@ def lycoris(case: Case) -> str:
 def environment(*first: str | Path) -> dict[str, str]:
     path = os.pathsep.join(str(item) for item in first if str(item))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def tokenizers(tmp: Path, kohya: Path) -> Path:
-    """SDXL's own, which are otherwise downloaded."""
-    found = Path(os.environ.get("BLORA_RANDOM_SDXL", tmp)).absolute() / "tokenizers"
-    if not found.is_dir():
-        command = [TESTS / "make_random_sdxl.py", "--kohya", kohya, "--out", tmp, "--no_checkpoint"]
-        subprocess.run([KOHYA_PYTHON, *command], check=True)
-        return tmp / "tokenizers"
-    return found
 
 
 def launched(tmp: Path, checkpoint: Path) -> dict[str, list[str]]:
