@@ -42,8 +42,8 @@ from blora_dataset import (
     passed_over,
     unnumbered,
 )
-from blora_report import Report
-from blora_words import NAMED, BloraError, first_few
+from blora_report import Report, attempt
+from blora_words import NAMED, first_few
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 lie on their side
 MOST_THREADS = 4  # each holds a whole picture
@@ -108,7 +108,7 @@ def read_folders(datasets: Iterable[Any], caches_text: bool) -> list[Folder]:
     """The folders of sd-scripts' datasets with their pictures, in the order of the config."""
     return [
         read_folder(dataset, subset, caches_text)
-        for dataset in map(with_strategies, datasets)
+        for dataset in datasets
         for subset in dataset.subsets
     ]
 
@@ -199,7 +199,7 @@ def open_pictures(
     DataLoader does. A progress bar goes to `stream` where it takes more than a second. With a
     `side` each has a thumbnail of at most so many pixels a side.
     """
-    jobs = [job for dataset in datasets for job in openers(with_strategies(dataset), cached)]
+    jobs = [job for dataset in datasets for job in openers(dataset, cached)]
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool,
@@ -518,33 +518,30 @@ def check_dataset(
     report: Report,
     stream: TextIO | None = None,
     side_for: Callable[[int], int] = lambda count: 0,
+    kept_back: Iterable[Any] = (),
 ) -> Seen:
     """Everything that can be said of the pictures and captions, into the report.
 
     `args` and `datasets` are sd-scripts' own, once it has made its datasets; `given` names the
     options that stand on the command line; a progress bar goes to `stream`; `side_for` says how
-    large thumbnails of so many pictures are to be.
+    large thumbnails of so many pictures are to be; `kept_back` are datasets for validation, whose
+    pictures are opened too.
     """
     datasets, seen = list(map(with_strategies, datasets)), Seen()
+    every = [*datasets, *map(with_strategies, kept_back)]
 
-    def attempt(what: str, step: Callable[..., Any], *more: Any) -> Any:
-        try:
-            return step(*more)
-        except BloraError:
-            raise
-        except Exception as error:  # another release: the trainer itself judges, without our help
-            report.notes.append(f"this sd-scripts did not let us look at {what} ({error!r})")
-            return None
+    def ask(what: str, step: Callable[..., Any], *more: Any) -> Any:
+        return attempt(report, f"this sd-scripts did not let us look at {what}", step, *more)
 
     cached = args.cache_latents or args.cache_latents_to_disk
     caches_text = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
-    seen.folders = attempt("the folders", read_folders, datasets, caches_text) or []
-    seen.epoch = attempt("the batches", read_epoch, datasets, seen.folders)
-    attempt("the captions", check_folders, seen.folders, report)
-    attempt("the dataset config", check_config, args, given, seen.folders, report)
+    seen.folders = ask("the folders", read_folders, datasets, caches_text) or []
+    seen.epoch = ask("the batches", read_epoch, datasets, seen.folders)
+    ask("the captions", check_folders, seen.folders, report)
+    ask("the dataset config", check_config, args, given, seen.folders, report)
     side = side_for(sum(len(folder.pictures) for folder in seen.folders))
-    seen.opened = attempt("the pictures", open_pictures, datasets, cached, stream, side) or []
-    attempt("the opened pictures", check_opened, args, datasets, seen, report)
+    seen.opened = ask("the pictures", open_pictures, every, cached, stream, side) or []
+    ask("the opened pictures", check_opened, args, every, seen, report)
     return seen
 
 

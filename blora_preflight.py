@@ -24,10 +24,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 
 def missing_file(module: str | None) -> str:
@@ -45,10 +44,13 @@ try:
     from blora_plan import plan
     from blora_refusals import ended_sentence, is_of_the_rehearsal, refusal
     from blora_rehearsal import Rehearsal, rehearse
-    from blora_report import Report, print_report
+    from blora_report import Report, attempt, print_report
     from blora_words import BloraError, say
 except ImportError as missing:
     sys.exit(f"error: {missing_file(missing.name)}")
+
+
+NOT_TOLD = "this release does not let us tell all of the plan"
 
 
 # ---- The rehearsal -------------------------------------------------------------------------------
@@ -85,21 +87,20 @@ def look_at_pictures(
     """Everything that the dataset shows; hands back the pixels of its largest batch."""
     try:
         from blora_dataset import in_words
-        from blora_pictures import check_dataset, open_pictures, refusals
+        from blora_pictures import check_dataset
         from blora_preview import thumbnail_side, write_preview
     except ImportError as missing:
         raise BloraError(missing_file(missing.name)) from missing
 
     side = thumbnail_side if preview else lambda count: 0
-    seen = check_dataset(rehearsal.args, given, rehearsal.datasets, report, bar, side)
+    datasets, kept_back = rehearsal.datasets, rehearsal.validation
+    seen = check_dataset(rehearsal.args, given, datasets, report, bar, side, kept_back)
     report.plan["images"] = in_words(seen.folders)
     if seen.epoch:
         report.plan["epoch"] = (
             f"{seen.epoch.images} images with {seen.epoch.captions} captions, "
             f"{seen.epoch.repeated} with repeats, {seen.epoch.batches} batches"
         )
-    kept_back = open_pictures(rehearsal.validation, rehearsal.args.cache_latents, bar)
-    report.errors += refusals(kept_back)
     if preview:
         try:
             write_preview(preview, seen.folders, seen.opened)
@@ -125,22 +126,12 @@ def check_rehearsed(
         given = list(parse_options(words).values)
         pixels = look_at_pictures(rehearsal, given, preview, bar, report)
     if rehearsal.ready:
-        started, was_said = attempt(report, processes, accelerate, str(script)) or (1, True)
-        attempt(report, plan, rehearsal, started, pixels, report)
-        attempt(report, advise, rehearsal, report)
+        asked = attempt(report, NOT_TOLD, processes, accelerate, str(script))
+        started, was_said = asked or (1, True)
+        attempt(report, NOT_TOLD, plan, rehearsal, started, pixels, report)
+        attempt(report, NOT_TOLD, advise, rehearsal, report)
         check_device(rehearsal.accelerator.device.type, accelerate, report)
         check_processes(started, was_said, report)
-
-
-def attempt(report: Report, step: Callable[..., Any], *args: Any) -> Any:
-    """What a step hands back; None, with a note, where a release does not let it know."""
-    try:
-        return step(*args)
-    except BloraError:
-        raise
-    except Exception as error:  # the trainer itself has passed, so that this stops nothing
-        report.notes.append(f"this release does not let us tell all of the plan ({error!r})")
-        return None
 
 
 # ---- Both stages ---------------------------------------------------------------------------------

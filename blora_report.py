@@ -6,9 +6,11 @@ blora_look.py, blora_rehearsal.py and their siblings write into it, blora_prefli
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from blora_words import printable, say
+from blora_words import BloraError, printable, say
 
 
 @dataclass
@@ -20,6 +22,20 @@ class Report:
     notes: list[str] = field(default_factory=list)
     plan: dict[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
+
+
+def attempt(report: Report, otherwise: str, step: Callable[..., Any], *args: Any) -> Any:
+    """What a step hands back that asks the trainer; None, with a note, where its release differs.
+
+    The trainer judges a training by itself, so what we cannot ask it stops nothing.
+    """
+    try:
+        return step(*args)
+    except BloraError:
+        raise
+    except Exception as error:
+        report.notes.append(f"{otherwise} ({error!r})")
+        return None
 
 
 def print_report(report: Report) -> None:

@@ -21,7 +21,7 @@ from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 import blora_preflight
 from blora_rehearsal import Rehearsal
-from blora_report import Report
+from blora_report import Report, attempt
 from blora_words import BloraError
 
 PROGRAM = ROOT / "blora_preflight.py"
@@ -221,8 +221,8 @@ def test_who_stops_it_sees_no_traceback(capsys, monkeypatch):
 
 def test_what_a_release_does_not_let_know_is_a_note():
     report = Report()
-    assert blora_preflight.attempt(report, int, "12") == 12
-    assert blora_preflight.attempt(report, {}.__getitem__, "a") is None
+    assert attempt(report, blora_preflight.NOT_TOLD, int, "12") == 12
+    assert attempt(report, blora_preflight.NOT_TOLD, {}.__getitem__, "a") is None
     assert report.notes == ["this release does not let us tell all of the plan (KeyError('a'))"]
 
 
