@@ -13,6 +13,7 @@ from contextlib import redirect_stderr
 from importlib import metadata
 from typing import Any
 
+from blora_options import pairs
 from blora_plan import MANY_BLOCKS, Built, built
 from blora_rehearsal import Rehearsal
 from blora_report import Report
@@ -26,17 +27,12 @@ FITTING_PRESET = "preset=lycoris_presets/blora_content_style.toml"
 LOWEST_FACTOR, HIGHEST_RATE = 0.1, 0.1
 
 
-def settings(words: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE items, as sd-scripts splits them."""
-    return dict(word.partition("=")[::2] for word in words or [])
-
-
 def check_network(network: Built, args: argparse.Namespace, report: Report) -> None:
     """A preset that is not there or chooses nothing, and a change larger than was meant."""
     if args.network_module in LYCORIS_NETWORKS and not args.dim_from_weights:
-        check_preset(network, settings(args.network_args).get("preset"), report)
+        check_preset(network, pairs(args.network_args).get("preset"), report)
         check_lycoris(report)
-    elif args.network_module.startswith("networks.") and "preset" in settings(args.network_args):
+    elif args.network_module.startswith("networks.") and "preset" in pairs(args.network_args):
         report.warnings.append(
             f"--network_module={args.network_module} knows no preset, and trains "
             f"{len(network.modules)} modules: take lycoris.kohya or blora_network for a B-LoRA"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from blora_checkpoint import check_checkpoint, is_of_the_hub
-from blora_options import Options, load_toml, with_config_file
+from blora_options import Options, load_toml, pairs, with_config_file
 from blora_report import Report
 from blora_words import BloraError
 
@@ -80,7 +80,7 @@ def check_preset(options: Options, report: Report) -> None:
         return
     if is_abbreviated(options, "network_args"):
         return
-    preset = options.pairs("network_args").get("preset", "")
+    preset = pairs(options.values.get("network_args")).get("preset", "")
     is_a_path = "/" in preset or os.sep in preset or preset.endswith(".toml")
     if is_a_path and not Path(preset).is_file():
         report.errors.append(

@@ -28,9 +28,10 @@ class Options:
         """The last value of an option; the default where it has none."""
         return (self.values.get(name) or [""])[-1] or default
 
-    def pairs(self, name: str) -> dict[str, str]:
-        """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
-        return dict(item.partition("=")[::2] for item in self.values.get(name, []))
+
+def pairs(items: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE items, split at the first "=" as sd-scripts splits them."""
+    return dict(item.partition("=")[::2] for item in items or [])
 
 
 def parse_options(words: list[str]) -> Options:
