@@ -6,7 +6,6 @@ struck out. The pictures that are left out come last, with the reason.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from blora_dataset import Folder, Picture, left_out, unread_lines
 from blora_pictures import Opened, in_size
-from blora_words import BloraError, printable
+from blora_words import BloraError, printable, written_whole
 
 MARK = b"B-LoRA preview"  # the JPEG comment by which an earlier sheet is known
 PAPER, INK, FAINT, RULE, ALARM = "#fbfaf7", "#26262a", "#8d8b86", "#dcd9d2", "#c0392b"
@@ -404,16 +403,9 @@ def is_sheet(path: Path) -> bool:
 
 
 def write_preview(sheet: Path, folders: list[Folder], opened: list[Opened]) -> None:
-    """Write the sheet beside its final name, then move it there; BloraError where that fails."""
+    """Write the sheet, whole or not at all; BloraError where that fails."""
     check_sheet(sheet, (folder.path for folder in folders))
     side = thumbnail_side(sum(len(folder.pictures) for folder in folders))
     image = draw_sheet(sections_of(folders, opened, side))
-    part = sheet.with_name(f".{sheet.name}.{os.getpid()}.part")
-    try:
+    with written_whole(sheet) as part:
         image.save(part, "JPEG", quality=88, optimize=True, comment=MARK)
-        part.replace(sheet)
-    except OSError as error:
-        raise BloraError(f'cannot write "{sheet}" ({error})') from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)

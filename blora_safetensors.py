@@ -11,19 +11,17 @@ import hashlib
 import json
 import math
 import operator
-import os
 import queue
 import re
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blora_words import BloraError, printable
+from blora_words import BloraError, printable, written_whole
 
 # ---- Types ---------------------------------------------------------------------------------------
 
@@ -433,17 +431,9 @@ def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:
-    """Write a file beside its final name, then move it there: no half file under that name.
+    """Write a file, which is there whole or not at all.
 
     Tensors stand in it as safetensors orders them. BloraError where it cannot be written.
     """
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write_tensors(file, in_order(tensors), metadata)
-        part.replace(output)
-    except OSError as error:
-        raise BloraError(f"cannot write {output} ({error})") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    with written_whole(output) as part, part.open("wb") as file:
+        write_tensors(file, in_order(tensors), metadata)

@@ -1,12 +1,16 @@
-"""What all programs of the bundle say alike: the one error type, escaped text, numbers in words.
+"""What all programs of the bundle do alike: the one error type, escaped text, numbers in words, and
+a file that is written whole or not at all.
 
 The lowest room: every other blora file may import it, and it imports none of them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 NAMED = 3  # how many of many keys a message names
 LONGEST_NAME = 200  # letters of each
@@ -38,6 +42,23 @@ def span(values: Iterable[float | None]) -> str:
 def file_size(size: float) -> str:
     """Bytes in words: "56.4 MB", "1.80 GB"."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """The file to write, beside its final name, to which it is then moved: no half file is there.
+
+    BloraError where it cannot be written.
+    """
+    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(output)
+    except OSError as error:
+        raise BloraError(f"cannot write {output} ({error})") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def say(sentence: str) -> None:
