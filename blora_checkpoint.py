@@ -298,14 +298,17 @@ def is_of_the_hub(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not ending.isalpha()
 
 
-def followed(path: Path) -> Path:
+def target_of(path: Path) -> Path:
     """What sd-scripts opens: where a link leads, a relative one from the working folder.
 
     It reads the link itself (os.readlink in library/sdxl_train_util.py, _load_target_model).
     """
-    if not path.is_symlink():
-        return path
-    target = path.readlink()
+    return path.readlink() if path.is_symlink() else path
+
+
+def followed(path: Path) -> Path:
+    """The same, where there is such a file; BloraError where only the link's own folder has it."""
+    target = target_of(path)
     if path.exists() and not target.exists():
         raise BloraError(
             f'"{path}" is a link to "{target}", which sd-scripts looks for in the working folder: '
@@ -314,7 +317,7 @@ def followed(path: Path) -> Path:
     return target if target.exists() else path
 
 
-def is_safetensors(path: Path) -> bool:
+def begins_as_safetensors(path: Path) -> bool:
     """Whether it begins as such a file does, and no pickle or zip: 8 bytes of length, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
@@ -330,7 +333,7 @@ def check_file(path: Path, predicts_v: bool, report: Report) -> None:
     """Whether sd-scripts can read a file as a checkpoint, which it takes for what its name says."""
     if path.suffix.lower() == ".safetensors":
         check_sdxl(path, predicts_v, report)
-    elif is_safetensors(path):
+    elif begins_as_safetensors(path):
         raise BloraError(
             f'"{path}" is a safetensors file, and sd-scripts knows one by its name alone: give one '
             "whose name ends in .safetensors"

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from blora_checkpoint import target_of
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -185,8 +187,8 @@ def blank_models(sdxl: ModuleType) -> Callable[..., Any]:
 
 
 def is_safetensors(name: str) -> bool:
-    """Whether sd-scripts will read it as one: it follows a link to the file it names first."""
-    target = Path(name).readlink() if Path(name).is_symlink() else Path(name)
+    """Whether sd-scripts will read it as one, by its name."""
+    target = target_of(Path(name))
     return target.is_file() and target.suffix.lower() == ".safetensors"
 
 
