@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import copy
 import glob
+import inspect
 import io
 import os
-import sys
 import threading
-import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +41,7 @@ from blora_dataset import (
     passed_over,
     unnumbered,
 )
+from blora_refusals import frames, in_english
 from blora_report import Report, attempt
 from blora_words import NAMED, first_few
 
@@ -79,7 +79,7 @@ class Opened:
 
 def module_of(dataset: Any) -> ModuleType:
     """The module of sd-scripts that a dataset is from, and that reads its pictures."""
-    return sys.modules[type(dataset).__module__]
+    return inspect.getmodule(type(dataset))
 
 
 def settled(subset: Any) -> Any:
@@ -330,8 +330,7 @@ def what_is_wrong(path: Path, size: tuple[int, int], error: Exception) -> str:
         return "it is a web page, not a picture"
     if isinstance(error, PIL.UnidentifiedImageError):
         return "it is no picture that PIL can read"
-    # sd-scripts says it in English, then behind " / " in Japanese and with the path.
-    words = (str(error) or type(error).__name__).split(" / ")[0].split("\n")[0]
+    words = in_english((str(error) or type(error).__name__).split("\n")[0])
     return f"{words}, it is {size[0]}x{size[1]}" if isinstance(error, AssertionError) else words
 
 
@@ -360,8 +359,8 @@ def stumbled_over(error: BaseException) -> list[str]:
     0.10 divides by the height of 0 that it gives a file that is no picture, and some broken JPEGs
     stop its reader of sizes; neither names the file. Empty where the error is another one.
     """
-    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-    datasets = [here["self"] for here in frames if hasattr(here.get("self"), "image_data")]
+    owners = [frame.f_locals.get("self") for frame in frames(error)]
+    datasets = [owner for owner in owners if hasattr(owner, "image_data")]
     paths = [Path(i.absolute_path) for dataset in datasets for i in dataset.image_data.values()]
     nothing = (0, 0)
     return refusals(
@@ -563,9 +562,11 @@ def check_config(
     args: Namespace, given: Iterable[str], folders: list[Folder], report: Report
 ) -> None:
     """What the dataset config names and is not trained, and the options that it overrides."""
+    from library import config_util  # sd-scripts' own
+
     trained = {folder.path for folder in folders}
     if args.dataset_config:
-        config = sys.modules["library.config_util"].load_user_config(args.dataset_config)
+        config = config_util.load_user_config(args.dataset_config)
         options = {name: getattr(args, name) for name in given if hasattr(args, name)}
         report.warnings += passed_over(config_subsets(config), trained)
         report.warnings += overridden(options, config, args.dataset_config)

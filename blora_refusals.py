@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -179,11 +180,7 @@ INSTALLED_AS = {"lycoris": "lycoris_lora"}
 
 def frames(failure: BaseException) -> list[FrameType]:
     """The functions that an exception came through, the outermost first."""
-    found, trace = [], failure.__traceback__
-    while trace:
-        found.append(trace.tb_frame)
-        trace = trace.tb_next
-    return found
+    return [frame for frame, _ in traceback.walk_tb(failure.__traceback__)]
 
 
 def shorten(text: str) -> str:
@@ -192,10 +189,14 @@ def shorten(text: str) -> str:
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
-def own_words(failure: BaseException) -> str:
-    """An exception's message on one line, in English: sd-scripts says much in two languages."""
-    text = shorten(str(failure))
+def in_english(text: str) -> str:
+    """The first half of what sd-scripts says in two languages: Japanese stands behind " / "."""
     return text.split(" / ")[0] if re.search(r" / .*[^\x00-\x7f]", text) else text
+
+
+def own_words(failure: BaseException) -> str:
+    """An exception's message on one line, in English."""
+    return in_english(shorten(str(failure)))
 
 
 def described(failure: BaseException, said: str) -> str:

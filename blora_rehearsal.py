@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -255,7 +256,7 @@ def train(script: ModuleType, rehearsal: Rehearsal, words: list[str]) -> None:
     from library import model_util, sdxl_model_util, sdxl_train_util, train_util
 
     rehearsal.args = args = parse(script, words)
-    dataset_module = sys.modules[train_util.DreamBoothDataset.__module__]
+    dataset_module = inspect.getmodule(train_util.DreamBoothDataset)
     with contextlib.ExitStack() as stack:
         harmless(args, stack.enter_context(tempfile.TemporaryDirectory(prefix="blora-")))
         for owner, values in (
