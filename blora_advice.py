@@ -10,7 +10,6 @@ import argparse
 import io
 import re
 from contextlib import redirect_stderr
-from importlib import metadata
 from typing import Any
 
 from blora_options import pairs
@@ -70,6 +69,9 @@ def check_dora(network: Any, report: Report) -> None:
 
 def check_lycoris(report: Report) -> None:
     """A release of LyCORIS that nothing here was run with."""
+    # It imports email and zipfile, which would be half of what the look imports.
+    from importlib import metadata
+
     try:
         version = metadata.version("lycoris_lora")
     except metadata.PackageNotFoundError:
