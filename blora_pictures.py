@@ -57,7 +57,6 @@ class Epoch:
     captions: int
     repeated: int  # images with their repeats
     batches: int
-    batch_sizes: tuple[int, ...]
     largest_batch: int  # pixels
 
 
@@ -182,7 +181,6 @@ def read_epoch(datasets: Iterable[Any], folders: Iterable[Folder]) -> Epoch:
         sum(has_caption(picture, folder) for folder, picture in pictures),
         sum(count for count, _, _ in buckets),
         sum(len(dataset) for dataset in datasets),
-        tuple(sorted({dataset.batch_size for dataset in datasets})),
         max((pixels for _, pixels, _ in buckets), default=0),
     )
 

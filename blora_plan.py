@@ -24,7 +24,7 @@ from blora_words import BloraError, file_size, printable
 HERE = Path(__file__).resolve().parent
 OUR_NETWORK = "blora_network"  # LyCORIS' own, with a backward pass that ends early
 SMALL_RANK = 64  # the paper's: a lower one saves little
-MANY_BLOCKS = 11  # attention blocks of the U-Net: where as many are trained, all are
+MANY_BLOCKS = 11  # the U-Net's blocks with attention: where more are trained, nearly all are
 
 
 # ---- Its length ----------------------------------------------------------------------------------
@@ -151,10 +151,6 @@ def plan_rank(network: Built, args: argparse.Namespace, report: Report) -> None:
 # ---- Its memory ----------------------------------------------------------------------------------
 
 
-def caches_text(args: argparse.Namespace) -> bool:
-    return bool(args.cache_text_encoder_outputs)
-
-
 def model_parts(args: argparse.Namespace) -> dict[str, float]:
     """Bytes of the models that stay on the card, each in its precision."""
     each = 4 if args.mixed_precision in (None, "no") else 2
@@ -163,7 +159,7 @@ def model_parts(args: argparse.Namespace) -> dict[str, float]:
     unet_each = 1 if args.fp8_base or unet_alone else each
     text_each = 1 if args.fp8_base and not unet_alone else each
     parts = {f"U-Net in {8 * unet_each} bits": unet_each * blora_memory.UNET}
-    if not caches_text(args):
+    if not args.cache_text_encoder_outputs:
         parts["text encoders"] = text_each * blora_memory.TEXT_ENCODERS
     if not args.cache_latents:
         parts["VAE"] = (4 if args.no_half_vae else each) * blora_memory.VAE
@@ -238,7 +234,8 @@ def memory_advice(room: float, way_back: blora_memory.Backward, args: argparse.N
     advice = {
         "set BLORA_SAVE_MEMORY to 1, or add --gradient_checkpointing": not way_back.checkpointing,
         "lower BLORA_RANK": (args.network_dim or 0) > SMALL_RANK,
-        "add --cache_text_encoder_outputs": args.network_train_unet_only and not caches_text(args),
+        "add --cache_text_encoder_outputs": args.network_train_unet_only
+        and not args.cache_text_encoder_outputs,
         "lower batch_size or resolution": room > 0 and way_back.pixels > 512 * 512,
     }
     return ", or ".join([text for text, helps in advice.items() if helps] or ["use a larger card"])
