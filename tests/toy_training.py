@@ -42,25 +42,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from standin.sdxl_checkpoint import write_checkpoint
 from torch import Tensor, nn
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "F8_E4M3": 1}
-
-
 # ---- Checkpoints that are holes ------------------------------------------------------------------
-
-
-def write_hole(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "F16") -> None:
-    """A whole safetensors file of these tensors, whose numbers are a hole in the disk."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = DTYPE_BYTES[dtype] * int(np.prod(shape))
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
 
 
 def make_checkpoint(kohya: Path, path: Path) -> None:
@@ -79,7 +64,7 @@ def make_checkpoint(kohya: Path, path: Path) -> None:
     sdxl.save_stable_diffusion_checkpoint(
         "x.safetensors", te1, te2, unet, 0, 0, None, vae, scale, None
     )
-    write_hole(path, found)
+    write_checkpoint(path, found)
 
 
 def zeros_of(path: str, device: Any = None) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import numpy as np
 from kohya_folder import ROOT
 from make_dataset import main as make_dataset
 from PIL import Image
+from sdxl_checkpoint import write_checkpoint
 
 Change = Callable[[Path], None]
 PROJECT = "_in/lora/sdxl/demo"
@@ -241,10 +242,8 @@ def checkpoint(edit: Callable[[dict[str, list[int]]], dict[str, list[int]]], dty
     """CHECKPOINT made of the names and shapes of the one that trains, as edited."""
 
     def change(path: Path) -> None:
-        from toy_training import write_hole
-
         shapes = json.loads((path / "shapes.json").read_text())
-        write_hole(path / CHECKPOINT, edit(shapes), dtype)
+        write_checkpoint(path / CHECKPOINT, edit(shapes), dtype=dtype)
 
     return change
 

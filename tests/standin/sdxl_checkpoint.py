@@ -16,6 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 DATA = "sdxl_checkpoint.json"
 Shapes = dict[str, tuple[int, ...]]
+BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 
 def leaves(tree: dict[str, Any], start: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -32,13 +33,15 @@ def sdxl_shapes() -> Shapes:
     return dict(leaves(json.loads((folder / DATA).read_text(encoding="utf-8"))))
 
 
-def write_checkpoint(path: Path, shapes: Shapes, metadata: dict[str, str] | None = None) -> None:
-    """A whole safetensors file in fp16; its weights are a hole, which takes no room on the disk."""
+def write_checkpoint(
+    path: Path, shapes: Shapes, metadata: dict[str, str] | None = None, dtype: str = "F16"
+) -> None:
+    """A whole safetensors file; its weights are a hole, which takes no room on the disk."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+        start, end = end, end + BYTES[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(path, 8 + len(text) + end)
