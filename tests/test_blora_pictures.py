@@ -66,6 +66,10 @@ def after(label: str, picture: ElementTree.Element, count: int) -> list[str]:
     return lines[start + 1 : start + 1 + count]
 
 
+def classes(element: ElementTree.Element) -> list[str]:
+    return element.get("class", "").split()
+
+
 def test_the_pictures_are_what_the_tool_draws(bundle):
     (bundle / "docs" / PICTURES[0]).write_bytes(b"an older picture\r\n" * 1000)
     draw(bundle)
@@ -156,21 +160,58 @@ def test_the_line_is_where_a_lora_outgrows_its_matrices():
     assert 512 * 2**share == pytest.approx(rank, rel=0.001)
 
 
-def test_the_numbers_are_those_of_the_layers():
-    per_rank = sum(map(sum, trained_shapes()))
+def column(rank: int) -> list[str]:
+    """What the picture shows of a rank, from the top."""
+    texts = [*parsed("blora_rank.svg").iter(f"{SVG}text")]
+    [x] = [float(text.get("x")) for text in texts if text.text == str(rank)]
+    found = [
+        text for text in texts if abs(float(text.get("x")) - x) < 7 and "bold" in classes(text)
+    ]
+    return [text.text for text in sorted(found, key=lambda text: float(text.get("y")))]
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64, 128, 256, 512, 1024])
+def test_the_numbers_are_those_of_the_layers(rank):
+    parameters = rank * sum(map(sum, trained_shapes()))
+    # weights, gradients, and Prodigy's four numbers for lora_down, three for lora_up
+    memory = 4 * (1 + 1 + 3.5) * parameters
+    assert column(rank) == [
+        f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB",
+        f"{2 * parameters / 1e6:.0f} MB",
+        str(rank),
+        f"{parameters / 1e6:.1f} M" if rank == 16 else f"{parameters / 1e6:.0f} M",
+    ]
+
+
+def test_it_says_what_the_numbers_are():
     shown = labels(parsed("blora_rank.svg"))
+    memory = shown.index("memory beside the model, in fp32:")
+    assert shown[memory + 1] == "weights, gradients and Prodigy's state"
+    assert "file, in fp16" in shown
+    per_rank = sum(map(sum, trained_shapes()))
     assert f"parameters: {per_rank:,} \N{MULTIPLICATION SIGN} rank" in shown
-    for rank in (16, 32, 64, 128, 256, 512, 1024):
-        parameters = rank * per_rank
-        millions = f"{parameters / 1e6:.1f} M" if rank == 16 else f"{parameters / 1e6:.0f} M"
-        assert {str(rank), millions, f"{2 * parameters / 1e6:.0f} MB"} <= set(shown)
-        # weights, gradients, and Prodigy's four numbers for lora_down, three for lora_up
-        memory = 4 * (1 + 1 + 3.5) * parameters
-        assert {f"{memory / 1e6:.0f} MB", f"{memory / 1e9:.1f} GB"} & set(shown)
 
 
-@pytest.mark.parametrize("page", ["recipes", "when_something_fails"])
-def test_the_picture_and_the_pages_name_the_same_memory_for_rank_1024(page):
-    words = (ROOT / f"docs/blora_{page}.md").read_text(encoding="utf-8")
-    assert "9.9 GB" in words
-    assert "9.9 GB" in labels(parsed("blora_rank.svg"))
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("docs/blora_recipes.md", "would take {memory} at rank {rank} with Prodigy"),
+        ("docs/blora_when_something_fails.md",
+         "Rank {rank} with Prodigy takes {memory} beside the model"),
+        ("README.md", "Above {outgrown} a LoRA is larger than the matrices it changes"),
+        ("README.md", "| `blora_content_style` | content and style: the B-LoRA method | {each} |"),
+    ],
+)  # fmt: skip
+def test_the_pages_say_the_same_of_rank_1024(page, words):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    shown = " ".join(labels(parsed("blora_rank.svg")))
+    outgrown, each = re.search(r"above rank (\d+) .* parameters: (\S+)", shown).groups()
+    said = words.format(memory=column(1024)[0], rank=1024, outgrown=outgrown, each=each)
+    assert said in text
+
+
+def test_the_readme_says_the_same_of_rank_64():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = re.search(r"([\d.]+) MB LoRA, ([\d.]+) MB gradients, ([\d.]+) MB prodigy", text)
+    [file] = re.findall(r"at rank 64, the paper's, \d+ or (\d+ MB)", text)
+    assert column(64)[:2] == [f"{sum(map(float, parts.groups())):.0f} MB", file]

@@ -261,20 +261,22 @@ def upwards(size: float) -> float:
     return round(FLOOR - 148 * math.log10(size / 8e6), 1)
 
 
-def draw_sizes(per_rank: float, name: str, colour: str, mark: str) -> list[str]:
-    """A line through the sizes at all ranks, each with its number, and the name below the line."""
+def draw_sizes(per_rank: float, colour: str, mark: str, key: int, *names: str) -> list[str]:
+    """A line through the sizes at all ranks, each with its number, and its names in a key at y."""
     points = [(across(rank), upwards(per_rank * rank)) for rank in RANKS]
     (x, y), (last_x, last_y) = points[0], points[-1]
-    drawn = [line(f"M{x:g} {y:g}L{last_x:g} {last_y:g}", 3, f"{colour} series")]
+    drawn = [
+        line(f"M{x:g} {y:g}L{last_x:g} {last_y:g}", 3, f"{colour} series"),
+        shape(mark, 24, key - 7, f"{colour}-mark"),
+        *(text(46, key + 26 * row, name, "quiet") for row, name in enumerate(names)),
+    ]
     for rank, (at_x, at_y) in zip(RANKS, points, strict=True):
         drawn.append(shape(mark, at_x, at_y, f"{colour}-mark"))
         # The line goes on to the upper right of every number but the last.
         label_x, anchor = (at_x, "middle") if rank == RANKS[-1] else (at_x + 6, "end")
         words = size_in_words(per_rank * rank)
         drawn.append(text(label_x, at_y - 17, words, f"bold {anchor} quiet"))
-    angle = math.degrees(math.atan2(last_y - y, last_x - x))
-    turn = f"translate({x:g} {y:g}) rotate({angle:.2f})"
-    return [*drawn, f'<g transform="{turn}">{text(14, 34, name, f"{colour}-mark")}</g>']
+    return drawn
 
 
 def draw_outgrown(rank: int, matrix: str) -> list[str]:
@@ -326,8 +328,8 @@ def describe_ranks(per_rank: int, file: int, memory: float, outgrown: dict[int, 
     """The picture in words."""
     ranks = [
         f"Rank {rank}: {per_rank * rank / 1e6:.0f} million parameters, a file of "
-        f"{size_in_words(file * rank)} in fp16, {size_in_words(memory * rank)} of memory for "
-        "weights, gradients and Prodigy's state."
+        f"{size_in_words(file * rank)} in fp16, {size_in_words(memory * rank)} of memory beside "
+        "the model for weights, gradients and Prodigy's state in fp32."
         for rank in (RANKS[0], *USERS)
     ]
     matrices = [
@@ -350,16 +352,16 @@ def rank_picture() -> str:
         for layer in layers
     }
     return picture(
-        "Rank against parameters, file size and memory",
+        "Rank against parameters, file size and memory beside the model",
         describe_ranks(per_rank, file, memory, outgrown),
         FLOOR + 138,
         text(6, 38, "What a rank costs", "title quiet"),
         text(6, 70, f"Content and style together: {len(layers)} layers.", "quiet"),
         text(6, 96, "Both scales are logarithmic: twice the rank, twice the cost.", "quiet"),
         *draw_outgrown(*min(outgrown.items())),
-        *draw_sizes(memory, "memory, fp32: weights, gradients, Prodigy's state",
-                    "orange", "diamond"),
-        *draw_sizes(file, "file, fp16", "blue", "circle"),
+        *draw_sizes(memory, "orange", "diamond", 148, "memory beside the model, in fp32:",
+                    "weights, gradients and Prodigy's state"),
+        *draw_sizes(file, "blue", "circle", 212, "file, in fp16"),
         *draw_axis(per_rank),
     )  # fmt: skip
 
