@@ -195,17 +195,29 @@ def test_the_sample_dataset_config_has_the_launchers_paths():
 # ---- Your own blocks -----------------------------------------------------------------------------
 
 
+def slot(block: str) -> str:
+    """Of a block in a list of block weights: IN08, MID, OUT00."""
+    way, number, *_ = block.split(".")
+    return "MID" if way == "middle_block" else f"{way.removesuffix('put_blocks').upper()}0{number}"
+
+
 def test_the_table_of_blocks_is_that_of_the_model():
-    rows = {}
-    for name, layer in sdxl_layers()["unet"].items():
+    layers, rows = sdxl_layers()["unet"], {}
+    for name, layer in layers.items():
         if found := re.match(r"(.+)\.transformer_blocks\.\d+\.attn[12]\.to_", name):
             modules, parameters = rows.get(found[1], (0, 0))
             rows[found[1]] = modules + 1, parameters + layer.parameters(1)
-    told = re.findall(r"^\| `([a-z]+_.*?)` \| (.+)$", PAGES["own_blocks"], re.MULTILINE)
+    told = re.findall(r"^\| `([a-z]+_.*?)` \| (.+) \|$", PAGES["own_blocks"], re.MULTILINE)
     assert [block for block, _ in told] == list(rows)
     for block, rest in told:
-        trait = f"lora_unet_{block.replace('.', '_')}_"
-        assert rest == f"`{trait}` | {rows[block][0]} | {rows[block][1]:,} |"
+        modules, parameters = rows[block]
+        assert rest.split(" | ") == [
+            f"`lora_unet_{block.replace('.', '_')}_`",
+            f"`{layers[block].diffusers}`",
+            slot(block),
+            str(modules),
+            f"{parameters:,}",
+        ]
 
 
 def add_own_blocks(kohya: Path) -> None:

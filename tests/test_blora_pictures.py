@@ -12,38 +12,22 @@ from xml.etree import ElementTree
 
 import pytest
 from kohya_folder import ROOT
+from network_cases import STOPS
+from PIL import ImageFont
 
 from blora_sdxl import sdxl_layers
 
 SVG = "{http://www.w3.org/2000/svg}"
 PICTURES = ["blora_blocks.svg", "blora_rank.svg"]
 NAMES = {
-    # trait: the block's name in kohya, in diffusers and as a block-weight slot, and its depth
-    "CONTENT": ["output_blocks.0.1", "up_blocks.0.attentions.0", "OUT00", "10 transformer blocks"],
-    "STYLE": ["output_blocks.1.1", "up_blocks.0.attentions.1", "OUT01", "10 transformer blocks"],
-    "LAYOUT": ["input_blocks.8.1", "down_blocks.2.attentions.1", "IN08", "10 transformer blocks"],
+    # trait: what it is, its block as a slot of block weights, in kohya and in diffusers
+    "CONTENT": ["the subject", "OUT00", "output_blocks.0.1", "up_blocks.0.attentions.0"],
+    "STYLE": ["the look", "OUT01", "output_blocks.1.1", "up_blocks.0.attentions.1"],
+    "LAYOUT": ["composition", "IN08", "input_blocks.8.1", "down_blocks.2.attentions.1"],
 }
-OTHERS = {
-    "input_blocks.4.1": ["down_blocks.1.attentions.0", "IN04", "2 transformer blocks"],
-    "input_blocks.5.1": ["down_blocks.1.attentions.1", "IN05", "2 transformer blocks"],
-    "input_blocks.7.1": ["down_blocks.2.attentions.0", "IN07", "10 transformer blocks"],
-    "middle_block.1": ["mid_block.attentions.0", "MID", "10 transformer blocks"],
-    "output_blocks.2.1": ["up_blocks.0.attentions.2", "OUT02", "10 transformer blocks"],
-    "output_blocks.3.1": ["up_blocks.1.attentions.0", "OUT03", "2 transformer blocks"],
-    "output_blocks.4.1": ["up_blocks.1.attentions.1", "OUT04", "2 transformer blocks"],
-    "output_blocks.5.1": ["up_blocks.1.attentions.2", "OUT05", "2 transformer blocks"],
-    "te1, te2": ["text_encoder, text_encoder_2", "BASE", "text, 12 and 32 layers"],
-}
-WITHOUT_ATTENTION = {
-    "input_blocks.0": "latent in",
-    "input_blocks.1": "no attention",
-    "input_blocks.2": "no attention",
-    "input_blocks.3": "downsample",
-    "input_blocks.6": "downsample",
-    "output_blocks.6": "no attention",
-    "output_blocks.7": "no attention",
-    "output_blocks.8": "no attention",
-}
+MARKS = {"CONTENT": ("blue", 0), "STYLE": ("orange", 4), "LAYOUT": ("green", 3)}
+WAY_IN, WAY_OUT = [f"IN0{n}" for n in range(9)], [f"OUT0{n}" for n in range(9)]
+SLOTS = ["BASE", *WAY_IN, "MID", *WAY_OUT]  # all that a list of block weights for SDXL can have
 
 
 def draw(root: Path) -> None:
@@ -64,10 +48,6 @@ def after(label: str, picture: ElementTree.Element, count: int) -> list[str]:
     lines = labels(picture)
     start = next(i for i, text in enumerate(lines) if f"{text} ".startswith(f"{label} "))
     return lines[start + 1 : start + 1 + count]
-
-
-def classes(element: ElementTree.Element) -> list[str]:
-    return element.get("class", "").split()
 
 
 def test_the_pictures_are_what_the_tool_draws(bundle):
@@ -107,38 +87,181 @@ def test_every_class_has_a_rule_every_rule_a_use_and_every_colour_a_dark_one():
         assert coloured[0] == coloured[1]
 
 
+# ---- Every letter can be read -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "least"),
+    [("blora_blocks.svg", 830, 16), ("blora_blocks.svg", 360, 7), ("blora_rank.svg", 360, 10)],
+)
+def test_text_is_large_enough_for_a_readme_and_for_a_phone(name, shown, least):
+    picture = parsed(name)
+    width = float(picture.get("viewBox").split()[2])
+    assert min(size(text, picture) for text in picture.iter(f"{SVG}text")) * shown / width >= least
+
+
+def test_the_blocks_are_wide_and_short():
+    _, _, width, height = map(float, parsed("blora_blocks.svg").get("viewBox").split())
+    assert 720 <= width <= 860
+    assert height <= 435
+
+
+def size(text: ElementTree.Element, picture: ElementTree.Element) -> int:
+    """Pixels of its font."""
+    style = picture.find(f"{SVG}style").text
+    own = [re.search(rf"\.{c}\{{[^}}]*font-size:(\d+)px", style) for c in classes(text)]
+    return int(next(filter(None, own), re.search(r"font:(\d+)px", style))[1])
+
+
+def classes(element: ElementTree.Element) -> list[str]:
+    return element.get("class", "").split()
+
+
+def extent(text: ElementTree.Element, picture: ElementTree.Element) -> tuple[float, ...]:
+    """Left, top, right and bottom in DejaVu, the widest of the fonts that browsers may take."""
+    style, width = classes(text), 0.0
+    for part in (text, *text):
+        bold = {"bold", "title"} & {*style, *classes(part)}
+        mono, weight = "Mono" * ("mono" in style), "-Bold" * bool(bold)
+        font = ImageFont.truetype(f"DejaVuSans{mono}{weight}.ttf", size(text, picture))
+        words = part.text if part is text else part.text + (part.tail or "")
+        width += font.getlength(words or "")
+    x, y, high = float(text.get("x")), float(text.get("y")), size(text, picture)
+    left = x - width * ("end" in style) - width / 2 * ("middle" in style)
+    return left, y - 0.76 * high, left + width, y + 0.24 * high
+
+
+def meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in (0, 1))
+
+
+def within(inner: tuple[float, ...], outer: tuple[float, ...], margin: float) -> bool:
+    return all(inner[i] >= outer[i] + margin and inner[i + 2] <= outer[i + 2] - margin
+               for i in (0, 1))  # fmt: skip
+
+
 @pytest.mark.parametrize("name", PICTURES)
-def test_text_is_large_enough_for_a_phone(name):
-    width = float(parsed(name).get("viewBox").split()[2])
-    sizes = re.findall(r"(\d+)px", (ROOT / "docs" / name).read_text(encoding="utf-8"))
-    assert min(map(int, sizes)) * 360 / width >= 10
+def test_no_text_leaves_its_box_or_meets_another_in_the_widest_font(name):
+    try:
+        ImageFont.truetype("DejaVuSansMono-Bold.ttf", 15)
+    except OSError:
+        pytest.skip("NOT RUN: this system has no DejaVuSansMono-Bold.ttf")
+    picture = parsed(name)
+    boxes = [tuple(map(float, picture.get("viewBox").split()))]
+    for box in picture.iter(f"{SVG}rect"):
+        x, y, width, height = (float(box.get(key)) for key in ("x", "y", "width", "height"))
+        boxes.append((x, y, x + width, y + height))
+    texts = [("".join(t.itertext()), extent(t, picture)) for t in picture.iter(f"{SVG}text")]
+    for number, (words, place) in enumerate(texts):
+        assert all(within(place, box, 3) for box in boxes if meet(place, box)), words
+        assert not [other for other, taken in texts[:number] if meet(place, taken)], words
+
+
+# ---- The blocks ----------------------------------------------------------------------------------
+
+
+def at(label: str, picture: ElementTree.Element) -> tuple[float, float]:
+    """Where the last text that is this one stands: a slot's box comes after the names."""
+    found = [text for text in picture.iter(f"{SVG}text") if "".join(text.itertext()) == label]
+    return float(found[-1].get("x")), float(found[-1].get("y"))
 
 
 @pytest.mark.parametrize("trait", NAMES)
 def test_content_style_and_layout_have_all_their_names(trait):
     picture = parsed("blora_blocks.svg")
-    assert after(trait, picture, 4) == NAMES[trait]
-    description = picture.find(f"{SVG}desc").text
-    assert all(name in description for name in NAMES[trait])
+    words, slot, kohya, diffusers = NAMES[trait]
+    assert f"{trait} {words}" in labels(picture)
+    assert after(trait, picture, 5) == [slot, "kohya", kohya, "diffusers", diffusers]
+    told = f"{trait.lower()} is {kohya} in kohya, {diffusers} in diffusers, slot {slot}"
+    assert told in picture.find(f"{SVG}desc").text
 
 
-@pytest.mark.parametrize("block", OTHERS)
-def test_so_has_every_other_block(block):
-    assert after(block, parsed("blora_blocks.svg"), 3) == OTHERS[block]
+def corners(shape: ElementTree.Element) -> int:
+    """Of a triangle or a diamond; a circle has none."""
+    return len(shape.get("points", "").split())
 
 
-@pytest.mark.parametrize("block", WITHOUT_ATTENTION)
-def test_a_block_without_attention_has_its_name_and_what_it_does(block):
-    assert after(block, parsed("blora_blocks.svg"), 1) == [WITHOUT_ATTENTION[block]]
+@pytest.mark.parametrize("trait", NAMES)
+def test_content_style_and_layout_are_told_apart_by_colour_and_by_shape(trait):
+    elements, words = [*parsed("blora_blocks.svg")], NAMES[trait]
+    texts = ["".join(e.itertext()) if e.tag == f"{SVG}text" else "" for e in elements]
+    block = len(texts) - 1 - texts[::-1].index(words[1])
+    names = texts.index(f"{trait} {words[0]}")
+    for text in (block, names):
+        box, shape = elements[text - 2 : text]
+        assert (box.tag, MARKS[trait][0] in classes(box)) == (f"{SVG}rect", True)
+        assert corners(shape) == MARKS[trait][1]
+
+
+def test_every_slot_of_block_weights_is_there_and_the_way_out_comes_back_below_the_way_in():
+    picture = parsed("blora_blocks.svg")
+    assert set(SLOTS) <= set(labels(picture))
+    there, back = ([at(slot, picture) for slot in way] for way in (WAY_IN, WAY_OUT))
+    assert there == sorted(there)
+    assert back == sorted(back, reverse=True)
+    # A block of the way out takes what the one above it gave.
+    assert [x for x, _ in there] == [x for x, _ in reversed(back)]
+    assert max(y for _, y in there) < at("MID", picture)[1] < min(y for _, y in back)
+    assert at("MID", picture)[0] > there[-1][0]
+
+
+def test_it_says_what_the_slots_are():
+    shown = " ".join(labels(parsed("blora_blocks.svg")))
+    for words in ("LBW (block weights)", "BASE, IN.., MID, OUT..", "sd-webui-lora-block-weight"):
+        assert words in shown
+
+
+def test_fasts_gradients_stop_where_the_network_stops_them():
+    block, spared = STOPS["blora_content_style"]
+    other, fewer = STOPS["blora_content_layout_style"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [logged] = re.findall(r"^early stop: .* ends at (\S+) and spares (.*)$", readme, re.MULTILINE)
+    assert logged == (block, f"{spared} of the U-Net's 794 layers")
+    picture = parsed("blora_blocks.svg")
+    assert f"fast sends no gradients here: {logged[1]} are spared" in labels(picture)
+    described = picture.find(f"{SVG}desc").text
+    assert f"from the output to {block} and no further: {logged[1]} are spared" in described
+    assert f"come back to {other}, and {fewer} are spared" in described
+
+
+def stop_line(picture: ElementTree.Element) -> tuple[float, float, float]:
+    """x, top and bottom of the line at which the gradients end."""
+    [path] = [path for path in picture.iter(f"{SVG}path") if path.get("id") == "stop"]
+    return tuple(map(float, re.fullmatch(r"M(\S+) (\S+)V(\S+)", path.get("d")).groups()))
+
+
+def test_the_line_parts_content_from_all_that_comes_before_it():
+    picture = parsed("blora_blocks.svg")
+    x, top, bottom = stop_line(picture)
+    assert at("OUT00", picture)[0] < x < at("MID", picture)[0]
+    assert top < at("OUT00", picture)[1] < bottom
+    pairs = zip([*picture], [*picture][1:], strict=False)
+    grey = [text.text for box, text in pairs if "spared" in classes(box) and text.text]
+    # layout, which other presets train, keeps its colour
+    assert [slot for slot in grey if slot in SLOTS] == [*WAY_IN[:-1], "MID"]
 
 
 def test_a_trait_is_drawn_where_the_traits_file_has_it(bundle):
     path = bundle / "blora_traits.json"
     traits = json.loads(path.read_text())
-    traits["style"]["whitelist"] = ["lora_unet_output_blocks_2_1_"]
+    traits["content"]["whitelist"] = ["lora_unet_output_blocks_2_1_"]
     path.write_text(json.dumps(traits))
     draw(bundle)
-    assert after("STYLE", parsed("blora_blocks.svg", bundle), 1) == ["output_blocks.2.1"]
+    picture = parsed("blora_blocks.svg", bundle)
+    assert after("CONTENT", picture, 3) == ["OUT02", "kohya", "output_blocks.2.1"]
+    assert at("OUT01", picture)[0] < stop_line(picture)[0] < at("OUT00", picture)[0]
+    names = list(leaves())
+    before = next(i for i, name in enumerate(names) if name.startswith("output_blocks.1.1."))
+    assert f"{before} of the U-Net's 794 layers" in " ".join(labels(picture))
+
+
+def leaves() -> list[str]:
+    """The 794 Linear and Conv2d layers of the U-Net, in the order of its forward pass."""
+    layers = sdxl_layers()["unet"].items()
+    return [name for name, layer in layers if layer.kind in ("Linear", "Conv2d")]
+
+
+# ---- The ranks -----------------------------------------------------------------------------------
 
 
 def trained_shapes() -> list[tuple[int, ...]]:

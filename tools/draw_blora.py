@@ -17,24 +17,45 @@ from blora_memory import BYTES
 from blora_sdxl import Layer, load_traits, sdxl_layers
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH = 720  # of both pictures; a phone shows half of that, and text of 20 px as 10 px
-CENTRE = WIDTH // 2
 TIMES = " \N{MULTIPLICATION SIGN} "
+
+
+# ---- What is drawn -------------------------------------------------------------------------------
+
+
+def unet_leaves() -> list[Layer]:
+    """The U-Net's Linear and Conv2d layers, in the order of its forward pass."""
+    return [layer for layer in sdxl_layers()["unet"].values() if layer.is_leaf]
+
+
+def trained_layers(*names: str) -> list[Layer]:
+    """Those that these traits keep; content and style are what both recipes train."""
+    traits = load_traits(ROOT / "blora_traits.json")
+    chosen = [traits[name] for name in names or ("content", "style")]
+    return [layer for layer in unet_leaves() if any(t.keeps(layer.module) for t in chosen)]
+
+
+def early_stop(*names: str) -> tuple[Layer, int]:
+    """The first layer that is trained, and how many lie before its block: fast spares them."""
+    first = trained_layers(*names)[0]
+    return first, [layer.block for layer in unet_leaves()].index(first.block)
+
 
 # ---- SVG -----------------------------------------------------------------------------------------
 
 FONTS = (
     'text{font:20px system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}'
     '.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}'
-    ".bold{font-weight:700}.title{font-size:32px;font-weight:700}.end{text-anchor:end}"
-    ".middle{text-anchor:middle}.slot{stroke-width:1.5}path.series{fill:none}"
+    ".bold{font-weight:700}.title{font-size:28px;font-weight:700}.end{text-anchor:end}"
+    ".middle{text-anchor:middle}.trait{font-size:18px}.small{font-size:15px}path.open{fill:none}"
 )
 # .quiet is the colour of text outside the boxes: some viewers put the other scheme's background
 # behind it, and it can be read on both.
 LIGHT = (
-    "text{fill:#1f2328}.quiet{fill:#5d6570}.on-mark{fill:#ffffff}"
+    "text{fill:#1f2328}.quiet{fill:#656d76}.on-mark{fill:#ffffff}"
     ".flow{stroke:#8c959f;fill:none}.head{fill:#8c959f}"
-    ".plain{fill:#f6f8fa;stroke:#c8d1da}"
+    ".plain{fill:#f6f8fa;stroke:#8c959f}.spared{fill:#eef1f4;stroke:#8c959f}"
+    ".purple{stroke:#8250df;fill:none}.purple-mark{fill:#8250df}"
     ".blue{fill:#dcefff;stroke:#0b66b8}.blue-mark{fill:#0b66b8}"
     ".orange{fill:#ffeadb;stroke:#b84a00}.orange-mark{fill:#b84a00}"
     ".green{fill:#d9f5ea;stroke:#00795a}.green-mark{fill:#00795a}"
@@ -42,7 +63,8 @@ LIGHT = (
 DARK = (
     "text{fill:#f0f6fc}.quiet{fill:#8b949e}.on-mark{fill:#0d1117}"
     ".flow{stroke:#6e7681;fill:none}.head{fill:#6e7681}"
-    ".plain{fill:#1b222b;stroke:#465059}"
+    ".plain{fill:#1b222b;stroke:#6e7681}.spared{fill:#1f262e;stroke:#6e7681}"
+    ".purple{stroke:#a371f7;fill:none}.purple-mark{fill:#a371f7}"
     ".blue{fill:#102c4a;stroke:#58a6ff}.blue-mark{fill:#58a6ff}"
     ".orange{fill:#42210b;stroke:#ff9d57}.orange-mark{fill:#ff9d57}"
     ".green{fill:#073b2f;stroke:#3ccb9c}.green-mark{fill:#3ccb9c}"
@@ -51,9 +73,9 @@ DARK = (
 CORNERS = {
     "diamond": ((0, -11), (11, 0), (0, 11), (-11, 0)),
     "triangle": ((0, -10), (11, 9), (-11, 9)),
-    "down": ((0, 0), (-6, -8), (6, -8)),
-    "up": ((0, 0), (-6, 8), (6, 8)),
+    "left": ((0, 0), (8, -6), (8, 6)),
     "right": ((0, 0), (-8, -6), (-8, 6)),
+    "far right": ((0, 0), (-16, -10), (-16, 10)),
 }
 
 
@@ -71,16 +93,26 @@ def shape(name: str, x: float, y: float, kind: str) -> str:
     return f'<polygon points="{points}" class="{kind}"/>'
 
 
+def box(x: float, y: float, width: float, height: float, kind: str, more: str = "") -> str:
+    """A rectangle around a point; `more` are further attributes."""
+    left, top = x - width / 2, y - height / 2
+    return (
+        f'<rect x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" rx="6" '
+        f'class="{kind}"{more}/>'
+    )
+
+
 def line(path: str, width: float, kind: str = "flow", more: str = "") -> str:
     """An open path; `more` are further attributes."""
     return f'<path d="{path}" class="{kind}" stroke-width="{width}"{more}/>'
 
 
-def picture(title: str, description: str, height: int, *elements: str) -> str:
+def picture(title: str, description: str, size: tuple[int, int], *elements: str) -> str:
     """The whole file; the reader's colour scheme picks the colours."""
+    width, height = size
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" role="img" aria-labelledby="title desc">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img" aria-labelledby="title desc">',
         f'<title id="title">{title}</title>',
         f'<desc id="desc">{description}</desc>',
         f"<style>{FONTS}{LIGHT}@media (prefers-color-scheme:dark){{{DARK}}}</style>",
@@ -92,153 +124,171 @@ def picture(title: str, description: str, height: int, *elements: str) -> str:
 
 # ---- The blocks ----------------------------------------------------------------------------------
 
-BOX = 336  # width of a box
-DOWN, UP = 174, 546  # x of the way down and of the way up
-TOP = 140  # y at which the first row begins
+ACROSS, PITCH = 63, 68  # x of the first block, and from one to the next
+IN, OUT, TURN = 152, 288, 706  # y of the way in and of the way out, and x of the middle block
 LOOKS = {
-    # trait: its colour, its shape, and what it is in two or three words
-    "content": ("blue", "circle", "the subject"),
-    "style": ("orange", "diamond", "colours, strokes"),
-    "layout": ("green", "triangle", "composition"),
+    # trait: its colour, its shape, what it is, and where its names are
+    "layout": ("green", "triangle", "composition", (584, 55)),
+    "style": ("orange", "diamond", "the look", (238, 380)),
+    "content": ("blue", "circle", "the subject", (584, 380)),
 }
-ROLES = {
-    "input_blocks.0": "latent in", "input_blocks.3": "downsample", "input_blocks.6": "downsample",
-}  # fmt: skip
+SLOT = re.compile(r"(in|out)put_blocks\.(\d)|middle_block")
+ABOUT_SLOTS = (
+    "The boxes are slots of LBW (block weights):",
+    "a list BASE, IN.., MID, OUT.. for extensions",
+    "such as sd-webui-lora-block-weight",
+)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The text of a box; a block without attention has only a name and a role."""
+    """A part of the U-Net that has a slot of its own, with the names of its attention."""
 
-    name: str
-    role: str
-    diffusers: str = ""
-    slot: str = ""
+    slot: str
+    spared: bool  # by fast, where content and style are trained
     trait: str = ""
+    kohya: str = ""
+    diffusers: str = ""
 
     @property
-    def height(self) -> int:
-        if not self.slot:
-            return 38
-        return 136 if self.trait else 98
+    def at(self) -> tuple[float, float]:
+        """Its place: the way in goes right, and the way out comes back below it."""
+        if self.slot == "MID":
+            return TURN, (IN + OUT) / 2
+        number = int(self.slot[-2:])
+        if self.slot.startswith("IN"):
+            return ACROSS + PITCH * number, IN
+        return ACROSS + PITCH * (8 - number), OUT
 
 
-def slot_name(block: str) -> str:
-    """The slot of a block in a block-weight vector: IN08, MID, OUT00."""
-    way, number = re.match(r"(in|mid|out)\w+\.(\d)", block).groups()
-    return "MID" if way == "mid" else f"{way.upper()}0{number}"
+def slot_name(layer: Layer) -> str:
+    """The slot of a layer: IN08, MID, OUT00."""
+    way, number = SLOT.match(layer.name).groups()
+    return f"{way.upper()}0{number}" if way else "MID"
 
 
 def unet_blocks() -> dict[str, Block]:
-    """All blocks by their sgm name, such as "input_blocks.4"."""
-    layers, traits = sdxl_layers()["unet"], load_traits(ROOT / "blora_traits.json").values()
-    names = [f"{way}_blocks.{number}" for way in ("input", "output") for number in range(9)]
+    """All blocks by slot, in the order of the forward pass."""
+    traits = {slot_name(layer): trait for trait in LOOKS for layer in trained_layers(trait)}
+    stop, _ = early_stop()
     blocks = {}
-    for name in [*names, "middle_block"]:
-        attention = f"{name}.1"
-        kinds = [layer.kind for n, layer in layers.items() if n.startswith(f"{attention}.")]
-        depth = kinds.count("BasicTransformerBlock")
-        if not depth:
-            blocks[name] = Block(name, ROLES.get(name, "no attention"))
-            continue
-        query = layers[f"{attention}.transformer_blocks.0.attn1.to_q"].module
-        blocks[name] = Block(
-            attention,
-            f"{depth} transformer blocks",
-            layers[attention].diffusers,
-            slot_name(attention),
-            next((trait.name for trait in traits if trait.keeps(query)), ""),
-        )
+    for layer in filter(lambda layer: SLOT.match(layer.name), sdxl_layers()["unet"].values()):
+        slot = slot_name(layer)
+        spared = slot_name(stop) not in {slot, *blocks}
+        blocks.setdefault(slot, Block(slot, spared))
+        if layer.kind == "Transformer2DModel":
+            names = layer.name, layer.diffusers
+            blocks[slot] = Block(slot, spared, traits.get(slot, ""), *names)
     return blocks
 
 
-def draw_names(block: Block, x: float, top: float, pill: str, on_pill: str) -> list[str]:
-    """The names in kohya and diffusers, the slot on a pill, and the role."""
-    width = len(block.slot) * 12 + 14
-    return [
-        text(x, top + 28, block.name, "mono bold"),
-        text(x, top + 53, block.diffusers, "mono"),
-        f'<rect x="{x:g}" y="{top + 62:g}" width="{width}" height="25" rx="6" class="{pill}"/>',
-        text(x + 7, top + 81, block.slot, f"mono bold{on_pill}"),
-        text(x + width + 10, top + 81, block.role),
-    ]
-
-
-def draw_block(block: Block, x: float, y: float, width: int = BOX, more: str = "") -> list[str]:
-    """A box around the point x, y; `more` are attributes of its frame."""
-    left, right, top = x - width / 2, x + width / 2, y - block.height / 2
-    colour, mark, words = LOOKS[block.trait] if block.trait else ("plain", "", "")
-    frame = (
-        f'<rect x="{left:g}" y="{top:g}" width="{width}" height="{block.height}" rx="8" '
-        f'class="{colour}" stroke-width="{3 if block.trait else 1.5}"{more}/>'
-    )
-    if not block.slot:
-        name = text(left + 12, top + 26, block.name, "mono quiet")
-        return [frame, name, text(right - 12, top + 26, block.role, "end quiet")]
+def draw_block(block: Block) -> list[str]:
+    """A box with the slot; that of a trait is larger, and full of its colour if it is trained."""
+    x, y = block.at
     if not block.trait:
-        return [frame, *draw_names(block, left + 12, top, "plain slot", "")]
-    name = f'<tspan class="bold">{block.trait.upper()}</tspan>'
+        kind, more = ("spared", ' stroke-dasharray="4 4"') if block.spared else ("plain", "")
+        name = text(x, y + 6, block.slot, "mono small middle quiet")
+        return [box(x, y, 58, 34, kind, more), name]
+    colour, mark, *_ = LOOKS[block.trait]
+    fill, on_fill = (colour, f"{colour}-mark") if block.spared else (f"{colour}-mark", "on-mark")
     return [
-        frame,
-        shape(mark, left + 23, top + 26, f"{colour}-mark"),
-        text(left + 44, top + 33, f"{name} {words}"),
-        *draw_names(block, left + 12, top + 38, f"{colour}-mark", " on-mark"),
+        box(x, y, 62, 54, f"{colour} {fill}", ' stroke-width="2.5"'),
+        shape(mark, x, y - 10, on_fill),
+        text(x, y + 19, block.slot, f"mono small bold middle {on_fill}"),
     ]
 
 
-def draw_rows(blocks: dict[str, Block]) -> tuple[list[str], int]:
-    """Each block on the way down beside the block that takes its result, and y below them all."""
-    boxes, skips, y = [], "", TOP
-    for number in range(9):
-        down, up = blocks[f"input_blocks.{number}"], blocks[f"output_blocks.{8 - number}"]
-        height = max(down.height, up.height)
-        middle = y + height / 2
-        skips += f"M{DOWN + BOX // 2} {middle:g}H{UP - BOX // 2}"
-        boxes += draw_block(down, DOWN, middle) + draw_block(up, UP, middle)
-        boxes.append(shape("down", DOWN, middle - down.height / 2 - 3, "head"))
-        boxes.append(shape("up", UP, middle + up.height / 2 + 3, "head"))
-        y += height + 16
-    return [line(skips, 2, more=' stroke-dasharray="2 5"'), *boxes], y
+def draw_names(block: Block) -> list[str]:
+    """All names of a trait's block in a box of their own, and a line to it from the block."""
+    colour, mark, words, (x, y) = LOOKS[block.trait]
+    left, (block_x, block_y) = x - 168, block.at
+    toward = math.copysign(1, y - block_y)
+    start, end = block_y + 27 * toward, y - 47 * toward
+    foot = min(max(block_x, left + 20), x + 148)
+    path = f"M{block_x:g} {start:g}V{(start + end) / 2:g}H{foot:g}V{end:g}"
+    title = f'<tspan class="bold">{block.trait.upper()}</tspan> {words}'
+    return [
+        line(path, 2.5, f"{colour} open"),
+        box(x, y, 336, 94, colour, ' stroke-width="2.5"'),
+        shape(mark, left + 22, y - 24, f"{colour}-mark"),
+        text(left + 42, y - 17, title, "trait"),
+        box(x + 126, y - 24, 62, 28, f"{colour}-mark"),
+        text(x + 126, y - 18, block.slot, "mono small bold middle on-mark"),
+        text(left + 12, y + 12, "kohya", "small"),
+        text(left + 88, y + 12, block.kohya, "mono small bold"),
+        text(left + 12, y + 35, "diffusers", "small"),
+        text(left + 88, y + 35, block.diffusers, "mono small"),
+    ]
+
+
+def draw_stop(block: Block, spared: int) -> list[str]:
+    """How far fast's gradients come back, and a ground of its own for all that lies before it."""
+    x = block.at[0] + 40
+    count = f"{spared} of the U-Net's {len(unet_leaves())} layers"
+    return [
+        f'<path d="M20 {IN - 36}H752V{OUT + 38}H{x:g}V{IN + 62}H20z" class="spared" '
+        'stroke-width="0"/>',
+        text(34, IN + 50, f"fast sends no gradients here: {count} are spared", "small quiet"),
+        text(x - 22, OUT - 52, "fast: gradients come back to here, and no further",
+             "small bold end purple-mark"),
+        line(f"M34 {OUT - 40}H{x - 16:g}", 5, "purple"),
+        shape("far right", x - 3, OUT - 40, "purple-mark"),
+        line(f"M{x:g} {OUT - 62}V{OUT + 38}", 5, "purple", ' id="stop"'),
+    ]  # fmt: skip
+
+
+def draw_text_encoders() -> list[str]:
+    """Their slot, small: B-LoRA trains the U-Net."""
+    x, y = 34, 380
+    return [
+        box(x, y, 52, 94, "plain"),
+        text(x, y - 16, "te1,", "small middle quiet"),
+        text(x, y + 4, "te2", "small middle quiet"),
+        text(x, y + 32, "BASE", "mono small middle quiet"),
+    ]
 
 
 def describe_blocks(blocks: dict[str, Block]) -> str:
     """The picture in words."""
     traits = "; ".join(
-        f"{b.trait} is {b.name} in kohya, {b.diffusers} in diffusers, slot {b.slot}, {b.role}"
-        for trait in LOOKS for b in blocks.values() if b.trait == trait
+        f"{b.trait} is {b.kohya} in kohya, {b.diffusers} in diffusers, slot {b.slot}"
+        for b in blocks.values() if b.trait
     )  # fmt: skip
+    (stop, spared), (other, fewer) = early_stop(), early_stop("layout")
     return (
-        "A U: blocks go down on the left, through the middle block, and up on the right, each "
-        f"with its name in kohya, in diffusers and as a block-weight slot. {traits}."
+        "A U that lies on its side: nine blocks of the way in, the middle block, and below them "
+        f"nine blocks of the way out. {traits}. Where content and style are trained, fast's "
+        f"gradients come back from the output to {stop.block} and no further: {spared} of the "
+        f"U-Net's {len(unet_leaves())} layers are spared. Where layout is trained too, they come "
+        f"back to {other.block}, and {fewer} are spared. The slots are those of block weights "
+        "(LBW), in which BASE is the text encoders te1 and te2."
     )
 
 
 def blocks_picture() -> str:
-    """The U-Net as a U, and the text encoders below it."""
+    """The U-Net as a U on its side, the names of each trait's block, and where fast stops."""
     blocks = unet_blocks()
-    key = Block("name in kohya", "in LBW, and its depth", "name in diffusers", "SLOT")
-    encoders = Block("te1, te2", "text, 12 and 32 layers", "text_encoder, text_encoder_2", "BASE")
-    rows, end = draw_rows(blocks)
-    y = end + 55
-    flow = f"M{DOWN} {TOP - 18}V{y - 14}q0 14 14 14H{UP - 14}q14 0 14 -14V{TOP - 18}"
+    stop, spared = early_stop()
+    flow = f"M8 {IN}H{TURN - 14}q14 0 14 14V{OUT - 14}q0 14 -14 14H12"
     return picture(
-        "The blocks of SDXL's U-Net, with their three names",
+        "Where content, style and layout are in SDXL's U-Net, and where fast's gradients stop",
         describe_blocks(blocks),
-        y + 173,
-        text(6, 38, "SDXL's U-Net", "title quiet"),
-        text(6, 70, "and the blocks that B-LoRA", "quiet"),
-        text(6, 96, "trains and cuts", "quiet"),
-        *draw_block(key, UP, 55, more=' stroke-dasharray="6 5"'),
+        (760, 432),
+        text(8, 36, "B-LoRA in SDXL's U-Net", "title quiet"),
+        *(text(8, 62 + 20 * row, words, "small quiet") for row, words in enumerate(ABOUT_SLOTS)),
+        *draw_stop(blocks[slot_name(stop)], spared),
         line(flow, 2),
-        *rows,
-        shape("right", CENTRE - 161, y, "head"),
-        *draw_block(blocks["middle_block"], CENTRE, y, 316),
-        *draw_block(encoders, CENTRE, y + 118, 376),
+        shape("right", 34, IN, "head"),
+        shape("left", 8, OUT, "head"),
+        *(part for block in blocks.values() if block.trait for part in draw_names(block)),
+        *(part for block in blocks.values() for part in draw_block(block)),
+        *draw_text_encoders(),
     )
 
 
 # ---- The ranks -----------------------------------------------------------------------------------
 
+WIDTH = 720
 RANKS = (16, 32, 64, 128, 256, 512, 1024)
 USERS = {64: "paper", 1024: "original"}  # whose rank it is
 # Numbers that Prodigy keeps for each: four of lora_down, three of lora_up, which begins at zero.
@@ -266,7 +316,7 @@ def draw_sizes(per_rank: float, colour: str, mark: str, key: int, *names: str) -
     points = [(across(rank), upwards(per_rank * rank)) for rank in RANKS]
     (x, y), (last_x, last_y) = points[0], points[-1]
     drawn = [
-        line(f"M{x:g} {y:g}L{last_x:g} {last_y:g}", 3, f"{colour} series"),
+        line(f"M{x:g} {y:g}L{last_x:g} {last_y:g}", 3, f"{colour} open"),
         shape(mark, 24, key - 7, f"{colour}-mark"),
         *(text(46, key + 26 * row, name, "quiet") for row, name in enumerate(names)),
     ]
@@ -309,18 +359,7 @@ def draw_axis(per_rank: int) -> list[str]:
     return [
         *drawn,
         text(12, FLOOR + 28, "rank", "quiet"),
-        text(CENTRE, FLOOR + 124, f"parameters: {per_rank:,}{TIMES}rank", "middle quiet"),
-    ]
-
-
-def trained_layers() -> list[Layer]:
-    """The layers that content and style keep."""
-    traits = load_traits(ROOT / "blora_traits.json")
-    return [
-        layer
-        for layer in sdxl_layers()["unet"].values()
-        if layer.is_leaf
-        and any(traits[trait].keeps(layer.module) for trait in ("content", "style"))
+        text(WIDTH // 2, FLOOR + 124, f"parameters: {per_rank:,}{TIMES}rank", "middle quiet"),
     ]
 
 
@@ -354,7 +393,7 @@ def rank_picture() -> str:
     return picture(
         "Rank against parameters, file size and memory beside the model",
         describe_ranks(per_rank, file, memory, outgrown),
-        FLOOR + 138,
+        (WIDTH, FLOOR + 138),
         text(6, 38, "What a rank costs", "title quiet"),
         text(6, 70, f"Content and style together: {len(layers)} layers.", "quiet"),
         text(6, 96, "Both scales are logarithmic: twice the rank, twice the cost.", "quiet"),
