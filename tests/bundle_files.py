@@ -12,6 +12,8 @@ BUNDLE = [
     "blora_cut.py",
     "blora_dataset.py",
     "blora_dataset.toml",
+    "blora_gui_classic.json",
+    "blora_gui_fast.json",
     "blora_inspect.py",
     "blora_look.py",
     "blora_lora.py",
