@@ -20,13 +20,13 @@ KOHYA_ROOT, KOHYA_PYTHON = str(Path(KOHYA_ROOT).absolute()), str(Path(KOHYA_PYTH
 BEFORE_0_10 = "validation_split" not in Path(KOHYA_ROOT, "train_network.py").read_text("utf-8")
 
 
-def make_copy(path: Path) -> None:
-    """The tracked files of the checkout, as far as they are there."""
+def make_copy(path: Path, root: str = KOHYA_ROOT) -> None:
+    """The tracked files of a checkout, as far as they are there."""
     listed = subprocess.run(
-        ["git", "-C", KOHYA_ROOT, "ls-files", "-z"], stdout=subprocess.PIPE, text=True, check=True
+        ["git", "-C", root, "ls-files", "-z"], stdout=subprocess.PIPE, text=True, check=True
     )
     for name in listed.stdout.split("\0")[:-1]:
-        if (source := Path(KOHYA_ROOT, name)).is_file():
+        if (source := Path(root, name)).is_file():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, path / name)
 

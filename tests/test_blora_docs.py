@@ -18,9 +18,10 @@ import pytest
 import sdxl_train_network
 import torch
 from accelerate.commands.launch import launch_command_parser
-from kohya_folder import ROOT, install
+from kohya_folder import BASH, ROOT, install
 from make_checkpoint import main as make_checkpoint
 from make_dataset import draw
+from PIL import Image
 from readme_commands import (
     SETTINGS,
     check_cmd,
@@ -45,8 +46,9 @@ from blora_sdxl import layers_by_module, load_traits, sdxl_layers
 
 SCRIPT = "sdxl_train_network.py"
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
+GUI_RECIPES = ["blora_gui_classic.json", "blora_gui_fast.json"]
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
-NAMES = ("recipes", "own_blocks", "what_loads_where", "when_something_fails")
+NAMES = ("recipes", "gui", "own_blocks", "what_loads_where", "when_something_fails")
 PAGES = {
     name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8").replace("\r\n", "\n")
     for name in NAMES
@@ -55,8 +57,10 @@ PAGES = {
 
 def blocks(page: str, language: str) -> list[str]:
     """The page's code blocks of a language; "" has what is typed and what is printed."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
-    return [text for of, text in found if of == language]
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    return [
+        re.sub(f"^{indent}", "", text, flags=re.M) for indent, of, text in found if of == language
+    ]
 
 
 TYPED = re.compile(r"(BLORA_\w+=\S+ )*\./sdxl_|sdxl_|set |python ")
@@ -84,7 +88,10 @@ def test_every_command_is_one_that_works(page, command, tmp_path, monkeypatch):
         check_resize(words)
     elif words[:2] == ["python", "blora_preflight.py"]:
         check_preflight(words)
-        sdxl_train_network.build_parser().parse_args(words[3:])
+        script = next(i for i, word in enumerate(words) if word.endswith(SCRIPT))
+        sdxl_train_network.build_parser().parse_args(words[script + 1 :])
+        if words[2:4] == ["accelerate", "launch"]:
+            launch_command_parser().parse_args(words[4:])
     elif words[0] == "set" or words[0].startswith("sdxl_"):
         check_cmd(words)
     else:
@@ -139,6 +146,31 @@ def parsers():
         resize_parser(),
         launch_command_parser(),
     )
+
+
+# ---- The GUI -------------------------------------------------------------------------------------
+
+
+def test_the_page_copies_the_recipes_by_either_shell_to_where_the_gui_lists_them(kohya):
+    [bash], [cmd] = blocks("gui", "bash"), blocks("gui", "bat")
+    assert cmd.split()[1:] == [word.replace("/", "\\") for word in bash.split()[1:]]
+    presets = Path("presets/lora/user_presets")
+    presets.mkdir(parents=True)
+    subprocess.run([BASH, "-c", bash], check=True)
+    assert [path.name for path in sorted(presets.iterdir())] == GUI_RECIPES
+
+
+def test_the_line_that_the_page_gives_to_preflight_ends_as_fast_does():
+    fields = json.loads((ROOT / "blora_gui_fast.json").read_text(encoding="utf-8"))
+    [line] = blocks("gui", "")
+    assert line.endswith(f".toml {fields['additional_parameters'].strip()}\n")
+
+
+def test_the_pages_picture_is_there_and_small():
+    picture = ROOT / "docs/blora_gui.png"
+    assert picture.stat().st_size < 150_000
+    with Image.open(picture) as opened:
+        assert 800 <= opened.width <= 1200
 
 
 # ---- The sample dataset config -------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""Print as JSON the training commands that the kohya_ss GUI prints once recipes are loaded.
+
+  echo '{"NAME": [{"preset": "user_presets/RECIPE"}, {"file": "RECIPE.json"},
+    {"fields": {"LABEL": "VALUE"}}]}' | KOHYA_SS_PYTHON gui_probe.py
+
+Run it in a kohya_ss folder; each NAME is a page that is done these things to, and then asked for
+the command. The LoRA tab is built by the GUI's own code, and Gradio handles each event as for a
+browser, checks of what is on the form included; only what the page does by itself is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import sys
+import time
+from typing import Any
+
+import gradio as gr
+
+
+class Page:
+    """The LoRA tab, and what is in its fields."""
+
+    def __init__(self) -> None:
+        sys.path.insert(0, ".")
+        from kohya_gui.class_gui_config import KohyaSSGUIConfig
+        from kohya_gui.lora_gui import lora_tab
+
+        with gr.Blocks() as self.blocks:
+            lora_tab(headless=True, config=KohyaSSGUIConfig(config_file_path="config.toml"))
+        self.values = {
+            number: block.postprocess(block.value)
+            for number, block in self.blocks.blocks.items()
+            if hasattr(block, "postprocess") and hasattr(block, "value")
+        }
+
+    def field(self, label: str) -> Any:
+        """The first field of this label."""
+        return next(b for b in self.blocks.blocks.values() if getattr(b, "label", None) == label)
+
+    def button(self, text: str) -> Any:
+        """The first button with this text."""
+        blocks = self.blocks.blocks.values()
+        return next(b for b in blocks if isinstance(b, gr.Button) and str(b.value).strip() == text)
+
+    def fill(self, label: str, value: Any) -> None:
+        """Type into a field."""
+        self.values[self.field(label)._id] = value
+
+    def trigger(self, block: Any, event: str) -> None:
+        """Do what the page does on the block's event."""
+        functions = [f for f in self.blocks.fns.values() if (block._id, event) in f.targets]
+        for function in functions:
+            inputs = [self.values[field._id] for field in function.inputs]
+            answer = asyncio.run(self.blocks.process_api(function, inputs))
+            for field, value in zip(function.outputs, answer["data"], strict=True):
+                if isinstance(value, dict) and value.get("__type__") == "update":
+                    if "value" not in value:
+                        continue
+                    value = value["value"]
+                self.values[field._id] = value
+
+
+def printed(page: Page) -> list[str]:
+    """The words of the training command that the GUI prints, without what it logs."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        page.trigger(page.button("Print training command"), "click")
+    [line] = [text for text in out.getvalue().splitlines() if " launch " in text]
+    return line.split()
+
+
+def do(page: Page, deed: dict[str, Any]) -> None:
+    """Load a preset or a file, or fill in fields."""
+    [(kind, what)] = deed.items()
+    if kind == "fields":
+        for label, value in what.items():
+            page.fill(label, value)
+    elif kind == "preset":
+        page.fill("Presets", what)
+        page.trigger(page.field("Presets"), "input")
+    else:
+        page.fill("Load/Save Config file", what)
+        page.trigger(page.button("\N{LEFTWARDS ARROW WITH HOOK}\N{VARIATION SELECTOR-16}"), "click")
+
+
+def main() -> int:
+    """Answer the question on stdin; what the GUI logs goes to stderr."""
+    answer = {}
+    with contextlib.redirect_stdout(sys.stderr):
+        for name, deeds in json.load(sys.stdin).items():
+            page = Page()
+            for deed in deeds:
+                do(page, deed)
+            answer[name] = printed(page)
+            time.sleep(1)  # the config file that the line names is called after the second
+    print(json.dumps({"gradio": gr.__version__, "printed": answer}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
