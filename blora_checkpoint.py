@@ -21,7 +21,7 @@ from blora_sdxl import Layer, checkpoint_weight, sdxl_layers
 from blora_words import BloraError, file_size, first_few
 
 PLACEHOLDER = "path/to/sd_xl_base_1.0.safetensors"  # what the launchers hold before they are edited
-CORRECT = "correct BLORA_CHECKPOINT at the top of the launcher"
+CORRECT = "correct --pretrained_model_name_or_path (BLORA_CHECKPOINT in the launcher)"
 Shape = tuple[int, ...]
 
 # ---- What SDXL has -------------------------------------------------------------------------------
@@ -354,8 +354,8 @@ def check_checkpoint(name: str, predicts_v: bool, report: Report) -> None:
     """
     if name in ("", PLACEHOLDER):
         raise BloraError(
-            "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to "
-            "your SDXL checkpoint"
+            "no checkpoint is set yet: give your SDXL checkpoint as "
+            "--pretrained_model_name_or_path (BLORA_CHECKPOINT in the launcher)"
         )
     report.plan["base"] = name
     path = followed(Path(name))

@@ -84,7 +84,8 @@ def check_preset(options: Options, report: Report) -> None:
     is_a_path = "/" in preset or os.sep in preset or preset.endswith(".toml")
     if is_a_path and not Path(preset).is_file():
         report.errors.append(
-            f'no preset at "{preset}": correct BLORA_PRESET at the top of the launcher'
+            f'no preset at "{preset}": correct the preset of --network_args '
+            "(BLORA_PRESET in the launcher)"
         )
 
 

@@ -21,6 +21,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_1, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 SDXL = sdxl_shapes()
 BASE = Path("base.safetensors")
+CORRECT = "correct --pretrained_model_name_or_path (BLORA_CHECKPOINT in the launcher)"
 
 
 @pytest.fixture(autouse=True)
@@ -302,16 +303,14 @@ def test_a_file_that_is_not_whole_is_an_error(file):
 
 @pytest.mark.parametrize("name", ["base.safetensors", "models/sdxl.safetensors", "a/b/c"])
 def test_a_file_that_is_missing_is_an_error(name):
-    assert checked(name).errors == [
-        f'no checkpoint at "{name}": correct BLORA_CHECKPOINT at the top of the launcher'
-    ]
+    assert checked(name).errors == [f'no checkpoint at "{name}": {CORRECT}']
 
 
 @pytest.mark.parametrize("name", ["", "path/to/sd_xl_base_1.0.safetensors"])
 def test_settings_that_are_not_edited_yet_are_an_error(name):
     assert checked(name).errors == [
-        "the settings are not edited yet: set BLORA_CHECKPOINT at the top of the launcher to your "
-        "SDXL checkpoint"
+        "no checkpoint is set yet: give your SDXL checkpoint as --pretrained_model_name_or_path "
+        "(BLORA_CHECKPOINT in the launcher)"
     ]
 
 
@@ -402,9 +401,7 @@ def test_a_link_beside_its_target_is_fine():
 
 def test_a_link_to_nothing_is_a_missing_checkpoint():
     link("x.safetensors", "gone.safetensors")
-    assert checked("x.safetensors").errors == [
-        'no checkpoint at "x.safetensors": correct BLORA_CHECKPOINT at the top of the launcher'
-    ]
+    assert checked("x.safetensors").errors == [f'no checkpoint at "x.safetensors": {CORRECT}']
 
 
 def test_a_link_to_a_file_by_another_name_is_loaded_by_that_name(folder):

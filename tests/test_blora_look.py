@@ -17,6 +17,8 @@ import blora_look
 from blora_options import parse_options
 from blora_report import Report
 
+CORRECT = "correct --pretrained_model_name_or_path (BLORA_CHECKPOINT in the launcher)"
+CORRECT_PRESET = "correct the preset of --network_args (BLORA_PRESET in the launcher)"
 SCRIPT = "sdxl_train_network.py"
 CONFIG = "_in/lora/sdxl/hero/config.toml"
 IMAGES = "_in/lora/sdxl/hero/images"
@@ -106,10 +108,10 @@ def test_all_errors_come_at_once():
     }
     assert looked("gone.py", **changes).errors == [
         'no training script at "gone.py": run this in a kohya sd-scripts or kohya_ss folder',
-        'no checkpoint at "gone.safetensors": correct BLORA_CHECKPOINT at the top of the launcher',
+        f'no checkpoint at "gone.safetensors": {CORRECT}',
         'no network weights at "gone.safetensors": correct --network_weights',
         'no VAE at "gone.safetensors": correct --vae',
-        'no preset at "presets/gone.toml": correct BLORA_PRESET at the top of the launcher',
+        f'no preset at "presets/gone.toml": {CORRECT_PRESET}',
         'no folder of a saved state at "gone": correct --resume',
         "--sample_at_first asks for samples without their prompts: add --sample_prompts",
         f'"{Path("_out").absolute()}" is no folder, and nothing can be saved there: correct '
@@ -145,10 +147,8 @@ MISSING = {
     'no VAE at "a/vae.pt": correct --vae': {"vae": "a/vae.pt"},
     'no folder of a saved state at "a": correct --resume': {"resume": "a"},
     f'no folder of a saved state at "{SCRIPT}": correct --resume': {"resume": SCRIPT},
-    'no preset at "a.toml": correct BLORA_PRESET at the top of the launcher': {
-        "network_args": ["preset=a.toml"]
-    },
-    'no preset at "presets/a": correct BLORA_PRESET at the top of the launcher': {
+    f'no preset at "a.toml": {CORRECT_PRESET}': {"network_args": ["preset=a.toml"]},
+    f'no preset at "presets/a": {CORRECT_PRESET}': {
         "network_module": "blora_network",
         "network_args": ["preset=presets/a"],
     },
