@@ -10,8 +10,10 @@ import argparse
 import io
 import re
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any
 
+from blora_look import read_prompts
 from blora_options import pairs
 from blora_plan import MANY_BLOCKS, Built, built
 from blora_rehearsal import Rehearsal
@@ -115,6 +117,25 @@ def check_rate(groups: list[dict[str, Any]], args: argparse.Namespace, report: R
         )
 
 
+def check_prompts(args: argparse.Namespace, report: Report) -> None:
+    """Options behind the prompts of samples that sd-scripts leaves out without a word."""
+    asked = args.sample_every_n_steps or args.sample_every_n_epochs or args.sample_at_first
+    if not asked or not Path(args.sample_prompts).is_file():
+        return
+    from library.train_util import line_to_prompt_dict  # sd-scripts' own, which the rehearsal found
+
+    prompts = read_prompts(Path(args.sample_prompts))
+    parts = [part for line in prompts if isinstance(line, str) for part in line.split(" --")[1:]]
+    with redirect_stderr(io.StringIO()):  # it may say what is wrong with a number
+        read = {part: line_to_prompt_dict(f" --{part}") for part in parts}
+    unread = [f'"--{part.strip()}"' for part, found in read.items() if found.keys() == {"prompt"}]
+    if unread:
+        report.warnings.append(
+            f'behind the prompts in "{args.sample_prompts}" sd-scripts does not read '
+            f"{', '.join(unread)}: write --w 1024, --h 1024, --s 25, --l 7, --d 1 or --n and a text"
+        )
+
+
 def check_device(device: str, accelerate: list[str], report: Report) -> None:
     """A training on the processor that nobody asked for; `device` is accelerate's."""
     if device == "cpu" and "--cpu" not in accelerate:
@@ -171,3 +192,4 @@ def advise(rehearsal: Rehearsal, report: Report) -> None:
         if note := left_out_text(printed, network, args):
             report.notes.append(note)
     check_rate(rehearsal.groups, args, report)
+    check_prompts(args, report)

@@ -121,6 +121,11 @@ def reached_steps(state: Path) -> float:
         return math.nan
 
 
+def has_toml() -> bool:
+    """Whether configs can be looked into; the trainer's Python has it."""
+    return importlib.util.find_spec("toml") is not None
+
+
 # ---- Samples -------------------------------------------------------------------------------------
 
 PROMPTS = (".txt", ".toml", ".json")
@@ -155,6 +160,8 @@ def check_samples(options: Options, report: Report) -> None:
             f'"{prompts}" is not UTF-8, and would end the training at the first sample: save the '
             "--sample_prompts as UTF-8"
         )
+    elif prompts and (not prompts.endswith(".toml") or has_toml()):
+        check_prompts(Path(prompts), report)
 
 
 def is_utf8(path: Path) -> bool:
@@ -166,26 +173,64 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
+def read_prompts(path: Path) -> Any:
+    """The prompts of a file, by the ending of its name as sd-scripts reads it.
+
+    Each is a line of text or a table. BloraError, KeyError or TypeError where they cannot be read.
+    """
+    if path.name.endswith(".json"):
+        return load_json(path, "prompt file")
+    if path.name.endswith(".toml"):
+        table = load_toml(path, "prompt file")["prompt"]
+        return [dict(**table, **subset) for subset in table["subset"]]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line.strip() for line in lines if line.strip() and line[0] != "#"]
+
+
+def check_prompts(path: Path, report: Report) -> None:
+    """Whether the prompts can be read, whether there are any, and whether a comment is one."""
+    try:
+        prompts = read_prompts(path)
+        is_sound = isinstance(prompts, list) and all(isinstance(p, (str, dict)) for p in prompts)
+    except (KeyError, TypeError):
+        is_sound = False
+    if not is_sound:
+        report.errors.append(
+            f'the prompts in "{path}" would end the training at the first sample: a .toml has them '
+            "in [[prompt.subset]], with nothing that [prompt] has too, a .json in a list"
+        )
+    elif not prompts:
+        report.warnings.append(f'no prompt in "{path}", so there will be no samples: add one')
+    elif any(isinstance(p, str) and p.lstrip("\ufeff").startswith("#") for p in prompts):
+        report.warnings.append(
+            f'a comment in "{path}" will be drawn as a prompt: # has to be the first character of '
+            "the line, without a blank or a byte order mark before it"
+        )
+
+
 # ---- The dataset ---------------------------------------------------------------------------------
 
 
-def load_config(path: Path, has_toml: bool) -> Any:
+def load_config(path: Path) -> Any:
     """The dataset config, by the ending of its name as sd-scripts reads it; none without toml."""
     if not path.is_file():
         raise BloraError(f'no dataset config at "{path}": write one there, or correct the path')
     ending = path.suffix.lower()
     if ending == ".toml":
-        return load_toml(path, "dataset config") if has_toml else None
+        return load_toml(path, "dataset config") if has_toml() else None
     if ending != ".json":
         raise BloraError(
             f'the name of the dataset config "{path}" ends neither in .toml nor in .json: rename it'
         )
+    return load_json(path, "dataset config")
+
+
+def load_json(path: Path, what: str) -> Any:
+    """A JSON file, read as sd-scripts reads it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BloraError(
-            f'the dataset config "{path}" is not valid JSON ({error}): correct it'
-        ) from error
+        raise BloraError(f'the {what} "{path}" is not valid JSON ({error}): correct it') from error
 
 
 def tables(config: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -196,7 +241,7 @@ def tables(config: Any, name: str) -> Iterator[dict[str, Any]]:
             yield table
 
 
-def check_dataset(options: Options, report: Report, has_toml: bool) -> None:
+def check_dataset(options: Options, report: Report) -> None:
     """Whether the pictures' folders are there, given by a config or as the GUI gives them.
 
     sd-scripts takes the first of these that is given, whatever else is.
@@ -208,7 +253,7 @@ def check_dataset(options: Options, report: Report, has_toml: bool) -> None:
         raise BloraError("there are no images: give --dataset_config")
     if way == "dataset_config" and given:
         path = Path(given)
-        check_folders(path, load_config(path, has_toml), report)
+        check_folders(path, load_config(path), report)
     if way == "train_data_dir" and given and not Path(given).is_dir():
         raise BloraError(f'no folder of images at "{given}": correct --train_data_dir')
 
@@ -369,7 +414,7 @@ def check_base(options: Options, report: Report) -> None:
 
 CHECKS = (
     check_base, check_files, check_vae, check_preset, check_resume, check_samples, check_output,
-    check_divisors,
+    check_divisors, check_dataset,
 )  # fmt: skip
 
 
@@ -379,8 +424,7 @@ def look(script: Path, options: Options, report: Report) -> None:
     --config_file is laid under them here. Where that cannot be read, hardly an option is known, and
     the look ends with its error.
     """
-    has_toml = importlib.util.find_spec("toml") is not None
-    if not has_toml:
+    if not has_toml():
         report.notes.append("no toml in this Python, so the configs were not looked into")
 
     if not script.is_file():
@@ -388,9 +432,8 @@ def look(script: Path, options: Options, report: Report) -> None:
             f'no training script at "{script}": run this in a kohya sd-scripts or kohya_ss folder'
         )
     if options.has("config_file"):
-        options = attempt(report, with_config_file, options) if has_toml else None
+        options = attempt(report, with_config_file, options) if has_toml() else None
         if options is None:
             return
     for check in CHECKS:
         attempt(report, check, options, report)
-    attempt(report, check_dataset, options, report, has_toml)

@@ -25,6 +25,7 @@ BUNDLE = [
     "blora_plan.py",
     "blora_preflight.py",
     "blora_preview.py",
+    "blora_prompts.txt",
     "blora_read.py",
     "blora_refusals.py",
     "blora_rehearsal.py",

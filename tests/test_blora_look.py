@@ -256,6 +256,17 @@ SAMPLES = [
 ]
 
 
+PROMPTS = {
+    "prompts.txt": "# a comment\n\na dog\n",
+    "prompts.toml": '[prompt]\nwidth = 512\n[[prompt.subset]]\nprompt = "a dog"\n',
+    "prompts.json": '["a dog", {"prompt": "a cat", "width": 512}]',
+}
+ENDS_IT = (
+    'the prompts in "{}" would end the training at the first sample: a .toml has them in '
+    "[[prompt.subset]], with nothing that [prompt] has too, a .json in a list"
+)
+
+
 @pytest.mark.parametrize("given", SAMPLES)
 def test_samples_without_prompts_are_an_error(given):
     assert looked(**given).errors == [
@@ -281,8 +292,8 @@ def test_prompts_are_known_by_their_ending(given):
             f'"{name}" ends in none of .txt, .toml, .json, by which sd-scripts reads prompts: '
             "rename it, and correct --sample_prompts"
         ]
-    for name in ("prompts.txt", "prompts.toml", "prompts.json"):
-        put(name)
+    for name, text in PROMPTS.items():
+        put(name, text)
         assert clean(**given, sample_prompts=name)
 
 
@@ -292,6 +303,55 @@ def test_prompts_that_are_not_utf_8_are_an_error(given):
     assert looked(**given, sample_prompts="prompts.txt").errors == [
         '"prompts.txt" is not UTF-8, and would end the training at the first sample: save the '
         "--sample_prompts as UTF-8"
+    ]
+
+
+def test_the_sample_prompts_pass_and_are_three():
+    shutil.copyfile(ROOT / "blora_prompts.txt", "blora_prompts.txt")
+    assert clean(sample_at_first=True, sample_prompts="blora_prompts.txt")
+    prompts = blora_look.read_prompts(Path("blora_prompts.txt"))
+    assert [prompt.split(" --")[0] for prompt in prompts] == [
+        r"A \[v\] on a beach",
+        r"A lighthouse in \[v\] style",
+        "A lighthouse",
+    ]
+
+
+UNREADABLE = [
+    ("toml", "", ENDS_IT),
+    ("toml", "prompt = 1", ENDS_IT),
+    ("toml", "[prompt]", ENDS_IT),
+    ("toml", PROMPTS["prompts.toml"] + "width = 64", ENDS_IT),
+    ("json", '{"prompt": "a dog"}', ENDS_IT),
+    ("json", '"a dog"', ENDS_IT),
+    ("json", "[1]", ENDS_IT),
+    ("toml", "a dog", 'the prompt file "{}" is not valid TOML ('),
+    ("json", "a dog", 'the prompt file "{}" is not valid JSON ('),
+]
+
+
+@pytest.mark.parametrize(("ending", "text", "told"), UNREADABLE)
+def test_prompts_that_sd_scripts_cannot_read_are_an_error(ending, text, told):
+    name = f"prompts.{ending}"
+    put(name, text)
+    [error] = looked(sample_at_first=True, sample_prompts=name).errors
+    assert error.startswith(told.format(name))
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.json"])
+def test_a_file_without_a_prompt_is_a_warning(name):
+    put(name, "# a comment\n\n" if name.endswith("txt") else "[]")
+    assert looked(sample_at_first=True, sample_prompts=name).warnings == [
+        f'no prompt in "{name}", so there will be no samples: add one'
+    ]
+
+
+@pytest.mark.parametrize("before", [" ", "\t", "\ufeff"])
+def test_a_comment_that_sd_scripts_takes_for_a_prompt_is_a_warning(before):
+    put("prompts.txt", f"{before}# a comment\na dog # 1\n")
+    assert looked(sample_at_first=True, sample_prompts="prompts.txt").warnings == [
+        'a comment in "prompts.txt" will be drawn as a prompt: # has to be the first character of '
+        "the line, without a blank or a byte order mark before it"
     ]
 
 
@@ -681,7 +741,9 @@ NO_TOML = "no toml in this Python, so the configs were not looked into"
 
 def test_without_toml_it_goes_on_with_a_note():
     put(CONFIG, "[")
+    put("prompts.toml", "[")
     assert in_bare_python() == [NO_TOML]
+    assert in_bare_python(sample_at_first=True, sample_prompts="prompts.toml") == [NO_TOML]
     assert in_bare_python(vae="gone.pt", config_file="gone") == [NO_TOML]
     shutil.move(CONFIG, "elsewhere.toml")
     assert in_bare_python(vae="gone.pt") == [

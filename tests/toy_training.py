@@ -13,8 +13,8 @@ each on a small input, so that a backward pass reaches them; and the checkpoint 
 The last line of stdout is a JSON object: "outcome" (trained or failed), "when" it failed (before,
 step or save), "error", and what a training was about: "losses", and whether a step was "idle" with
 a loss of 0; "captions" and "sizes" of the pictures it was shown; "modules" and "scale" of its
-network; and the "files" it left. The exit code is the trainer's own. A training that ends without a
-step has failed, although sd-scripts then exits with 0.
+network; the sizes of the "samples" it drew; and the "files" it left. The exit code is the trainer's
+own. A training that ends without a step has failed, although sd-scripts then exits with 0.
 
 --many takes a list of {"name", "folder", "words", "path"}: trainings, each in its folder, with a
 path where Python looks first. Two at a time run in forks of a process that has imported sd-scripts,
@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from standin.sdxl_checkpoint import write_checkpoint
 from torch import Tensor, nn
@@ -258,6 +259,11 @@ def files_of(folder: str | None) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
+def samples_of(folder: str | None) -> list[tuple[int, int]]:
+    """The sizes of the pictures that it drew of --sample_prompts, in their order."""
+    return [Image.open(path).size for path in sorted(Path(folder or "", "sample").glob("*.png"))]
+
+
 def run(script_path: Path, words: list[str]) -> tuple[int, dict[str, Any]]:
     """The exit code of the trainer, and the answer."""
     seen = Seen()
@@ -275,7 +281,8 @@ def run(script_path: Path, words: list[str]) -> tuple[int, dict[str, Any]]:
             code = 1
         told = f"{type(error).__name__}: {error}"
         answer |= {"outcome": "failed", "when": phase(error, seen), "error": told}
-    return code or 0, answer | seen.answer() | {"files": files_of(seen.output_dir)}
+    left = {"samples": samples_of(seen.output_dir), "files": files_of(seen.output_dir)}
+    return code or 0, answer | seen.answer() | left
 
 
 def run_in_fork(script_path: Path, training: dict[str, Any]) -> dict[str, Any]:

@@ -348,26 +348,92 @@ OTHERS = [
     fails("fp8 without mixed precision", "fp8_base", "--fp8_base"),
     trains("bf16", "--mixed_precision=bf16"),
     trains("validation", "--validation_split=0.25", before_0_10="validation_split"),
+]
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+FIRST = ("--sample_at_first", "--sample_prompts=p.txt")
+TOML = ("--sample_at_first", "--sample_prompts=p.toml")
+JSON = ("--sample_at_first", "--sample_prompts=p.json")
+SIZED = "a dog --w 64 --h 128 --s 1"
+DRAWN = {"samples": [[64, 128]]}
+NOTHING_DRAWN = {"samples": []}
+OF_NO_SIZE = {"samples": [[512, 512]]}  # sd-scripts' default
+SAMPLES = [
+    trains(
+        "the bundle's prompts",
+        "--sample_at_first",
+        "--sample_prompts=blora_prompts.txt",
+        change=write("blora_prompts.txt", (ROOT / "blora_prompts.txt").read_bytes()),
+        truth={"samples": [[1024, 1024]] * 3},
+    ),
+    trains(
+        "prompts",
+        *FIRST,
+        "--sample_every_n_steps=1",
+        change=write("p.txt", f"# a comment --w abc\n\n{SIZED}\n"),
+        truth={"samples": [[64, 128]] * 3},
+    ),
+    trains(
+        "prompts of a size that is no multiple of 8",
+        *FIRST,
+        change=write("p.txt", "a dog --w 71 --h 130 --s 1"),
+        truth=DRAWN,
+    ),
+    trains("prompts in JSON", *JSON, change=write("p.json", f'["{SIZED}"]'), truth=DRAWN),
+    trains(
+        "prompts in TOML",
+        *TOML,
+        change=write(
+            "p.toml",
+            'prompt.width = 64\nprompt.sample_steps = 1\n[[prompt.subset]]\nprompt = "a dog"\n'
+            "height = 128\n",
+        ),
+        truth=DRAWN,
+    ),
     fails("prompts without a file", "sample_prompts", "--sample_every_n_steps=1"),
     warns(
         "prompts that are not there",
         "sample_prompts",
         "--sample_every_n_steps=1",
         "--sample_prompts=gone.txt",
+        truth=NOTHING_DRAWN,
     ),
-    trains(
-        "prompts",
-        "--sample_every_n_steps=2",
-        "--sample_prompts=p.txt",
-        "--sample_at_first",
-        change=write("p.txt", "a dog --w 64 --h 64 --s 1\n"),
+    fails("prompts in cp1252", "p.txt", *FIRST, change=write("p.txt", "a café".encode("cp1252"))),
+    warns("no prompt", "p.txt", *FIRST, change=write("p.txt", "# a\n\n"), truth=NOTHING_DRAWN),
+    warns("no prompt in JSON", "p.json", *JSON, change=write("p.json", "[]"), truth=NOTHING_DRAWN),
+    *(
+        warns(
+            f"a comment with {before!r} before it",
+            "comment",
+            *FIRST,
+            change=write("p.txt", f"{before}# a dog --w 64 --h 128 --s 1\n"),
+            truth=DRAWN,
+        )
+        for before in (" ", "\ufeff")
     ),
+    *(
+        warns(
+            f"a prompt with --{part}",
+            f'"--{part}"',
+            *FIRST,
+            change=write("p.txt", f"a dog --s 1 --{part}\n"),
+            truth=OF_NO_SIZE,
+        )
+        for part in ("w abc", "w=64", "width 64", "seed 1", "d -1", "l .")
+    ),
+    fails("prompts that are no JSON", "JSON", *JSON, change=write("p.json", "a dog\n")),
+    fails("prompts that are one in JSON", "p.json", *JSON, change=write("p.json", '"a dog"')),
+    fails("prompts in a table in JSON", "p.json", *JSON, change=write("p.json", '{"a": "dog"}')),
+    fails("prompts that are no TOML", "TOML", *TOML, change=write("p.toml", "a dog\n")),
+    fails("prompts in TOML without their table", "p.toml", *TOML, change=write("p.toml", "")),
     fails(
-        "prompts in cp1252",
-        "sample_prompts",
-        "--sample_every_n_steps=1",
-        "--sample_prompts=p.txt",
-        change=write("p.txt", "a café".encode("cp1252")),
+        "prompts in TOML with a number twice",
+        "p.toml",
+        *TOML,
+        change=write(
+            "p.toml", 'prompt.width = 64\n[[prompt.subset]]\nprompt = "a dog"\nwidth = 128\n'
+        ),
     ),
 ]
 
@@ -427,5 +493,6 @@ OF_OPTIONS = [
     *SCHEDULERS,
     *OUTPUTS,
     *OTHERS,
+    *SAMPLES,
     *FILES,
 ]
