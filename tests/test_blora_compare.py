@@ -1,0 +1,186 @@
+"""docs/blora_compare.json draws one seed without a LoRA, with content, with style and with both.
+
+ComfyUI's nodes are known by tests/data/comfyui_nodes.json. With COMFYUI_ROOT, a checkout, and
+COMFYUI_PYTHON, the Python that runs it, ComfyUI itself is asked for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kohya_folder import ROOT
+
+TESTS = ROOT / "tests"
+WORKFLOW = json.loads((ROOT / "docs/blora_compare.json").read_text(encoding="utf-8"))
+CORE = json.loads((TESTS / "data/comfyui_nodes.json").read_text(encoding="utf-8"))
+NODES = {node["id"]: node for node in WORKFLOW["nodes"]}
+LINKS = {link[0]: link[1:] for link in WORKFLOW["links"]}
+# The page's own: a note, and a number that several nodes are linked to.
+OF_THE_PAGE = {"MarkdownNote", "PrimitiveNode"}
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
+ROWS = ["without", "content", "style", "content and style"]
+CONTENT, STYLE = "my_content.safetensors", "my_style.safetensors"
+
+
+def of_type(name: str) -> list[dict[str, Any]]:
+    return [node for node in NODES.values() if node["type"] == name]
+
+
+def titled(title: str) -> dict[str, Any]:
+    [found] = [node for node in NODES.values() if node.get("title") == title]
+    return found
+
+
+def source(node: dict[str, Any], name: str) -> dict[str, Any]:
+    """The node that an input is linked to."""
+    [link] = [given["link"] for given in node["inputs"] if given["name"] == name]
+    return NODES[LINKS[link][0]]
+
+
+def widgets(node: dict[str, Any]) -> dict[str, Any]:
+    """A core node's values by name; the page shows what a seed does after a run behind it."""
+    inputs = CORE[node["type"]]["inputs"]
+    names = [name for name, kind in inputs.items() if isinstance(kind, list) or kind in WIDGETS]
+    if "seed" in names:
+        names.insert(names.index("seed") + 1, "control_after_generate")
+    values = node.get("widgets_values", [])
+    assert len(names) == len(values)
+    return dict(zip(names, values, strict=True))
+
+
+def samplers() -> list[dict[str, Any]]:
+    """The samplers of the four pictures, in the order of their titles."""
+    return [source(source(titled(row), "images"), "samples") for row in ROWS]
+
+
+def loras(sampler: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The files that its model goes through, with their strengths, from the checkpoint on."""
+    model = source(sampler, "model")
+    if model["type"] == "LoraLoaderModelOnly":
+        yield from loras(model)
+        given = widgets(model)
+        yield given["lora_name"], given["strength_model"]
+    else:
+        assert model["type"] == "CheckpointLoaderSimple"
+
+
+# ---- The graph -----------------------------------------------------------------------------------
+
+
+def test_every_link_has_both_its_ends():
+    for number, (start, out, end, into, kind) in LINKS.items():
+        output, given = NODES[start]["outputs"][out], NODES[end]["inputs"][into]
+        assert number in output["links"]
+        assert given["link"] == number
+        assert output["type"] == given["type"] == kind
+    named = [
+        link for node in NODES.values() for o in node.get("outputs", []) for link in o["links"]
+    ]
+    assert sorted(named) == sorted(LINKS)
+
+
+def test_no_input_is_left_without_a_link():
+    for node in NODES.values():
+        assert all(given["link"] in LINKS for given in node.get("inputs", []))
+
+
+def test_every_node_and_link_has_a_number_of_its_own():
+    assert len(NODES) == len(WORKFLOW["nodes"])
+    assert len(LINKS) == len(WORKFLOW["links"])
+    assert WORKFLOW["last_node_id"] == max(NODES)
+    assert WORKFLOW["last_link_id"] == max(LINKS)
+
+
+@pytest.mark.parametrize("number", [n for n in NODES if NODES[n]["type"] not in OF_THE_PAGE])
+def test_every_node_is_one_of_comfyuis_with_its_inputs_outputs_and_values(number):
+    node = NODES[number]
+    known = CORE[node["type"]]
+    linked = {given["name"]: given["type"] for given in node.get("inputs", [])}
+    values = widgets(node)
+    assert linked.items() <= known["inputs"].items()
+    assert linked.keys() | values.keys() >= known["inputs"].keys()
+    assert [output["type"] for output in node.get("outputs", [])] == known["outputs"]
+    for name, value in values.items():
+        if choices := known["inputs"].get(name):
+            assert isinstance(choices, str) or value in choices
+
+
+def test_nodes_lie_side_by_side_within_a_group():
+    boxes = [(*node["pos"], *node["size"]) for node in NODES.values()]
+    groups = [group["bounding"] for group in WORKFLOW["groups"]]
+    for x, y, width, height in boxes:
+        # A node's title of 30 lies above its place.
+        assert any(
+            gx <= x and gy <= y - 30 and x + width <= gx + gw and y + height <= gy + gh
+            for gx, gy, gw, gh in groups
+        )
+        apart = [
+            x + width <= ox or ox + ow <= x or y + height <= oy - 30 or oy + oh <= y - 30
+            for ox, oy, ow, oh in boxes
+        ]
+        assert apart.count(False) == 1  # itself
+
+
+# ---- The pictures --------------------------------------------------------------------------------
+
+
+def test_each_picture_has_its_slices_at_strength_1():
+    assert [list(loras(sampler)) for sampler in samplers()] == [
+        [],
+        [(CONTENT, 1)],
+        [(STYLE, 1)],
+        [(CONTENT, 1), (STYLE, 1)],
+    ]
+
+
+def test_all_else_is_the_same_in_the_four():
+    first, *others = samplers()
+    for sampler in others:
+        assert widgets(sampler) == widgets(first)
+        for name in ("positive", "negative", "latent_image", "seed"):
+            assert source(sampler, name) is source(first, name)
+    assert len(of_type("KSampler")) == len({sampler["id"] for sampler in samplers()}) == 4
+    assert source(first, "seed")["widgets_values"][1] == "fixed"
+    [size] = of_type("EmptyLatentImage")
+    assert size["widgets_values"] == [1024, 1024, 1]
+
+
+def test_the_pictures_stand_side_by_side_in_the_order_of_the_title():
+    save = titled(" | ".join(ROWS))
+    order, node = [], source(save, "images")
+    while node["type"] == "ImageStitch":
+        assert widgets(node)["direction"] == "right"
+        order.insert(0, source(node, "image2"))
+        node = source(node, "image1")
+    assert [node, *order] == [source(titled(row), "images") for row in ROWS]
+
+
+def test_the_prompt_has_the_trigger_of_the_dataset_config_as_it_was_trained():
+    [sampler, *_] = samplers()
+    assert source(sampler, "positive")["widgets_values"][0].startswith("A [v] ")
+    assert 'class_tokens = "A [v]"' in (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
+
+
+# ---- ComfyUI itself ------------------------------------------------------------------------------
+
+COMFYUI = os.environ.get("COMFYUI_ROOT", ""), os.environ.get("COMFYUI_PYTHON", "")
+
+
+@pytest.mark.skipif(not all(COMFYUI), reason="NOT RUN: COMFYUI_ROOT, COMFYUI_PYTHON are not set")
+def test_comfyui_has_these_nodes_with_these_inputs_and_choices():
+    folder, python = COMFYUI
+    command = [python, TESTS / "comfyui_nodes.py", *CORE]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    real = json.loads(done.stdout)
+    for name, known in CORE.items():
+        assert real[name]["outputs"] == known["outputs"]
+        assert list(real[name]["inputs"]) == list(known["inputs"])
+        for given, kind in known["inputs"].items():
+            there = real[name]["inputs"][given]
+            # A newer release has more samplers to choose from.
+            assert set(kind) <= set(there) if isinstance(kind, list) else kind == there
