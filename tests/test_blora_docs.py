@@ -48,7 +48,8 @@ SCRIPT = "sdxl_train_network.py"
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
 GUI_RECIPES = ["blora_gui_classic.json", "blora_gui_fast.json"]
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
-NAMES = ("recipes", "gui", "own_blocks", "what_loads_where", "when_something_fails")
+NAMES = ("recipes", "gui", "own_blocks", "see_what_it_learned", "what_loads_where")
+NAMES += ("when_something_fails",)
 PAGES = {
     name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8").replace("\r\n", "\n")
     for name in NAMES
@@ -120,7 +121,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", NAMES)
 def test_its_links_within_the_repository_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)]+)", PAGES[page]):
+    for target in re.findall(r"(?:\]\(|src=\")(?!https?://)([^)\"]+)", PAGES[page]):
         path, _, anchor = target.partition("#")
         file = ROOT / "docs" / path
         assert file.is_file()
@@ -222,6 +223,24 @@ def test_the_sample_dataset_config_has_the_launchers_paths():
     text = (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
     assert CONFIG in text
     assert f'"{Path(CONFIG).parent.as_posix()}/images"' in text
+
+
+# ---- See what it learned -------------------------------------------------------------------------
+
+
+def test_the_sample_prompts_name_the_pages_command():
+    prompts = (ROOT / "blora_prompts.txt").read_text(encoding="utf-8")
+    command, in_cmd, _ = "".join(blocks("see_what_it_learned", "")).splitlines()
+    assert f"#   {command}\n" in prompts
+    assert in_cmd == command.replace("./", "").replace(".sh", ".bat")
+
+
+def test_the_plots_values_replace_what_is_in_its_prompt():
+    [prompt] = blocks("see_what_it_learned", "text")
+    for slice_ in ("content", "style"):
+        old, new = f"<lora:my_{slice_}:0>", f"<lora:my_{slice_}:1>"
+        assert prompt.count(old) == 1
+        assert f"| `{old}, {new}` |" in PAGES["see_what_it_learned"]
 
 
 # ---- Your own blocks -----------------------------------------------------------------------------
