@@ -15,7 +15,7 @@ from typing import Any
 
 from blora_look import read_prompts
 from blora_options import pairs
-from blora_plan import MANY_BLOCKS, Built, built
+from blora_plan import MANY_BLOCKS, Built, Started, built
 from blora_rehearsal import Rehearsal
 from blora_report import Report
 from blora_words import BloraError
@@ -148,11 +148,11 @@ def check_device(device: str, accelerate: list[str], report: Report) -> None:
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-def processes(accelerate: list[str], script: str) -> tuple[int, bool]:
-    """How many processes accelerate will start, by its own sum, and whether anybody said so.
+def processes(accelerate: list[str], script: str) -> Started:
+    """The processes that accelerate will start, by its own sum.
 
     `accelerate` is what stands between "accelerate" and the script: "launch", "--multi_gpu".
-    BloraError where accelerate refuses that.
+    BloraError where accelerate refuses that, or waits for machines that cannot find each other.
     """
     from accelerate.commands import launch
 
@@ -169,16 +169,60 @@ def processes(accelerate: list[str], script: str) -> tuple[int, bool]:
         raise BloraError(
             f"accelerate refuses its options: correct BLORA_ACCELERATE_ARGS ({usage or error})"
         ) from error
-    return max(1, args.num_processes or 1), said or defaults is not None
+    return started(args, said or defaults is not None)
 
 
-def check_processes(number: int, was_said: bool, report: Report) -> None:
-    """Two GPUs are used, which doubles the pictures a step, although nobody asked for both."""
-    if number > 1 and not was_said:
+def started(args: argparse.Namespace, was_said: bool) -> Started:
+    """What becomes of accelerate's options, which it has filled in."""
+    machines, asked = args.num_machines or 1, args.num_processes or 1
+    # As its launch_command chooses: anything else starts one process, whatever number is asked for.
+    several = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm
+    is_lone = args.cpu or not several
+    if machines > 1 and not args.use_deepspeed:  # which may have a file of its machines
+        check_meeting(args, is_lone)
+    return Started(
+        1 if is_lone else asked // machines * machines,
+        1 if is_lone else machines,
+        0 if is_lone else args.machine_rank or 0,
+        was_said,
+        lacks_multi_gpu=is_lone and not args.cpu and max(asked, machines) > 1,
+    )
+
+
+def check_meeting(args: argparse.Namespace, is_lone: bool) -> None:
+    """BloraError where several machines would end, or wait for each other for ten minutes."""
+    needed = {"main_process_ip": "the address of the first machine"}
+    if is_lone:
+        needed["main_process_port"] = "a port that is free on the first machine"
+    else:
+        needed["machine_rank"] = "0 on the first machine, 1 on the next"
+    for name, what in needed.items():
+        if getattr(args, name) is None:
+            raise BloraError(
+                f"--num_machines={args.num_machines} needs --{name}, {what}: add it to "
+                "BLORA_ACCELERATE_ARGS"
+            )
+    if not is_lone and args.num_processes < args.num_machines:
+        raise BloraError(
+            f"--num_processes={args.num_processes} is too few for --num_machines="
+            f"{args.num_machines}: give the number of all machines together"
+        )
+
+
+def check_processes(started: Started, report: Report) -> None:
+    """More processes than anybody asked for, or fewer."""
+    number = started.processes
+    # Two GPUs are used, which doubles the pictures a step, although nobody asked for both.
+    if number > 1 and not started.was_said:
         report.warnings.append(
             f"accelerate finds {number} graphics cards and will train on all of them, which takes "
             f"{number} times the pictures a step: for one, add --num_processes=1 to "
             "BLORA_ACCELERATE_ARGS"
+        )
+    if started.lacks_multi_gpu:
+        report.warnings.append(
+            "without --multi_gpu accelerate starts one process on a machine, which trains by "
+            "itself: add it to BLORA_ACCELERATE_ARGS"
         )
 
 

@@ -31,6 +31,17 @@ MANY_BLOCKS = 11  # the U-Net's blocks with attention: where more are trained, n
 
 
 @dataclass(frozen=True)
+class Started:
+    """The processes that accelerate will start, on all machines; machine 0 saves the LoRA."""
+
+    processes: int = 1
+    machines: int = 1
+    machine: int = 0  # this one
+    was_said: bool = True  # or does accelerate take all cards by itself
+    lacks_multi_gpu: bool = False  # more were asked for
+
+
+@dataclass(frozen=True)
 class Length:
     """How long the training is."""
 
@@ -48,14 +59,15 @@ def length(args: argparse.Namespace, batches: int, processes: int) -> Length:
 
 
 def plan_length(
-    length: Length, batches: list[int], processes: int, args: argparse.Namespace, report: Report
+    length: Length, batches: list[int], started: Started, args: argparse.Namespace, report: Report
 ) -> None:
     """Steps, epochs, and what a step takes."""
     if length.steps < 1:
         option = "max_train_steps" if args.max_train_epochs is None else "max_train_epochs"
         report.errors.append(f"--{option}={getattr(args, option)} trains nothing: give more")
     sizes = "/".join(str(size) for size in sorted(set(batches)))
-    several = f" in each of {processes} processes" if processes > 1 else ""
+    several = f" in each of {started.processes} processes" if started.processes > 1 else ""
+    several += f" on {started.machines} machines" if started.machines > 1 else ""
     report.plan["training"] = (
         f"{length.steps} steps, {length.epochs} epochs, batch {sizes}{several}, "
         f"{args.mixed_precision or 'no'} mixed precision"
@@ -309,10 +321,10 @@ def known_traits(report: Report) -> dict[str, Trait]:
         return {}
 
 
-def plan(rehearsal: Rehearsal, started: int, pixels: int, report: Report) -> None:
-    """The training line by line; `started` processes run it, with batches of `pixels` at most."""
+def plan(rehearsal: Rehearsal, started: Started, pixels: int, report: Report) -> None:
+    """The training line by line; its largest batch has so many pixels."""
     args, batches = rehearsal.args, [dataset.batch_size for dataset in rehearsal.datasets]
-    lasting = length(args, len(rehearsal.group), started)
+    lasting = length(args, len(rehearsal.group), started.processes)
     plan_length(lasting, batches, started, args, report)
     if rehearsal.network is None:  # deepspeed wraps it
         return
@@ -321,4 +333,7 @@ def plan(rehearsal: Rehearsal, started: int, pixels: int, report: Report) -> Non
     plan_rank(network, args, report)
     way_back = backward(network, args, pixels, args.network_module == OUR_NETWORK)
     plan_memory(network, rehearsal.optimizer_state, way_back, args, report)
-    plan_saves(lasting, network, rehearsal.optimizer_state, args, report)
+    if started.machine:
+        report.plan["saves"] = "on the first machine, --machine_rank=0, and none on this one"
+    else:
+        plan_saves(lasting, network, rehearsal.optimizer_state, args, report)

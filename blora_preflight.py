@@ -41,7 +41,7 @@ try:
     from blora_advice import advise, check_device, check_processes, processes
     from blora_look import look
     from blora_options import parse_options
-    from blora_plan import plan
+    from blora_plan import Started, plan
     from blora_refusals import ended_sentence, is_of_the_rehearsal, refusal
     from blora_rehearsal import Rehearsal, rehearse
     from blora_report import Report, attempt, print_report
@@ -126,12 +126,11 @@ def check_rehearsed(
         given = list(parse_options(words).values)
         pixels = look_at_pictures(rehearsal, given, preview, bar, report)
     if rehearsal.ready:
-        asked = attempt(report, NOT_TOLD, processes, accelerate, str(script))
-        started, was_said = asked or (1, True)
+        started = attempt(report, NOT_TOLD, processes, accelerate, str(script)) or Started()
         attempt(report, NOT_TOLD, plan, rehearsal, started, pixels, report)
         attempt(report, NOT_TOLD, advise, rehearsal, report)
         check_device(rehearsal.accelerator.device.type, accelerate, report)
-        check_processes(started, was_said, report)
+        check_processes(started, report)
 
 
 # ---- Both stages ---------------------------------------------------------------------------------

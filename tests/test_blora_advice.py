@@ -17,11 +17,13 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.commands import launch
 from lycoris_releases import LYCORIS
 from rehearsed_networks import made, network, options
 
 import blora_advice
 from blora_advice import LYCORIS_TESTED, check_device, check_network, check_processes, processes
+from blora_plan import Started
 from blora_rehearsal import Rehearsal
 from blora_report import Report
 from blora_words import BloraError
@@ -303,24 +305,82 @@ def no_config(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+TWO = ["launch", "--multi_gpu", "--num_processes=2"]
+MEET = ["--num_machines=2", "--main_process_ip=10.0.0.1"]
+LONE = ["launch", "--num_processes=2"]
+
+
 @pytest.mark.parametrize(
-    ("accelerate", "started"),
+    ("accelerate", "expected"),
     [
-        ([], (1, False)),
-        (["launch"], (1, False)),
-        (["accelerate", "launch", "--mixed_precision=bf16"], (1, False)),
-        (["launch", "--num_processes=2"], (2, True)),
-        (["accelerate", "launch", "--multi_gpu", "--num_processes", "2"], (2, True)),
-        (["launch", "--multi_gpu"], (1, True)),  # as many as there are cards: none
-        (["launch", "--cpu", "--num_processes=1"], (1, True)),
-        (["launch", "--config_file=3.yaml"], (3, True)),
-        (["launch", "--config_file", "1.yaml"], (1, True)),
-        (["launch", "--config_file=3.yaml", "--num_processes=2"], (2, True)),
+        ([], Started(was_said=False)),
+        (["launch"], Started(was_said=False)),
+        (["accelerate", "launch", "--mixed_precision=bf16"], Started(was_said=False)),
+        (["accelerate", "launch", "--multi_gpu", "--num_processes", "2"], Started(2)),
+        (["launch", "--multi_gpu"], Started()),  # as many as there are cards: none
+        (["launch", "--cpu", "--num_processes=1"], Started()),
+        (["launch", "--cpu", "--num_processes=2"], Started()),
+        (["launch", "--config_file", "1.yaml"], Started()),
+        (["launch", "--config_file=3.yaml", *TWO[1:]], Started(2)),
+        (["launch", "--config_file=3.yaml", "--multi_gpu"], Started(3)),
+        # Whatever number is asked for, accelerate starts one.
+        (LONE, Started(lacks_multi_gpu=True)),
+        (["launch", "--config_file=3.yaml"], Started(lacks_multi_gpu=True)),
+        ([*LONE, *MEET, "--main_process_port=29500"], Started(lacks_multi_gpu=True)),
+        # --num_processes is that of all machines.
+        ([*TWO, *MEET, "--machine_rank=0"], Started(2, 2)),
+        ([*TWO, *MEET, "--machine_rank=1"], Started(2, 2, 1)),
+        (
+            ["launch", "--multi_gpu", "--num_processes=5", *MEET, "--machine_rank=1"],
+            Started(4, 2, 1),
+        ),
     ],
 )
-def test_accelerate_says_how_many_processes_it_will_start(capsys, accelerate, started):
-    assert processes(accelerate, SCRIPT) == started
+def test_accelerate_says_how_many_processes_it_will_start(
+    capsys, monkeypatch, accelerate, expected
+):
+    found = processes(accelerate, SCRIPT)
+    assert found == expected
     assert capsys.readouterr() == ("", "")
+    # Its own choice of a way to start them is the same.
+    chosen = []
+    for name in ("simple_launcher", "multi_gpu_launcher"):
+        monkeypatch.setattr(launch, name, lambda args, name=name: chosen.append(name))
+    words = accelerate[accelerate.index("launch") + 1 :] if accelerate else []
+    launch.launch_command(launch.launch_command_parser().parse_args([*words, SCRIPT]))
+    assert chosen == ["multi_gpu_launcher" if "--multi_gpu" in words else "simple_launcher"]
+    assert found.processes == 1 or chosen == ["multi_gpu_launcher"]
+
+
+@pytest.mark.parametrize(
+    ("accelerate", "sentence"),
+    [
+        (
+            [*TWO, "--num_machines=2", "--machine_rank=0"],
+            "--num_machines=2 needs --main_process_ip, the address of the first machine: add it to "
+            "BLORA_ACCELERATE_ARGS",
+        ),
+        (
+            [*TWO, *MEET],
+            "--num_machines=2 needs --machine_rank, 0 on the first machine, 1 on the next: add it "
+            "to BLORA_ACCELERATE_ARGS",
+        ),
+        (
+            [*LONE, *MEET],
+            "--num_machines=2 needs --main_process_port, a port that is free on the first machine: "
+            "add it to BLORA_ACCELERATE_ARGS",
+        ),
+        (
+            [*TWO, "--num_machines=3", "--main_process_ip=10.0.0.1", "--machine_rank=2"],
+            "--num_processes=2 is too few for --num_machines=3: give the number of all machines "
+            "together",
+        ),
+    ],
+)
+def test_machines_that_would_not_find_each_other_are_an_error(accelerate, sentence):
+    with pytest.raises(BloraError) as raised:
+        processes(accelerate, SCRIPT)
+    assert str(raised.value) == sentence
 
 
 @pytest.mark.parametrize(
@@ -345,19 +405,31 @@ def test_options_that_accelerate_refuses_are_an_error_in_its_words(capsys, accel
 
 def test_two_cards_that_are_both_used_unasked_are_a_warning(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert processes(["launch"], SCRIPT) == (2, False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    started = processes(["launch"], SCRIPT)
+    assert started == Started(2, was_said=False)
     report = Report()
-    check_processes(2, False, report)
+    check_processes(started, report)
     assert report.warnings == [
         "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
         "pictures a step: for one, add --num_processes=1 to BLORA_ACCELERATE_ARGS"
     ]
+    assert processes(["launch", "--num_processes=2"], SCRIPT) == Started(2)
 
 
-@pytest.mark.parametrize(("number", "was_said"), [(1, False), (1, True), (2, True)])
-def test_what_was_said_or_is_one_passes(number, was_said):
+def test_several_processes_that_will_be_one_are_a_warning():
     report = Report()
-    check_processes(number, was_said, report)
+    check_processes(Started(lacks_multi_gpu=True), report)
+    assert report.warnings == [
+        "without --multi_gpu accelerate starts one process on a machine, which trains by itself: "
+        "add it to BLORA_ACCELERATE_ARGS"
+    ]
+
+
+@pytest.mark.parametrize("started", [Started(), Started(was_said=False), Started(2)])
+def test_what_was_said_or_is_one_passes(started):
+    report = Report()
+    check_processes(started, report)
     assert report == Report()
 
 

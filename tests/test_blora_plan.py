@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 import blora_memory
 import blora_plan
-from blora_plan import Length, length, saves
+from blora_plan import Length, Started, length, saves
 from blora_rehearsal import Rehearsal
 from blora_report import Report
 
@@ -61,24 +61,30 @@ def test_a_training_is_so_long(given, batches, processes, steps, epochs):
 
 
 @pytest.mark.parametrize(
-    ("batches", "processes", "given", "told"),
+    ("batches", "started", "given", "told"),
     [
-        ([1], 1, [], "24 steps, 2 epochs, batch 1, fp16 mixed precision"),
-        ([8, 1, 8], 1, [], "24 steps, 2 epochs, batch 1/8, fp16 mixed precision"),
-        ([4], 2, [], "24 steps, 2 epochs, batch 4 in each of 2 processes, fp16 mixed precision"),
-        ([1], 1, ["--mixed_precision=no"], "24 steps, 2 epochs, batch 1, no mixed precision"),
+        ([1], [], [], "24 steps, 2 epochs, batch 1, fp16 mixed precision"),
+        ([8, 1, 8], [], [], "24 steps, 2 epochs, batch 1/8, fp16 mixed precision"),
+        ([4], [2], [], "24 steps, 2 epochs, batch 4 in each of 2 processes, fp16 mixed precision"),
+        (
+            [1],
+            [4, 2],
+            ["--mixed_precision=no"],
+            "24 steps, 2 epochs, batch 1 in each of 4 processes on 2 machines, no mixed precision",
+        ),
+        ([1], [], ["--mixed_precision=no"], "24 steps, 2 epochs, batch 1, no mixed precision"),
     ],
 )
-def test_its_length_is_told_with_what_a_step_takes(batches, processes, given, told):
+def test_its_length_is_told_with_what_a_step_takes(batches, started, given, told):
     report = Report()
-    blora_plan.plan_length(Length(24, 2), batches, processes, options(*given), report)
+    blora_plan.plan_length(Length(24, 2), batches, Started(*started), options(*given), report)
     assert report.plan == {"training": told}
 
 
 @pytest.mark.parametrize("option", ["--max_train_steps=0", "--max_train_epochs=0"])
 def test_a_training_of_no_step_is_an_error(option):
     report, args = Report(), options(option)
-    blora_plan.plan_length(length(args, 12, 1), [1], 1, args, report)
+    blora_plan.plan_length(length(args, 12, 1), [1], Started(), args, report)
     assert report.errors == [f"{option} trains nothing: give more"]
 
 
@@ -461,7 +467,7 @@ def rehearsed(**more: object) -> Rehearsal:
 
 def test_a_plan_has_a_line_for_each():
     report = Report()
-    blora_plan.plan(rehearsed(network=made(preset=CONTENT_STYLE)), 1, MEGAPIXEL, report)
+    blora_plan.plan(rehearsed(network=made(preset=CONTENT_STYLE)), Started(), MEGAPIXEL, report)
     assert list(report.plan) == ["training", "modules", "rank", "memory", "saves"]
     assert report.plan["training"] == "24 steps, 2 epochs, batch 1/2, fp16 mixed precision"
     assert report.plan["memory"] == told_memory(options(), network())
@@ -471,5 +477,21 @@ def test_a_plan_has_a_line_for_each():
 
 def test_of_a_network_that_is_wrapped_the_length_is_told_alone():
     report = Report()
-    blora_plan.plan(rehearsed(), 1, MEGAPIXEL, report)
+    blora_plan.plan(rehearsed(), Started(), MEGAPIXEL, report)
     assert list(report.plan) == ["training"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "told", "errors"),
+    [
+        (0, "1 of 450.9 MB in _out ", 1),
+        (1, "on the first machine, --machine_rank=0, and none on this one", 0),
+    ],
+)
+@pytest.mark.usefixtures("little_room")
+def test_the_first_of_several_machines_saves_and_the_others_need_no_room(machine, told, errors):
+    report, network = Report(), made(256)
+    blora_plan.plan(rehearsed(network=network), Started(2, 2, machine), MEGAPIXEL, report)
+    assert report.plan["training"].startswith("12 steps, 2 epochs, batch 1/2 in each of 2 ")
+    assert report.plan["saves"].startswith(told)
+    assert len(report.errors) == errors
