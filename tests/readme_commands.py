@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from itertools import takewhile
 
 from kohya_folder import ROOT
 from sdxl_train_network_options import build_parser as sd_scripts_parser
 
+import blora_advice
 import blora_preflight
 import blora_slicer
 from blora_sdxl import load_traits
@@ -23,11 +25,20 @@ SETTINGS = {
 }
 
 
+def check_setting(word: str) -> None:
+    """A setting that the launchers or torch know; accelerate takes its options."""
+    name, _, value = word.partition("=")
+    assert name in {*SETTINGS, "CUDA_VISIBLE_DEVICES"}
+    if name == "BLORA_ACCELERATE_ARGS":
+        assert blora_advice.processes(value.split(), "script.py").lacks_multi_gpu is False
+
+
 def check_launcher(command: list[str]) -> None:
     """Known settings, a launcher that is there, and options that sd-scripts takes."""
-    settings = [word for word in command if re.match(r"BLORA_\w+=", word)]
+    settings = list(takewhile(re.compile(r"[A-Z_]+=").match, command))
     launcher, *options = command[len(settings) :]
-    assert {word.split("=")[0] for word in settings} <= SETTINGS
+    for setting in settings:
+        check_setting(setting)
     assert (ROOT / launcher).is_file()
     sd_scripts_parser().parse_args(options)
     for preset in re.findall(r"lycoris_presets/\w+\.toml", " ".join(command)):
@@ -37,7 +48,7 @@ def check_launcher(command: list[str]) -> None:
 def check_cmd(words: list[str]) -> None:
     """A line for cmd.exe: a launcher, or a known setting."""
     if words[0] == "set":
-        assert words[1].split("=")[0] in SETTINGS
+        check_setting(words[1])
     else:
         check_launcher(words)
 

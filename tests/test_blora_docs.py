@@ -48,8 +48,8 @@ SCRIPT = "sdxl_train_network.py"
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
 GUI_RECIPES = ["blora_gui_classic.json", "blora_gui_fast.json"]
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
-NAMES = ("recipes", "gui", "own_blocks", "see_what_it_learned", "what_loads_where")
-NAMES += ("when_something_fails",)
+NAMES = ("recipes", "gui", "own_blocks", "see_what_it_learned", "several_gpus")
+NAMES += ("what_loads_where", "when_something_fails")
 PAGES = {
     name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8").replace("\r\n", "\n")
     for name in NAMES
@@ -64,7 +64,7 @@ def blocks(page: str, language: str) -> list[str]:
     ]
 
 
-TYPED = re.compile(r"(BLORA_\w+=\S+ )*\./sdxl_|sdxl_|set |python ")
+TYPED = re.compile(r"([A-Z_]+=(\"[^\"]*\"|\S+) )*\./sdxl_|sdxl_|set |python ")
 COMMANDS = [
     (page, line)
     for page in NAMES
@@ -100,7 +100,7 @@ def test_every_command_is_one_that_works(page, command, tmp_path, monkeypatch):
 
 
 def test_what_is_shown_beside_commands_is_what_programs_print():
-    printed = ("  modules ", "  rank ", "error: ", "middle of ", "-> ")
+    printed = ("  training ", "  modules ", "  rank ", "error: ", "middle of ", "-> ")
     for page in NAMES:
         for line in "".join(blocks(page, "")).splitlines():
             assert TYPED.match(line) or line.startswith(printed), line
@@ -351,6 +351,17 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
     assert done.stdout.splitlines() == [s for s in shown if s.startswith(("middle of", "->"))]
     kept, _ = read_header(Path("my_middle.safetensors"))
     assert {key.split(".")[0] for key in kept} == {n for n in trained if "_middle_block_1_" in n}
+
+
+# ---- Several GPUs --------------------------------------------------------------------------------
+
+
+def test_preflight_shows_what_two_gpus_change():
+    """Six images with two repeats, by the launcher as it is."""
+    args = build_parser().parse_args(["--max_train_steps=3000", "--mixed_precision=fp16"])
+    report, two = Report(), blora_plan.Started(2)
+    blora_plan.plan_length(blora_plan.length(args, 12, 2), [1], two, args, report)
+    assert f"  training  {report.plan['training']}\n" in blocks("several_gpus", "")
 
 
 # ---- Recipes -------------------------------------------------------------------------------------
