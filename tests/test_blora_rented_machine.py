@@ -1,0 +1,174 @@
+"""The lines of docs/blora_rented_machine.md are run in its order, in two throw-away homes.
+
+What cannot be had in a test has something in its place, by SUBSTITUTES; what is none of these is
+run as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundle_files import tracked
+from kohya_folder import ONE_PROCESS, ROOT, copy_command
+from make_checkpoint import main as make_checkpoint
+from make_dataset import main as make_dataset
+from preset_modules import CONTENT, block_modules
+from readme_commands import check_launcher
+from safetensors import safe_open
+from sdxl_checkpoint import sdxl_shapes
+
+from blora_sdxl import layers_by_module
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="the page is for Linux"),
+]
+
+PAGE = (ROOT / "docs/blora_rented_machine.md").read_text(encoding="utf-8")
+LINES = [
+    line
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+TIME_LIMIT = "300"  # seconds; all of it takes 40
+LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
+# The tests' own packages, where pip would fetch the page's.
+LEND = """\
+echo "$SITE" >"$(echo venv/lib/python*/site-packages)/lent.pth"
+sed "1s|.*|#!$PWD/venv/bin/python|" "$PROGRAMS/accelerate" >venv/bin/accelerate
+chmod +x venv/bin/accelerate"""
+SUBSTITUTES = {
+    r"apt-get .*": "",
+    r"tmux .*": "",
+    r"git clone --branch v0\.10\.1 \S+/kohya-ss/sd-scripts (~/sd-scripts)": r'cp -r "$STANDIN" \1',
+    r"git clone <this repository> (~/blora)": r'cp -r "$BUNDLE" \1',
+    r"pip install torch==.*": LEND,
+    r"pip install .*": "",
+    r"hf download \S+ (\S+) --local-dir (\S+)": r'mkdir \2 && cp "$CHECKPOINT" \2/\1',
+    r"scp -r (\w+) root@<address>:(\S+)": r'cp -r "$AT_HOME"/\1 ~/\2',
+    r"scp root@<address>:(\S+) \.": r'cp ~/\1 "$AT_HOME"',
+    # As they are, but for what takes a CPU too long.
+    r"(cp blora_dataset\.toml )(\S+)": r"\1\2 && sed -i 's/= 1024$/= 64/' \2",
+    r"(\./sdxl_blora_fast\.sh --save_state)( 2>&1 .*)": r"\1 --max_train_steps=3\2",
+    # The stand-in goes on from no state; see the test of its options.
+    r".* --resume=.*": "",
+}
+
+
+def as_run(line: str) -> str:
+    """The line, or what is run in its place."""
+    for pattern, substitute in SUBSTITUTES.items():
+        if match := re.fullmatch(pattern, line):
+            return match.expand(substitute)
+    return line
+
+
+def make_homes(tmp: Path) -> dict[str, str]:
+    """The rented machine's home, that of the person, and what stands in for downloads."""
+    places = {name: tmp / name for name in ("HOME", "AT_HOME", "STANDIN", "BUNDLE", "CHECKPOINT")}
+    places["HOME"].mkdir()
+    make_dataset([str(places["AT_HOME"])])
+    shutil.copytree(ROOT / "tests/standin", places["STANDIN"])
+    for name in ("sdxl_train_network_options.json", "sdxl_checkpoint.json"):
+        shutil.copy(ROOT / "tests/data" / name, places["STANDIN"])
+    for name in tracked():
+        (places["BUNDLE"] / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, places["BUNDLE"] / name)
+    make_checkpoint([str(places["CHECKPOINT"])])
+    return {name: str(place) for name, place in places.items()}
+
+
+def test_the_page_leads_from_nothing_to_slices_at_home(tmp_path):
+    script = "\n".join(["set -e", *map(as_run, LINES)])
+    places = make_homes(tmp_path)
+    done = subprocess.run(
+        # It ends all that the shell has started.
+        ["timeout", TIME_LIMIT, "bash", "-c", script],
+        cwd=places["HOME"],
+        env=os.environ
+        | places
+        | {
+            "SITE": str(Path(pytest.__file__).parent.parent),
+            "PROGRAMS": str(Path(sys.executable).parent),
+            # A CPU and wide enough toys, in place of a card.
+            "BLORA_ACCELERATE_ARGS": ONE_PROCESS,
+            "TOY_REAL_ATTENTION": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    kohya, home = Path(places["HOME"], "sd-scripts"), Path(places["AT_HOME"])
+    with safe_open(kohya / LORA, "pt") as file:
+        assert {key.split(".")[1] for key in file.keys()} == {  # noqa: SIM118
+            "alpha",
+            "lora_down",
+            "lora_up",
+        }
+        assert file.metadata()["ss_num_train_images"] == "6"
+    log = (kohya / "train.log").read_text()
+    assert log.endswith("ended with 0\n")
+    assert "steps: 100%" in log
+    assert "warning: " not in log.replace(OVERWRITTEN, "")
+    for trait in ("content", "style"):
+        with safe_open(home / f"my_project_{trait}.safetensors", "pt") as file:
+            assert len({key.split(".")[0] for key in file.keys()}) == 80  # noqa: SIM118
+
+
+# The short test has left a LoRA of the name.
+OVERWRITTEN = f'warning: "{LORA}" is there and will be written over'
+
+
+def test_a_training_that_fails_says_so_in_the_log(tmp_path):
+    [line] = [line for line in LINES if "| tee train.log" in line]
+    (tmp_path / "sdxl_blora_fast.sh").write_text("exit 3\n")
+    (tmp_path / "sdxl_blora_fast.sh").chmod(0o755)
+    before = LINES[LINES.index(line) - 1]
+    assert before == "set -o pipefail"
+    script = f"{before}\n{line}"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "train.log").read_text() == "ended with 3\n"
+
+
+def test_its_install_command_is_the_readmes():
+    [line] = [line for line in LINES if line.startswith("cp -r *blora*")]
+    assert line.replace("~/sd-scripts", "<kohya folder>") == copy_command()
+
+
+def test_every_line_that_starts_the_launcher_has_options_of_sd_scripts():
+    launching = [line for line in LINES if line.startswith("./sdxl_")]
+    assert len(launching) == 3
+    for line in launching:
+        check_launcher(shlex.split(line.partition(" 2>&1")[0]))
+
+
+def test_a_person_types_no_placeholder_but_the_named_ones():
+    assert set(re.findall(r"<[^>]+>", "\n".join(LINES))) == {"<address>", "<this repository>"}
+
+
+def test_it_names_each_substitute():
+    """Every one of them stands for a line of the page."""
+    used = [pattern for line in LINES for pattern in SUBSTITUTES if re.fullmatch(pattern, line)]
+    assert set(used) == set(SUBSTITUTES)
+
+
+def test_its_sizes_are_those_of_the_files():
+    layers = layers_by_module()
+    content = sum(layers[m].parameters(1) for m in block_modules(CONTENT))
+    size = sum(2 * math.prod(shape) for shape in sdxl_shapes().values())
+    assert f"The file has {size / 1e9:.2f} GB" in PAGE
+    # A slice is in fp16. A state has both blocks in fp32, and four numbers of Prodigy's for each.
+    assert f"rank 64 each slice has {2 * 64 * content / 1e6:.0f} MB" in PAGE
+    assert f"rank 1024, {2 * 1024 * content / 1e6:.0f} MB" in PAGE
+    assert f"costs {4 * 5 * 64 * 2 * content / 1e9:.2f} GB of disk every 1,000 steps" in PAGE
