@@ -5,11 +5,11 @@ rem Options given to it are passed on: blora_slicer --traits style --alphas 0.8
 setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
-rem The LoRA to slice: what a launcher saved. Write / for \.
+rem The LoRA to slice: what a launcher saved. Change only what is between = and ".
 if not defined BLORA_LORA set "BLORA_LORA=%~dp0_out/lora/sdxl/my_project_1/my_project_1.safetensors"
 
 rem ---- Slice (nothing below needs editing) -------------------------------------------------------
-set "BLORA_LORA=%BLORA_LORA:"=%"
+if defined BLORA_LORA set "BLORA_LORA=%BLORA_LORA:"=%"
 set "VENV="
 if exist "%~dp0.venv\Scripts\accelerate.exe" set "VENV=%~dp0.venv"
 if exist "%~dp0venv\Scripts\accelerate.exe" set "VENV=%~dp0venv"
@@ -22,8 +22,8 @@ if not defined PYTHON (
   goto finish
 )
 
-rem Options alone are for the LoRA set above. Files come first, and may have options behind them;
-rem several files and nothing else are dropped ones, which give one slice each.
+rem Options alone apply to the LoRA set above. Files come first, and options may follow them;
+rem several files and nothing else were dropped here, and give one slice each.
 set "FIRST=%~1"
 if not defined FIRST goto the_set_lora
 if "%FIRST:~0,1%"=="-" goto the_set_lora

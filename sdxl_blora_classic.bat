@@ -1,12 +1,13 @@
 @echo off
 rem Trains content and style of an SDXL B-LoRA together, with the original bundle's settings.
-rem Edit the settings below, or better a copy of this file, and run it.
+rem Edit the settings below, preferably in a copy of this file, and run it.
 rem Options given to it are appended last and override the recipe: sdxl_blora_classic --max_train_steps=10
 setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
-rem Change what stands between = and " and nothing else: no space goes around the =. For example:
+rem Change only what is between = and ", and put no spaces around the =. For example:
 rem   if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:\my models\sdxl.safetensors"
+rem Delete the quote marks around a path that you paste: with an & in it, they break the line.
 rem Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 if not defined BLORA_NAME set "BLORA_NAME=my_project"
 rem The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.
@@ -22,11 +23,12 @@ rem For one of several: --num_processes=1
 if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="
 
 rem ---- Launch (nothing below needs editing) ------------------------------------------------------
-rem A path copied from Explorer has quote marks, and a \ at its end would swallow the next one.
-set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:"=%"
-set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:\=/%"
-set "BLORA_PRESET=%BLORA_PRESET:"=%"
-set "BLORA_PRESET=%BLORA_PRESET:\=/%"
+rem A path copied from Explorer has quote marks, and a \ at its end would swallow the next one. Of an
+rem empty setting cmd would make the text "=.
+if defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:"=%"
+if defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:\=/%"
+if defined BLORA_PRESET set "BLORA_PRESET=%BLORA_PRESET:"=%"
+if defined BLORA_PRESET set "BLORA_PRESET=%BLORA_PRESET:\=/%"
 cd /d "%~dp0"
 set "PROJECT=%BLORA_NAME%_%BLORA_REVISION%"
 set "SCRIPT=sdxl_train_network.py"
@@ -53,7 +55,7 @@ if not defined ACCELERATE (
 )
 
 rem Pre-flight looks at the environment of the training, so it runs by the Python of accelerate.
-rem It lies beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
+rem It is beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
 rem a folder without one.
 for %%I in ("%ACCELERATE%\..\python.exe") do set "PYTHON=%%~fI"
 if not exist "%PYTHON%" for %%I in ("%ACCELERATE%\..\..\python.exe") do set "PYTHON=%%~fI"

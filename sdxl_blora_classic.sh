@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Trains content and style of an SDXL B-LoRA together, with the original bundle's settings.
-# Edit the settings below, or better a copy of this file, and run it.
+# Edit the settings below, preferably in a copy of this file, and run it.
 # Options given to it are appended last and override the recipe: sdxl_blora_classic --max_train_steps=10
 # sh cannot read the rest: started as "sh sdxl_blora_classic.sh", it goes on in bash.
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------
-# Change what stands between :- and } and nothing else: no space goes around the =. For example:
+# Change only what is between :- and }, and put no spaces around the =. For example:
 #   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-~/my models/sdxl.safetensors}"
 # Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 BLORA_NAME="${BLORA_NAME:-my_project}"
@@ -59,8 +59,8 @@ if ! ACCELERATE="$(type -P accelerate)"; then
 fi
 
 # Pre-flight looks at the environment of the training, so it runs by the Python of accelerate.
-# The first line of accelerate names it. Where that is a shell, because the path is long or has a
-# space, Python lies beside.
+# The first line of accelerate names it. If that is a shell, because the path is long or has a
+# space, Python is beside it.
 read -r PYTHON PROGRAM _ <"$ACCELERATE"
 PYTHON="${PYTHON#??}"
 if [[ "$PYTHON" == */env ]]; then PYTHON="$(type -P "$PROGRAM" || true)"; fi

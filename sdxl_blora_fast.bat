@@ -1,14 +1,15 @@
 @echo off
-rem Trains content and style of an SDXL B-LoRA together, as classic but for these settings: no
-rem gradients that a B-LoRA does not need (blora_network), latents are cached, attention is torch's
-rem own, no warm-up, no bias correction, and files in fp16.
-rem Edit the settings below, or better a copy of this file, and run it.
+rem Trains content and style of an SDXL B-LoRA together, as classic does, with these changes: it
+rem computes only the gradients that a B-LoRA needs (blora_network), caches latents, uses torch's
+rem own attention, has no warm-up and no bias correction, and saves in fp16.
+rem Edit the settings below, preferably in a copy of this file, and run it.
 rem Options given to it are appended last and override the recipe: sdxl_blora_fast --max_train_steps=10
 setlocal EnableExtensions DisableDelayedExpansion
 
 rem ---- Settings (edit them here, or set them in the environment) ---------------------------------
-rem Change what stands between = and " and nothing else: no space goes around the =. For example:
+rem Change only what is between = and ", and put no spaces around the =. For example:
 rem   if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:\my models\sdxl.safetensors"
+rem Delete the quote marks around a path that you paste: with an & in it, they break the line.
 rem Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 if not defined BLORA_NAME set "BLORA_NAME=my_project"
 rem The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.
@@ -19,18 +20,19 @@ rem The SDXL checkpoint to train on: a .safetensors file or a diffusers folder.
 if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.safetensors"
 rem The blocks to train: one of lycoris_presets, relative to this folder.
 if not defined BLORA_PRESET set "BLORA_PRESET=lycoris_presets/blora_content_style.toml"
-rem 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
+rem 1 saves memory by computing part of each step twice. 0 is faster and takes 3 to 4 GB more.
 if not defined BLORA_SAVE_MEMORY set "BLORA_SAVE_MEMORY=1"
 rem Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 rem For one of several: --num_processes=1
 if not defined BLORA_ACCELERATE_ARGS set "BLORA_ACCELERATE_ARGS="
 
 rem ---- Launch (nothing below needs editing) ------------------------------------------------------
-rem A path copied from Explorer has quote marks, and a \ at its end would swallow the next one.
-set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:"=%"
-set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:\=/%"
-set "BLORA_PRESET=%BLORA_PRESET:"=%"
-set "BLORA_PRESET=%BLORA_PRESET:\=/%"
+rem A path copied from Explorer has quote marks, and a \ at its end would swallow the next one. Of an
+rem empty setting cmd would make the text "=.
+if defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:"=%"
+if defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=%BLORA_CHECKPOINT:\=/%"
+if defined BLORA_PRESET set "BLORA_PRESET=%BLORA_PRESET:"=%"
+if defined BLORA_PRESET set "BLORA_PRESET=%BLORA_PRESET:\=/%"
 cd /d "%~dp0"
 set "PROJECT=%BLORA_NAME%_%BLORA_REVISION%"
 set "SCRIPT=sdxl_train_network.py"
@@ -57,7 +59,7 @@ if not defined ACCELERATE (
 )
 
 rem Pre-flight looks at the environment of the training, so it runs by the Python of accelerate.
-rem It lies beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
+rem It is beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
 rem a folder without one.
 for %%I in ("%ACCELERATE%\..\python.exe") do set "PYTHON=%%~fI"
 if not exist "%PYTHON%" for %%I in ("%ACCELERATE%\..\..\python.exe") do set "PYTHON=%%~fI"

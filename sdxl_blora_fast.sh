@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains content and style of an SDXL B-LoRA together, as classic but for these settings: no
-# gradients that a B-LoRA does not need (blora_network), latents are cached, attention is torch's
-# own, no warm-up, no bias correction, and files in fp16.
-# Edit the settings below, or better a copy of this file, and run it.
+# Trains content and style of an SDXL B-LoRA together, as classic does, with these changes: it
+# computes only the gradients that a B-LoRA needs (blora_network), caches latents, uses torch's
+# own attention, has no warm-up and no bias correction, and saves in fp16.
+# Edit the settings below, preferably in a copy of this file, and run it.
 # Options given to it are appended last and override the recipe: sdxl_blora_fast --max_train_steps=10
 # sh cannot read the rest: started as "sh sdxl_blora_fast.sh", it goes on in bash.
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------
-# Change what stands between :- and } and nothing else: no space goes around the =. For example:
+# Change only what is between :- and }, and put no spaces around the =. For example:
 #   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-~/my models/sdxl.safetensors}"
 # Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
 BLORA_NAME="${BLORA_NAME:-my_project}"
@@ -21,7 +21,7 @@ BLORA_RANK="${BLORA_RANK:-1024}"
 BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-path/to/sd_xl_base_1.0.safetensors}"
 # The blocks to train: one of lycoris_presets, relative to this folder.
 BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
-# 1 saves memory and computes part of each step twice. 0 spares that, and takes 3 to 4 GB more.
+# 1 saves memory by computing part of each step twice. 0 is faster and takes 3 to 4 GB more.
 BLORA_SAVE_MEMORY="${BLORA_SAVE_MEMORY:-1}"
 # Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 # For one of several: --num_processes=1
@@ -63,8 +63,8 @@ if ! ACCELERATE="$(type -P accelerate)"; then
 fi
 
 # Pre-flight looks at the environment of the training, so it runs by the Python of accelerate.
-# The first line of accelerate names it. Where that is a shell, because the path is long or has a
-# space, Python lies beside.
+# The first line of accelerate names it. If that is a shell, because the path is long or has a
+# space, Python is beside it.
 read -r PYTHON PROGRAM _ <"$ACCELERATE"
 PYTHON="${PYTHON#??}"
 if [[ "$PYTHON" == */env ]]; then PYTHON="$(type -P "$PROGRAM" || true)"; fi

@@ -221,6 +221,16 @@ def test_a_setting_edited_in_the_file_is_used(kohya):
     assert f"--pretrained_model_name_or_path={CHECKPOINT}" in kohya.argv("sdxl_blora_fast")
 
 
+def test_a_setting_emptied_in_the_file_stays_empty(kohya):
+    del kohya.env["BLORA_CHECKPOINT"]
+    file = kohya.path / f"sdxl_blora_fast{kohya.shell.suffix}"
+    text = file.read_bytes().decode()
+    file.write_bytes(text.replace("path/to/sd_xl_base_1.0.safetensors", "", 1).encode())
+    argv = kohya.argv("sdxl_blora_fast")
+    assert "--pretrained_model_name_or_path=" in argv
+    assert "--seed=0" in argv
+
+
 @pytest.mark.parametrize(("save", "given"), [("1", ["--gradient_checkpointing"]), ("0", [])])
 def test_memory_is_saved_unless_that_is_switched_off(kohya, save, given):
     kohya.env["BLORA_SAVE_MEMORY"] = save
@@ -637,17 +647,19 @@ def test_a_bat_waits_for_a_key_only_when_it_was_double_clicked(bat, tmp_path, na
 ONE_TWIN = {
     ".sh": """\
 sh cannot read the rest: started as "sh NAME.sh", it goes on in bash.
-Change what stands between :- and } and nothing else: no space goes around the =. For example:
+Change only what is between :- and }, and put no spaces around the =. For example:
   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-~/my models/sdxl.safetensors}"
 A path may have been pasted with quote marks around it, or start at the home folder.
-The first line of accelerate names it. Where that is a shell, because the path is long or has a
-space, Python lies beside.
+The first line of accelerate names it. If that is a shell, because the path is long or has a
+space, Python is beside it.
 """.splitlines(),
     ".bat": """\
-Change what stands between = and " and nothing else: no space goes around the =. For example:
+Change only what is between = and ", and put no spaces around the =. For example:
   if not defined BLORA_CHECKPOINT set "BLORA_CHECKPOINT=D:\\my models\\sdxl.safetensors"
-A path copied from Explorer has quote marks, and a \\ at its end would swallow the next one.
-It lies beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
+Delete the quote marks around a path that you paste: with an & in it, they break the line.
+A path copied from Explorer has quote marks, and a \\ at its end would swallow the next one. Of an
+empty setting cmd would make the text "=.
+It is beside accelerate in a venv, and one folder up in conda. pip --user puts accelerate into
 a folder without one.
 cmd splits an option at its =, unless there are quote marks around it. One empty text is no end.
 A double-click opens a window of its own that closes with the last line: hold it open.
