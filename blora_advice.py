@@ -35,8 +35,8 @@ def check_network(network: Built, args: argparse.Namespace, report: Report) -> N
         check_lycoris(report)
     elif args.network_module.startswith("networks.") and "preset" in pairs(args.network_args):
         report.warnings.append(
-            f"--network_module={args.network_module} knows no preset, and trains "
-            f"{len(network.modules)} modules: take lycoris.kohya or blora_network for a B-LoRA"
+            f"--network_module={args.network_module} takes no preset and trains "
+            f"{len(network.modules)} modules: use lycoris.kohya or blora_network for a B-LoRA"
         )
     rank, alpha = args.network_dim, args.network_alpha
     if rank and alpha and alpha > rank:
@@ -92,8 +92,8 @@ def left_out_text(printed: str, network: Built, args: argparse.Namespace) -> str
     if not made or network.trains_text or not args.network_train_unet_only:
         return ""
     return (
-        f"{made} modules of the text encoders are left out, by --network_train_unet_only, as the "
-        "recipes have it"
+        f"{made} modules of the text encoders are not trained because of "
+        "--network_train_unet_only, as the recipes intend"
     )
 
 
@@ -117,10 +117,12 @@ def check_rate(groups: list[dict[str, Any]], args: argparse.Namespace, report: R
         )
 
 
-def check_prompts(args: argparse.Namespace, report: Report) -> None:
-    """Options behind the prompts of samples that sd-scripts leaves out without a word."""
+def check_prompt_options(args: argparse.Namespace, report: Report) -> None:
+    """Options of sample prompts that sd-scripts ignores without a word."""
     asked = args.sample_every_n_steps or args.sample_every_n_epochs or args.sample_at_first
-    if not asked or not Path(args.sample_prompts).is_file():
+    if asked and not args.sample_prompts:  # where the look knew the option by its beginning alone
+        report.errors.append("samples are asked for without their prompts: add --sample_prompts")
+    if not asked or not Path(args.sample_prompts or "").is_file():
         return
     from library.train_util import line_to_prompt_dict  # sd-scripts' own, which the rehearsal found
 
@@ -131,7 +133,7 @@ def check_prompts(args: argparse.Namespace, report: Report) -> None:
     unread = [f'"--{part.strip()}"' for part, found in read.items() if found.keys() == {"prompt"}]
     if unread:
         report.warnings.append(
-            f'behind the prompts in "{args.sample_prompts}" sd-scripts does not read '
+            f'sd-scripts ignores what stands after the prompts in "{args.sample_prompts}", '
             f"{', '.join(unread)}: write --w 1024, --h 1024, --s 25, --l 7, --d 1 or --n and a text"
         )
 
@@ -146,6 +148,8 @@ def check_device(device: str, accelerate: list[str], report: Report) -> None:
 
 
 # ---- Processes -----------------------------------------------------------------------------------
+
+OPTIONS = "accelerate's options (BLORA_ACCELERATE_ARGS in the launcher)"
 
 
 def processes(accelerate: list[str], script: str) -> Started:
@@ -167,25 +171,25 @@ def processes(accelerate: list[str], script: str) -> Started:
     except (SystemExit, ValueError, OSError) as error:
         usage = printed.getvalue().rpartition(": error: ")[2].strip()
         raise BloraError(
-            f"accelerate refuses its options: correct BLORA_ACCELERATE_ARGS ({usage or error})"
+            f"accelerate refuses what it is given: correct {OPTIONS} ({usage or error})"
         ) from error
     return started(args, said or defaults is not None)
 
 
 def started(args: argparse.Namespace, was_said: bool) -> Started:
     """What becomes of accelerate's options, which it has filled in."""
-    machines, asked = args.num_machines or 1, args.num_processes or 1
+    machines, asked = args.num_machines or 1, max(1, args.num_processes or 1)
     # As its launch_command chooses: anything else starts one process, whatever number is asked for.
     several = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm
     is_lone = args.cpu or not several
     if machines > 1 and not args.use_deepspeed:  # which may have a file of its machines
         check_meeting(args, is_lone)
     return Started(
-        1 if is_lone else asked // machines * machines,
+        1 if is_lone else max(1, asked // machines) * machines,
         1 if is_lone else machines,
-        0 if is_lone else args.machine_rank or 0,
+        0 if is_lone or machines == 1 else args.machine_rank or 0,
         was_said,
-        lacks_multi_gpu=is_lone and not args.cpu and max(asked, machines) > 1,
+        lacks_multi_gpu=is_lone and not (args.cpu or args.tpu) and max(asked, machines) > 1,
     )
 
 
@@ -199,13 +203,17 @@ def check_meeting(args: argparse.Namespace, is_lone: bool) -> None:
     for name, what in needed.items():
         if getattr(args, name) is None:
             raise BloraError(
-                f"--num_machines={args.num_machines} needs --{name}, {what}: add it to "
-                "BLORA_ACCELERATE_ARGS"
+                f"--num_machines={args.num_machines} needs --{name}, {what}: add it to {OPTIONS}"
             )
     if not is_lone and args.num_processes < args.num_machines:
         raise BloraError(
             f"--num_processes={args.num_processes} is too few for --num_machines="
             f"{args.num_machines}: give the number of all machines together"
+        )
+    if not is_lone and args.machine_rank >= args.num_machines:
+        raise BloraError(
+            f"--machine_rank={args.machine_rank} is beyond --num_machines={args.num_machines}: "
+            "count the machines from 0"
         )
 
 
@@ -216,13 +224,12 @@ def check_processes(started: Started, report: Report) -> None:
     if number > 1 and not started.was_said:
         report.warnings.append(
             f"accelerate finds {number} graphics cards and will train on all of them, which takes "
-            f"{number} times the pictures a step: for one, add --num_processes=1 to "
-            "BLORA_ACCELERATE_ARGS"
+            f"{number} times the pictures a step: for one, add --num_processes=1 to {OPTIONS}"
         )
     if started.lacks_multi_gpu:
         report.warnings.append(
-            "without --multi_gpu accelerate starts one process on a machine, which trains by "
-            "itself: add it to BLORA_ACCELERATE_ARGS"
+            "without --multi_gpu accelerate starts one process on each machine, and each trains a "
+            f"LoRA of its own: add it to {OPTIONS}"
         )
 
 
@@ -236,4 +243,4 @@ def advise(rehearsal: Rehearsal, report: Report) -> None:
         if note := left_out_text(printed, network, args):
             report.notes.append(note)
     check_rate(rehearsal.groups, args, report)
-    check_prompts(args, report)
+    check_prompt_options(args, report)

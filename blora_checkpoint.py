@@ -187,7 +187,7 @@ OTHER_MODELS = (
     (r"cond_stage_model\.model\..*", "an SD 2.x checkpoint"),
     (r"(model\.diffusion_model\.)?double_blocks\..*", "a Flux checkpoint"),
     (r"(model\.diffusion_model\.)?joint_blocks\..*", "an SD3 checkpoint"),
-    (r"down_blocks\..*", "a U-Net of diffusers"),
+    (r"down_blocks\..*", "a diffusers U-Net"),
     (r"(encoder|decoder)\..*", "a VAE"),
 )
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -203,7 +203,7 @@ def unet_kind(shapes: dict[str, Shape]) -> str | None:
     shape = shapes.get(CONV_IN, ())
     if len(shape) == 4 and shape[1] != 4:
         kind = "an inpainting model" if shape[1] == 9 else "a model of its own"
-        return f"{kind}, whose U-Net takes {shape[1]} channels and not SDXL's 4"
+        return f"{kind}, whose U-Net takes {shape[1]} channels, not SDXL's 4"
     # One tensor of each transformer block; a residual block has no norm1.
     blocks = [key for key in sdxl_parts()[0].tensors if key.endswith(".norm1.weight")]
     left = sum(key in shapes for key in blocks)
@@ -229,7 +229,7 @@ def differences(part: Part, shapes: dict[str, Shape]) -> str:
         told.append(f"lacks {len(missing)} of its {len(part.tensors):,} tensors")
         told[-1] += f" ({first_few(missing)})"
     if more:
-        told.append(f"has {len(more)} that SDXL has not ({first_few(more)})")
+        told.append(f"has {len(more)} that SDXL does not have ({first_few(more)})")
     if other:
         told.append(f"has {len(other)} of another shape ({first_few(other)})")
     return " and ".join(told)
@@ -335,14 +335,14 @@ def check_file(path: Path, predicts_v: bool, report: Report) -> None:
         check_sdxl(path, predicts_v, report)
     elif begins_as_safetensors(path):
         raise BloraError(
-            f'"{path}" is a safetensors file, and sd-scripts knows one by its name alone: give one '
-            "whose name ends in .safetensors"
+            f'"{path}" is a safetensors file, which sd-scripts recognizes by its name alone: '
+            "give one whose name ends in .safetensors"
         )
     elif is_of_torch(path):
-        report.notes.append(f'"{path}" is no .safetensors file and was not looked into')
+        report.notes.append(f'"{path}" is not a .safetensors file, so it was not checked')
     else:
         raise BloraError(
-            f'"{path}" is neither a safetensors file nor one of torch: download it again, or give '
+            f'"{path}" is neither a safetensors file nor a torch file: download it again, or give '
             "another"
         )
 
@@ -362,14 +362,14 @@ def check_checkpoint(name: str, predicts_v: bool, report: Report) -> None:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise BloraError(
-                f'"{name}" is a folder without a model_index.json, so no model of diffusers: '
-                "give the .safetensors file itself"
+                f'"{name}" is a folder without a model_index.json, so it is not a diffusers '
+                "model: give the .safetensors file itself"
             )
-        report.notes.append(
-            f'"{name}" is a folder, taken for a diffusers model and not looked into'
-        )
+        report.notes.append(f'"{name}" is a folder, taken for a diffusers model and not checked')
     elif not path.exists() and is_of_the_hub(name):
-        report.notes.append(f'"{name}" is no file here, taken for a model of the Hugging Face hub')
+        report.notes.append(
+            f'"{name}" is not a file here, so it is taken for a model of the Hugging Face hub'
+        )
     elif not path.is_file():
         raise BloraError(f'no checkpoint at "{name}": {CORRECT}')
     else:

@@ -175,7 +175,7 @@ def notes(kept: list[Module], whole: list[Module], name: str) -> list[str]:
         )
     if unknown := [f"{module.name}.{suffix}" for module in whole for suffix in module.unknown]:
         said.append(
-            f"note: tensors of {name} that are of no kind known here were copied as they are "
+            f"note: tensors of {name} of an unknown kind were copied as they are "
             f"({len(unknown)}): {first_few(unknown)}"
         )
     return said

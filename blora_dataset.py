@@ -150,12 +150,12 @@ def check_caption_lines(folder: Folder, report: Report) -> None:
             longer.append(name)
     if blank:
         report.warnings.append(
-            "captions that begin with an empty line are trained as no words at all, "
+            "captions that begin with an empty line are trained as empty, "
             f'{len(blank)} in "{folder.path}": {first_few(blank)}: put the words on the first line'
         )
     if longer:
         report.warnings.append(
-            "captions of several lines are trained by their first line alone, "
+            "captions of several lines are trained with their first line alone, "
             f'{len(longer)} in "{folder.path}": {first_few(longer)}: make it one line, or set '
             "enable_wildcard = true, which draws a line at each step"
         )
@@ -224,7 +224,7 @@ def left_out(folder: Folder) -> list[LeftOut]:
         ending, plain = path.suffix, path.suffix.lower()
         reason = f"{ending} is not read" if ending else "no ending"
         if plain in endings | {".png", ".jpg", ".jpeg", ".webp", ".bmp"}:
-            remedy = "write the ending in small letters"
+            remedy = "write the ending in lower case"
         else:
             remedy = PLUGINS.get(plain, "save as .png or .jpg")
         found.append(LeftOut(path, reason, remedy))
@@ -249,7 +249,7 @@ def holds_pictures(folder: Path) -> bool:
 
 
 def check_below(folders: list[Folder], report: Report) -> None:
-    """A note on folders with pictures within a trained folder, which are not looked into."""
+    """A warning of pictures in subfolders of a trained folder, which sd-scripts does not read."""
     trained = {folder.path.resolve() for folder in folders}
     for path in sorted({folder.path for folder in folders if folder.caption_extension}):
         inner = [
@@ -258,8 +258,9 @@ def check_below(folders: list[Folder], report: Report) -> None:
             if item.resolve() not in trained and holds_pictures(item)
         ]
         if inner:
-            report.notes.append(
-                f'pictures in folders of "{path}" are not trained, in {first_few(inner)}'
+            report.warnings.append(
+                f'pictures in subfolders of "{path}" are not trained, {first_few(inner)}: move '
+                "them up, or add a [[datasets.subsets]] for each folder"
             )
 
 
@@ -290,7 +291,7 @@ def passed_over(subsets: Iterable[Mapping[str, Any]], trained: Iterable[Path]) -
         folder = Path(str(subset.get("image_dir", "")))
         if folder in named and "metadata_file" not in subset:
             sentences.append(
-                f'"{folder}" is named twice, and counts once: to weigh it, give it num_repeats'
+                f'"{folder}" is listed twice but counts once: use num_repeats to weigh it'
             )
         named.add(folder)
         # The look names those that are not there.
@@ -303,14 +304,14 @@ def passed_over(subsets: Iterable[Mapping[str, Any]], trained: Iterable[Path]) -
             why = f"sd-scripts does not read {names}): save them as .png or .jpg"
         else:
             why = "no pictures): put some there, or correct image_dir"
-        sentences.append(f'"{folder}" is passed over ({why}')
+        sentences.append(f'"{folder}" is skipped ({why}')
     return sentences
 
 
 def unnumbered(parent: Path) -> list[str]:
     """Sentences on folders of --train_data_dir that are not trained, for want of a number."""
     return [
-        f'"{folder}" is passed over, since its name does not begin with a number of repeats: '
+        f'"{folder}" is skipped, since its name does not begin with a number of repeats: '
         f'call it "1_{folder.name}"'
         for folder in sorted(parent.iterdir())
         if not re.match(r"\d+(_|$)", folder.name) and holds_pictures(folder)

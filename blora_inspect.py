@@ -234,7 +234,7 @@ def table(rows: list[list[str]]) -> list[str]:
 TROUBLES = {
     "incomplete": f"modules that {INCOMPLETE}",
     "misfits": "modules that do not fit SDXL's layers",
-    "unknown": "tensors of no kind known here",
+    "unknown": "tensors of an unknown kind",
     "doubled": "modules that are there more than once",
     "own": "layers' own weights, which are no LoRA's",
     "unplaced": "tensors that do not belong to SDXL",

@@ -96,7 +96,7 @@ def check_resume(options: Options, report: Report) -> None:
         return
     folder = Path(state).expanduser()  # as accelerate does
     if not folder.is_dir():
-        report.errors.append(f'no folder of a saved state at "{state}": correct --resume')
+        report.errors.append(f'no saved state at "{state}": correct --resume')
         return
     if not any(folder.iterdir()):
         report.errors.append(f'no saved state in "{state}": correct --resume')
@@ -191,20 +191,22 @@ def check_prompts(path: Path, report: Report) -> None:
     """Whether the prompts can be read, whether there are any, and whether a comment is one."""
     try:
         prompts = read_prompts(path)
-        is_sound = isinstance(prompts, list) and all(isinstance(p, (str, dict)) for p in prompts)
+        is_list = isinstance(prompts, list) and all(isinstance(p, (str, dict)) for p in prompts)
+        is_sound = is_list or prompts in ({}, "")  # of which it takes none
     except (KeyError, TypeError):
         is_sound = False
     if not is_sound:
         report.errors.append(
-            f'the prompts in "{path}" would end the training at the first sample: a .toml has them '
-            "in [[prompt.subset]], with nothing that [prompt] has too, a .json in a list"
+            f'the prompts in "{path}" would end the training at the first sample: put them in '
+            "[[prompt.subset]] of a .toml, without repeating what [prompt] sets, or in a list in a "
+            ".json"
         )
     elif not prompts:
         report.warnings.append(f'no prompt in "{path}", so there will be no samples: add one')
     elif any(isinstance(p, str) and p.lstrip("\ufeff").startswith("#") for p in prompts):
         report.warnings.append(
             f'a comment in "{path}" will be drawn as a prompt: # has to be the first character of '
-            "the line, without a blank or a byte order mark before it"
+            "the line, without a space or a byte order mark before it"
         )
 
 
@@ -214,7 +216,9 @@ def check_prompts(path: Path, report: Report) -> None:
 def load_config(path: Path) -> Any:
     """The dataset config, by the ending of its name as sd-scripts reads it; none without toml."""
     if not path.is_file():
-        raise BloraError(f'no dataset config at "{path}": write one there, or correct the path')
+        raise BloraError(
+            f'no dataset config at "{path}": copy blora_dataset.toml there, or correct the path'
+        )
     ending = path.suffix.lower()
     if ending == ".toml":
         return load_toml(path, "dataset config") if has_toml() else None
@@ -303,7 +307,7 @@ LONGEST_NAME = 255  # bytes, or on Windows letters, of a file's name on every co
 LONGEST_ENDING = "-step00001000.safetensors"
 NOT_ON_WINDOWS = '<>:"|?*\\'
 DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9]) *(\..*)?", re.IGNORECASE)
-NAMED_BY = "correct BLORA_NAME, or --output_name"
+NAMED_BY = "correct --output_name (BLORA_NAME in the launcher)"
 
 
 def check_folder(options: Options, name: str, report: Report) -> None:
@@ -317,11 +321,11 @@ def check_folder(options: Options, name: str, report: Report) -> None:
     shown = text if nearest == path else nearest.absolute()
     if not nearest.is_dir():
         report.errors.append(
-            f'"{shown}" is no folder, and nothing can be saved there: correct --{name}'
+            f'"{shown}" is not a folder, so nothing can be saved there: correct --{name}'
         )
     elif not os.access(nearest, os.W_OK | os.X_OK):
         report.errors.append(
-            f'nothing may be written to "{shown}": correct --{name}, or its rights'
+            f'nothing may be written to "{shown}": correct --{name}, or its permissions'
         )
 
 
@@ -344,7 +348,7 @@ def check_name(options: Options, report: Report) -> None:
     if letters or DEVICES.fullmatch(name):
         why = f"with {' '.join(letters)} in its name" if letters else "of this name"
         (report.errors if is_windows else report.warnings).append(
-            f'--output_name "{shown}": Windows saves no file {why}: {NAMED_BY}'
+            f'--output_name "{shown}": Windows cannot save a file {why}: {NAMED_BY}'
         )
 
 
@@ -362,7 +366,8 @@ def check_output(options: Options, report: Report) -> None:
     saved = Path(output, f"{options.text('output_name', 'last')}.{ending}")
     if output and os.path.lexists(saved):
         report.warnings.append(
-            f'"{saved}" is there and will be written over: raise BLORA_REVISION, or move it away'
+            f'"{saved}" is there and will be written over: give another '
+            "--output_name (BLORA_REVISION in the launcher), or move it away"
         )
 
 
@@ -399,7 +404,7 @@ def attempt(report: Report, check: Callable[..., Any], *args: Any) -> Any:
         report.errors.append(str(error))
     except OSError as error:
         report.errors.append(
-            f"cannot read a file or folder ({error}): correct its path or its rights"
+            f"cannot read a file or folder ({error}): correct its path or its permissions"
         )
     return None
 
@@ -425,7 +430,7 @@ def look(script: Path, options: Options, report: Report) -> None:
     the look ends with its error.
     """
     if not has_toml():
-        report.notes.append("no toml in this Python, so the configs were not looked into")
+        report.notes.append("no toml in this Python, so the configs were not checked")
 
     if not script.is_file():
         report.errors.append(

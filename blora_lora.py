@@ -105,7 +105,7 @@ ALGORITHMS = (
 )
 # Changes of their own that stand beside any algorithm's factors.
 ADDED = ("diff", "diff_b", "w_norm", "b_norm")
-UNKNOWN = Algorithm("unknown", (), (), reason="its tensors are of no kind known here")
+UNKNOWN = Algorithm("unknown", (), (), reason="its tensors are of an unknown kind")
 
 NO_BLOCKS = Tensor("F32", (), b"")
 

@@ -327,7 +327,7 @@ def what_is_wrong(path: Path, size: tuple[int, int], error: Exception) -> str:
     if start.startswith(b"<"):
         return "it is a web page, not a picture"
     if isinstance(error, PIL.UnidentifiedImageError):
-        return "it is no picture that PIL can read"
+        return "PIL cannot read it as a picture"
     words = in_english((str(error) or type(error).__name__).split("\n")[0])
     return f"{words}, it is {size[0]}x{size[1]}" if isinstance(error, AssertionError) else words
 
@@ -335,7 +335,7 @@ def what_is_wrong(path: Path, size: tuple[int, int], error: Exception) -> str:
 # ---- What was found ------------------------------------------------------------------------------
 
 ANEW = "save it anew, or take it out"
-BUCKETS = "add --enable_bucket, or save it in the size of the resolution"
+BUCKETS = "add --enable_bucket, or save it at the size of the resolution"
 
 
 def refusals(opened: Iterable[Opened]) -> list[str]:
@@ -387,8 +387,8 @@ def check_upright(opened: Iterable[Opened], report: Report) -> None:
     turned = dict.fromkeys(p.path for p in opened if p.orientation in range(2, 9) and not p.error)
     if turned:
         report.warnings.append(
-            "photos are trained lying down, as the camera stored them, since sd-scripts does not "
-            f"turn them by their EXIF, {len(turned)} in all: "
+            "photos are trained lying on their side, as the camera stored them, since sd-scripts "
+            f"does not turn them by EXIF, {len(turned)} in all: "
             f"{first_few(path.name for path in turned)}: rotate them in an image editor and save"
         )
 
@@ -491,7 +491,7 @@ def check_cached_captions(folders: Iterable[Folder], report: Report) -> None:
                 stale[npz] = npz.name
     if stale:
         report.warnings.append(
-            "leftover text, older than the captions, is trained in their place, "
+            "leftover text encoder outputs, older than the captions, are trained in their place, "
             f"{len(stale)} in all: {first_few(stale.values())}: delete these files"
         )
 
@@ -528,7 +528,8 @@ def check_dataset(
     every = [*datasets, *map(with_strategies, kept_back)]
 
     def ask(what: str, step: Callable[..., Any], *more: Any) -> Any:
-        return attempt(report, f"this sd-scripts did not let us look at {what}", step, *more)
+        failed = f"this release of sd-scripts does not let us check {what}"
+        return attempt(report, failed, step, *more)
 
     cached = args.cache_latents or args.cache_latents_to_disk
     caches_text = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk

@@ -215,7 +215,7 @@ def plan_memory(
         if way_back.checkpointing and way_back.stops_early:
             more = blora_memory.activations(replace(way_back, checkpointing=False)) - kept
             hint = (
-                " (BLORA_SAVE_MEMORY=0, which is without --gradient_checkpointing: "
+                " (without --gradient_checkpointing, which is BLORA_SAVE_MEMORY=0: "
                 f"{file_size(more)} more)"
             )
     summands = [f"{file_size(size)} {part}" for part, size in parts.items()]
@@ -329,11 +329,12 @@ def plan(rehearsal: Rehearsal, started: Started, pixels: int, report: Report) ->
     if rehearsal.network is None:  # deepspeed wraps it
         return
     network = built(rehearsal.network)
+    report.plan["network"] = args.network_module
     plan_modules(network, known_traits(report), report)
     plan_rank(network, args, report)
     way_back = backward(network, args, pixels, args.network_module == OUR_NETWORK)
     plan_memory(network, rehearsal.optimizer_state, way_back, args, report)
     if started.machine:
-        report.plan["saves"] = "on the first machine, --machine_rank=0, and none on this one"
+        report.plan["saves"] = "only on the first machine (--machine_rank=0)"
     else:
         plan_saves(lasting, network, rehearsal.optimizer_state, args, report)

@@ -3,19 +3,19 @@
 # requires-python = ">=3.10"
 # dependencies = ["toml"]
 # ///
-"""Check a training before it begins, and say what it will be.
+"""Check a training before it begins, and describe it.
 
   blora_preflight.py sdxl_train_network.py --pretrained_model_name_or_path=... --dataset_config=...
       takes the command line of the training, as the launchers pass it and the kohya_ss GUI
-      prints it. First a look: files, folders, the checkpoint, the output. Then a rehearsal: the
-      trainer's own code up to its first step, without the weights, and every picture opened as
-      the trainer opens it. Nothing is written
+      prints it. First it looks at files, folders, the checkpoint and the output. Then it
+      rehearses: it runs the trainer's own code up to its first step, without the weights, and
+      opens every picture as the trainer does. Nothing is written
   blora_preflight.py --preview sheet.jpg sdxl_train_network.py ...
       draws the pictures as the trainer will see them
   blora_preflight.py --json sdxl_train_network.py ...
-      says the same as JSON
+      prints the same as JSON
 
-Exit code 1 where the training would fail. Warnings never stop it.
+Exit code 1 if the training would fail. Warnings never stop it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ except ImportError as missing:
     sys.exit(f"error: {missing_file(missing.name)}")
 
 
-NOT_TOLD = "this release does not let us tell all of the plan"
+NOT_TOLD = "this release of sd-scripts does not let us tell the whole plan"
 
 
 # ---- The rehearsal -------------------------------------------------------------------------------
@@ -171,12 +171,12 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="say it as JSON")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument(
         "--no_rehearsal",
         action="store_true",
         default=setting("BLORA_REHEARSAL") == "0",
-        help="look, and leave the trainer's own code out (or set BLORA_REHEARSAL to 0)",
+        help="only look, without the trainer's own code (or set BLORA_REHEARSAL to 0)",
     )
     parser.add_argument(
         "--preview",

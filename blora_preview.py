@@ -388,10 +388,11 @@ def check_sheet(sheet: Path, folders: Iterable[Path] = ()) -> None:
     if not sheet.parent.is_dir():
         raise BloraError(f'no folder "{sheet.parent}" for --preview: make it, or give another')
     if sheet.exists() and not is_sheet(sheet):
-        raise BloraError(f'"{sheet}" is no preview of before: give --preview another name')
+        raise BloraError(f'"{sheet}" is not an earlier preview: give --preview another name')
     if sheet.resolve().parent in {folder.resolve() for folder in folders}:
         raise BloraError(
-            f'"{sheet}" would lie among the pictures and be trained: give --preview another folder'
+            f'"{sheet}" would be saved among the pictures and trained: give --preview another '
+            "folder"
         )
 
 

@@ -108,7 +108,7 @@ def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
     except (TypeError, ValueError, OverflowError, ZeroDivisionError, StopIteration, re.error):
         alpha = math.nan
     if not math.isfinite(alpha):
-        raise BloraError(f"{settings.where} gives {module.name} an alpha that is no number")
+        raise BloraError(f"{settings.where} gives {module.name} an alpha that is not a number")
     return with_alpha(module, alpha)
 
 
@@ -124,7 +124,7 @@ def check_settings(settings: Settings, path: Path) -> None:
     kind = str(settings.values.get("peft_type", "LORA"))
     if kind not in COMMON_TYPES:
         raise BloraError(
-            f"{path} is PEFT's {printable(kind)}, for which kohya's names have no form: use it "
+            f"{path} is PEFT's {printable(kind)}, which kohya's names cannot express: use it "
             "with PEFT"
         )
     start = str(settings.values.get("init_lora_weights", ""))
@@ -358,7 +358,7 @@ def read_lora(path: Path) -> Lora:
     check_model(path, modules, unplaced, metadata)
     if not modules:
         holds = first_few(sorted(tensors)) or "no tensor at all"
-        raise BloraError(f"{path} is no SDXL LoRA: it holds {holds}")
+        raise BloraError(f"{path} is not an SDXL LoRA: it holds {holds}")
     return Lora(
         path,
         modules,

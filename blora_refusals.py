@@ -48,7 +48,7 @@ REFUSALS = (
     ),
     (
         r"get_scheduler_fix.*: ValueError: .*not a valid SchedulerType",
-        "there is no --lr_scheduler={args.lr_scheduler}: take one of those in brackets",
+        "there is no --lr_scheduler={args.lr_scheduler}: use one of those in brackets",
     ),
     (
         r"get_scheduler_fix.*: AttributeError",
@@ -76,7 +76,7 @@ REFUSALS = (
     ),
     (
         r"create_network.*:",
-        "{args.network_module} makes no network of --network_args {network_args}: correct them",
+        "{args.network_module} makes no network with --network_args {network_args}: correct them",
     ),
     (
         r"load_weights.*: (SafetensorError|FileNotFoundError|UnpicklingError)",
@@ -84,7 +84,7 @@ REFUSALS = (
     ),
     (
         r"load_weights.*:",
-        "--network_weights={args.network_weights} does not fit the network: take the "
+        "--network_weights={args.network_weights} does not fit the network: use the "
         "--network_args and --network_dim that it was trained with, or add --dim_from_weights",
     ),
     (
@@ -124,12 +124,12 @@ REFUSALS = (
     ),
     (
         r"AssertionError: min_bucket_reso must be",
-        "a picture size, {resolution}, is below min_bucket_reso, {min_bucket_reso}: raise "
+        "the resolution, {resolution}, is below min_bucket_reso, {min_bucket_reso}: raise "
         "resolution in the dataset config, or add --min_bucket_reso",
     ),
     (
         r"AssertionError: max_bucket_reso must be",
-        "a picture size, {resolution}, is above max_bucket_reso, {max_bucket_reso}: raise "
+        "the resolution, {resolution}, is above max_bucket_reso, {max_bucket_reso}: raise "
         "max_bucket_reso in the dataset config",
     ),
     (
@@ -139,14 +139,14 @@ REFUSALS = (
     ),
     (
         r"AssertionError: when caching latents",
-        "--cache_latents does not go with random_crop or color_aug, which change a picture each "
-        "time: leave out the one or the other, in the options and in {args.dataset_config}",
+        "--cache_latents cannot be used with random_crop or color_aug, which change a picture each "
+        "time: leave one of the two out, in the options and in {args.dataset_config}",
     ),
     (
         r"AssertionError: when caching Text Encoder output",
-        "--cache_text_encoder_outputs does not go with shuffle_caption, token_warmup_step and "
-        "dropout of captions, which change a caption each time: leave out the one or the other, in "
-        "the options and in {args.dataset_config}",
+        "--cache_text_encoder_outputs cannot be used with shuffle_caption, token_warmup_step and "
+        "dropout of captions, which change a caption each time: leave one of the two out, in the "
+        "options and in {args.dataset_config}",
     ),
     (
         r"AssertionError: network for Text Encoder cannot be trained with caching",
@@ -164,7 +164,7 @@ REFUSALS = (
     ),
     (
         r": ValueError: persistent_workers option needs num_workers > 0",
-        "--persistent_data_loader_workers does not go with --max_data_loader_n_workers=0: leave "
+        "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: leave "
         "one of the two out",
     ),
     (r"load_vae.*:", "--vae={args.vae} cannot be loaded: correct it"),
@@ -266,7 +266,7 @@ def config_sentence(failure: Any, args: argparse.Namespace) -> str:
         else:
             mistakes.append(f"{where} has a value of the wrong kind ({said})")
     return (
-        f'the dataset config "{args.dataset_config}" is not what sd-scripts takes: '
+        f'the dataset config "{args.dataset_config}" is not valid for sd-scripts: '
         f"{', and '.join(mistakes)}: correct it"
     )
 
@@ -315,7 +315,7 @@ def ended_sentence(printed: str) -> str:
     """Why train() came back before its first step."""
     if "No data found" in printed:
         return (
-            "the trainer finds no picture: put pictures into the folders of the dataset config, or "
-            "correct image_dir there"
+            "the trainer finds no picture: put pictures into the folders of the dataset config, "
+            "not into subfolders, or correct image_dir there"
         )
-    return "the trainer ends before its first step: start it without the option that asks for it"
+    return "the trainer ends before its first step: leave out the option that asks for that"

@@ -156,7 +156,7 @@ def finite(text: str) -> float:
     """A number of the header's JSON; NaN and inf are none, as for safetensors."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no number of JSON")
+        raise ValueError(f"{text[:20]} is not a JSON number")
     return value
 
 
@@ -181,7 +181,7 @@ def parse_json(text: bytes) -> tuple[tuple[str, Any], ...]:
     if b"\\u" in text:  # an escape may be half of a letter, which no UTF-8 can hold
         json.dumps(header, ensure_ascii=False).encode("utf-8")
     if not isinstance(header, tuple):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     return header
 
 
@@ -201,9 +201,9 @@ def parse_tensor(key: str, value: object, path: Path, data: int) -> Tensor:
     pairs = tuple(zip(FIELDS, value, strict=True)) if isinstance(value, list) else value
     names = [name for name, _ in pairs] if isinstance(pairs, tuple) else []
     if any(names.count(field) != 1 for field in FIELDS):
-        raise ValueError(f"{key} is no tensor")
+        raise ValueError(f"{key} is not a tensor")
     if len(names) > len(FIELDS) and depth(pairs) > DEEPEST + 2:
-        raise ValueError(f"{key} has too many lists in lists")
+        raise ValueError(f"{key} is nested too deep")
     dtype, shape, offsets = (dict(pairs)[field] for field in FIELDS)
     fine = isinstance(dtype, str) and re.fullmatch("[A-Z][A-Z0-9_]*", dtype)
     fine = fine and is_counts(shape) and is_counts(offsets) and len(offsets) == 2
@@ -251,7 +251,7 @@ def parse_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     [metadata, *more] = [value for key, value in header if key == "__metadata__"] or [None]
     pairs = () if metadata is None else metadata
     if more or not isinstance(pairs, tuple) or not all(isinstance(v, str) for _, v in pairs):
-        raise ValueError("its metadata is not made of texts")
+        raise ValueError("its metadata has values that are not text")
     data = 8 + length
     tensors = {
         key: parse_tensor(key, value, path, data) for key, value in header if key != "__metadata__"

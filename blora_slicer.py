@@ -17,8 +17,8 @@
   blora_slicer.py --loras a.safetensors --inspect
       writes nothing, and shows what the file holds, block by block
 
---loras, --traits and --alphas go together by their order. Where there are fewer LoRAs than
-traits the last LoRA is used again; a trait left out is content, a strength left out is 1.0.
+--loras, --traits and --alphas are matched by position. If there are fewer LoRAs than traits,
+the last LoRA is used again; a missing trait means content, a missing strength means 1.0.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def multiply(module: Module, factor: float, suffixes: Iterable[str]) -> Module:
     BloraError where fp32 cannot hold the factor, or a tensor's type cannot be changed.
     """
     if not fp32_holds(factor):
-        raise BloraError(f"{module.name} would be multiplied by {factor:g}, which is no number "
-                         "that fp32 can hold: correct --alphas, or the LoRA's alpha")  # fmt: skip
+        raise BloraError(f"{module.name} would be multiplied by {factor:g}, which fp32 cannot "
+                         "hold: correct --alphas, or the LoRA's alpha")  # fmt: skip
     present = [suffix for suffix in suffixes if suffix in module.tensors]
     check_floats(module, present)
     made = {suffix: changed(module, suffix, factor) for suffix in present}
@@ -210,7 +210,7 @@ def no_strength(module: Module, lora: Path) -> BloraError:
 
 def not_known(module: Module) -> str:
     """That some of a module's tensors are of no kind known here."""
-    return f"what {first_few(f'{module.name}.{s}' for s in module.unknown)} does is not known here"
+    return f"what {first_few(f'{module.name}.{s}' for s in module.unknown)} does is unknown"
 
 
 def at_precision(module: Module, dtype: str) -> Module:
@@ -254,7 +254,7 @@ def with_common_alpha(modules: list[Module]) -> list[Module]:
         if module.algorithm.name != "LoRA" or not module.rank or module.alpha == common:
             return module
         if not fp32_holds(common) or not fp32_holds(module.alpha or 0):
-            raise BloraError(f"{module.name} has an alpha that is no number that fp32 can hold")
+            raise BloraError(f"{module.name} has an alpha that fp32 cannot hold")
         if module.unknown:
             raise BloraError(
                 f"{module.name} cannot take the alpha of the others, because {not_known(module)}: "

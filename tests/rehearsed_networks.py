@@ -1,16 +1,21 @@
-"""LyCORIS' own networks on SDXL, made on the meta device as a rehearsal makes them."""
+"""LyCORIS' own networks on SDXL, made on the meta device as in a rehearsal, and their memory."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from functools import cache
 
+import prodigyopt
+import torch
 from kohya_folder import ROOT
 from lycoris_modules import SDXL, make_tree
 from sdxl_train_network_options import build_parser
 from torch import nn
 
+import blora_plan
 from blora_plan import Built, built
 from blora_rehearsal import on_meta
+from blora_report import Report
 
 CONTENT_STYLE = "blora_content_style"
 OPTIONS = (
@@ -21,7 +26,7 @@ OPTIONS = (
 OPTIONS += ["--network_args", f"preset=lycoris_presets/{CONTENT_STYLE}.toml"]
 
 
-def options(*more: str, without: str = "") -> object:
+def options(*more: str, without: str = "") -> Namespace:
     """The trainer's options with sd-scripts' defaults: a launcher's, less one, and more."""
     words = [word for word in OPTIONS if not without or not word.startswith(f"--{without}")]
     return build_parser().parse_args([*words, *more])
@@ -52,3 +57,30 @@ def made(
 def network(*args: object, **more: object) -> Built:
     """The same, as the plan reads it."""
     return built(made(*args, **more))
+
+
+@cache
+def prodigy_state() -> float:
+    """Bytes that Prodigy keeps for each byte of a LoRA, whose lora_up begins at zero."""
+    parameters = [nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.zeros(64, 64))]
+    optimizer = prodigyopt.Prodigy(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(v.numel() for v in kept if isinstance(v, torch.Tensor) and v.ndim) / (2 * 64 * 64)
+
+
+def told_memory(
+    args: Namespace,
+    found: Built,
+    state: float | None,
+    pixels: int = 1024 * 1024,
+    report: Report | None = None,
+) -> str:
+    """What the plan says of the card's memory; `state` is the optimizer's, beside the LoRA's."""
+    report = report or Report()
+    stops_early = args.network_module == blora_plan.OUR_NETWORK
+    way_back = blora_plan.backward(found, args, pixels, stops_early)
+    blora_plan.plan_memory(found, state, way_back, args, report)
+    return report.plan["memory"]

@@ -22,7 +22,15 @@ from lycoris_releases import LYCORIS
 from rehearsed_networks import made, network, options
 
 import blora_advice
-from blora_advice import LYCORIS_TESTED, check_device, check_network, check_processes, processes
+from blora_advice import (
+    LYCORIS_TESTED,
+    OPTIONS,
+    check_device,
+    check_network,
+    check_processes,
+    check_prompt_options,
+    processes,
+)
 from blora_plan import Started
 from blora_rehearsal import Rehearsal
 from blora_report import Report
@@ -86,7 +94,7 @@ def test_a_preset_of_all_attention_blocks_passes(tmp_path):
 def test_a_preset_that_the_network_does_not_know_is_a_warning():
     args = options("--network_module=networks.lora", "--network_args", "preset=a.toml")
     assert advised(network(), args) == [
-        "--network_module=networks.lora knows no preset, and trains 160 modules: take "
+        "--network_module=networks.lora takes no preset and trains 160 modules: use "
         "lycoris.kohya or blora_network for a B-LoRA"
     ]
 
@@ -163,8 +171,8 @@ def test_a_lycoris_that_is_not_tested_is_a_warning(monkeypatch, tmp_path, versio
 # ---- The text encoders ---------------------------------------------------------------------------
 
 LEFT_OUT = (
-    "{} modules of the text encoders are left out, by --network_train_unet_only, as the recipes "
-    "have it"
+    "{} modules of the text encoders are not trained because of --network_train_unet_only, as "
+    "the recipes intend"
 )
 
 
@@ -283,6 +291,12 @@ def test_a_training_on_the_processor_is_a_warning_unless_asked_for(device, accel
     assert report.warnings == ([sentence] if warned else [])
 
 
+def test_samples_that_the_look_did_not_know_need_prompts_too():
+    report = Report()
+    check_prompt_options(options("--sample_at"), report)
+    assert report.errors == ["samples are asked for without their prompts: add --sample_prompts"]
+
+
 CONFIG = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: 'NO'
@@ -327,6 +341,8 @@ LONE = ["launch", "--num_processes=2"]
         (LONE, Started(lacks_multi_gpu=True)),
         (["launch", "--config_file=3.yaml"], Started(lacks_multi_gpu=True)),
         ([*LONE, *MEET, "--main_process_port=29500"], Started(lacks_multi_gpu=True)),
+        # A rank means nothing where there is one machine.
+        ([*TWO, "--num_machines=1", "--machine_rank=1"], Started(2)),
         # --num_processes is that of all machines.
         ([*TWO, *MEET, "--machine_rank=0"], Started(2, 2)),
         ([*TWO, *MEET, "--machine_rank=1"], Started(2, 2, 1)),
@@ -358,17 +374,21 @@ def test_accelerate_says_how_many_processes_it_will_start(
         (
             [*TWO, "--num_machines=2", "--machine_rank=0"],
             "--num_machines=2 needs --main_process_ip, the address of the first machine: add it to "
-            "BLORA_ACCELERATE_ARGS",
+            f"{OPTIONS}",
         ),
         (
             [*TWO, *MEET],
             "--num_machines=2 needs --machine_rank, 0 on the first machine, 1 on the next: add it "
-            "to BLORA_ACCELERATE_ARGS",
+            f"to {OPTIONS}",
         ),
         (
             [*LONE, *MEET],
             "--num_machines=2 needs --main_process_port, a port that is free on the first machine: "
-            "add it to BLORA_ACCELERATE_ARGS",
+            f"add it to {OPTIONS}",
+        ),
+        (
+            [*TWO, "--num_machines=2", "--main_process_ip=10.0.0.1", "--machine_rank=2"],
+            "--machine_rank=2 is beyond --num_machines=2: count the machines from 0",
         ),
         (
             [*TWO, "--num_machines=3", "--main_process_ip=10.0.0.1", "--machine_rank=2"],
@@ -397,8 +417,8 @@ def test_machines_that_would_not_find_each_other_are_an_error(accelerate, senten
 def test_options_that_accelerate_refuses_are_an_error_in_its_words(capsys, accelerate, words):
     with pytest.raises(BloraError) as raised:
         processes(accelerate, SCRIPT)
-    start, told = str(raised.value).split(": correct BLORA_ACCELERATE_ARGS (")
-    assert start == "accelerate refuses its options"
+    start, told = str(raised.value).split(f": correct {OPTIONS} (")
+    assert start == "accelerate refuses what it is given"
     assert words in told
     assert capsys.readouterr() == ("", "")
 
@@ -412,7 +432,7 @@ def test_two_cards_that_are_both_used_unasked_are_a_warning(monkeypatch):
     check_processes(started, report)
     assert report.warnings == [
         "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
-        "pictures a step: for one, add --num_processes=1 to BLORA_ACCELERATE_ARGS"
+        f"pictures a step: for one, add --num_processes=1 to {OPTIONS}"
     ]
     assert processes(["launch", "--num_processes=2"], SCRIPT) == Started(2)
 
@@ -421,8 +441,8 @@ def test_several_processes_that_will_be_one_are_a_warning():
     report = Report()
     check_processes(Started(lacks_multi_gpu=True), report)
     assert report.warnings == [
-        "without --multi_gpu accelerate starts one process on a machine, which trains by itself: "
-        "add it to BLORA_ACCELERATE_ARGS"
+        "without --multi_gpu accelerate starts one process on each machine, and each trains a LoRA "
+        f"of its own: add it to {OPTIONS}"
     ]
 
 

@@ -104,7 +104,7 @@ DISTILLED = (
     '"base.safetensors" is a distilled model, as SSD-1B and Segmind Vega are: its U-Net has {} of '
     "SDXL's 70 transformer blocks" + ITSELF
 )
-EXTRA = "has 1 that SDXL has not ({})"
+EXTRA = "has 1 that SDXL does not have ({})"
 MIDDLE = f"{UNET}middle_block.1.proj_in.weight"
 REFUSED: dict[str, tuple[Shapes, list[str]]] = {
     "no VAE": (without(VAE), [NO_VAE]),
@@ -137,14 +137,14 @@ REFUSED: dict[str, tuple[Shapes, list[str]]] = {
     "inpainting": (
         SDXL | {CONV_IN: (320, 9, 3, 3)},
         [
-            '"base.safetensors" is an inpainting model, whose U-Net takes 9 channels and not '
+            '"base.safetensors" is an inpainting model, whose U-Net takes 9 channels, not '
             f"SDXL's 4{ITSELF}"
         ],
     ),
     "instructed by pictures": (
         SDXL | {CONV_IN: (320, 8, 3, 3)},
         [
-            '"base.safetensors" is a model of its own, whose U-Net takes 8 channels and not '
+            '"base.safetensors" is a model of its own, whose U-Net takes 8 channels, not '
             f"SDXL's 4{ITSELF}"
         ],
     ),
@@ -258,7 +258,7 @@ OTHER_MODELS = {
     "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "a Flux checkpoint",
     "joint_blocks.0.x_block.attn.qkv.weight": "an SD3 checkpoint",
     "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "an SD3 checkpoint",
-    "down_blocks.0.resnets.0.conv1.weight": "a U-Net of diffusers",
+    "down_blocks.0.resnets.0.conv1.weight": "a diffusers U-Net",
     "decoder.conv_in.weight": "a VAE",
     "anything": "something else",
 }
@@ -317,19 +317,19 @@ def test_settings_that_are_not_edited_yet_are_an_error(name):
 def test_a_folder_is_a_model_of_diffusers_if_it_has_its_index():
     Path("model").mkdir()
     assert checked("model").errors == [
-        '"model" is a folder without a model_index.json, so no model of diffusers: give the '
+        '"model" is a folder without a model_index.json, so it is not a diffusers model: give the '
         ".safetensors file itself"
     ]
     Path("model/model_index.json").touch()
     report = checked("model")
     assert report.errors == []
-    assert report.notes == ['"model" is a folder, taken for a diffusers model and not looked into']
+    assert report.notes == ['"model" is a folder, taken for a diffusers model and not checked']
 
 
 @pytest.mark.parametrize("name", ["stabilityai/stable-diffusion-xl-base-1.0", "me/model"])
 def test_a_name_of_the_hub_passes_with_a_note(name):
     report = checked(name)
-    note = f'"{name}" is no file here, taken for a model of the Hugging Face hub'
+    note = f'"{name}" is not a file here, so it is taken for a model of the Hugging Face hub'
     assert (report.errors, report.notes) == ([], [note])
 
 
@@ -337,7 +337,7 @@ def test_a_name_of_the_hub_passes_with_a_note(name):
 def test_a_file_of_torch_passes_with_a_note(content):
     Path("old.ckpt").write_bytes(content)
     report = checked("old.ckpt")
-    note = '"old.ckpt" is no .safetensors file and was not looked into'
+    note = '"old.ckpt" is not a .safetensors file, so it was not checked'
     assert (report.errors, report.notes) == ([], [note])
 
 
@@ -345,7 +345,7 @@ def test_a_file_of_torch_passes_with_a_note(content):
 def test_a_file_that_is_no_checkpoint_at_all_is_an_error(content):
     Path("old.ckpt").write_bytes(content)
     assert checked("old.ckpt").errors == [
-        '"old.ckpt" is neither a safetensors file nor one of torch: download it again, or give '
+        '"old.ckpt" is neither a safetensors file nor a torch file: download it again, or give '
         "another"
     ]
 
@@ -353,8 +353,8 @@ def test_a_file_that_is_no_checkpoint_at_all_is_an_error(content):
 def test_safetensors_by_another_name_is_an_error():
     write_checkpoint(Path("base.ckpt"), SDXL)
     assert checked("base.ckpt").errors == [
-        '"base.ckpt" is a safetensors file, and sd-scripts knows one by its name alone: give one '
-        "whose name ends in .safetensors"
+        '"base.ckpt" is a safetensors file, which sd-scripts recognizes by its name alone: '
+        "give one whose name ends in .safetensors"
     ]
 
 
@@ -409,4 +409,4 @@ def test_a_link_to_a_file_by_another_name_is_loaded_by_that_name(folder):
     write_checkpoint(Path("31e35c80fc4829d1"), SDXL)
     link("models/x.safetensors", folder / "31e35c80fc4829d1")
     [error] = checked("models/x.safetensors").errors
-    assert error.startswith(f'"{folder}/31e35c80fc4829d1" is a safetensors file, and sd-scripts ')
+    assert error.startswith(f'"{folder}/31e35c80fc4829d1" is a safetensors file, which sd-scripts ')

@@ -114,7 +114,7 @@ CAPTIONS = {
         {"a.png": "", "a.txt": "a dog\n\nand a cat\n"},
         "",
         [
-            'captions of several lines are trained by their first line alone, 1 in "~/dogs": '
+            'captions of several lines are trained with their first line alone, 1 in "~/dogs": '
             "a.txt: make it one line, or set enable_wildcard = true, which draws a line at each "
             "step"
         ],
@@ -125,7 +125,7 @@ CAPTIONS = {
         {"a.png": "", "a.txt": "\na dog\n", "b.png": "", "b.txt": "a cat"},
         "",
         [
-            'captions that begin with an empty line are trained as no words at all, 1 in "~/dogs": '
+            'captions that begin with an empty line are trained as empty, 1 in "~/dogs": '
             "a.txt: put the words on the first line"
         ],
         [],
@@ -197,7 +197,7 @@ LEFT_OUT = {
     "of another kind": ("b.gif", "save as .png or .jpg"),
     "of a phone": ("b.heic", "save as .png or .jpg"),
     "of the web": ("b.jfif", "save as .png or .jpg"),
-    "with a capital": ("b.Png", "write the ending in small letters"),
+    "with a capital": ("b.Png", "write the ending in lower case"),
     "for a plugin": ("b.avif", "pip install pillow-avif-plugin"),
     "without an ending": ("b", "save as .png or .jpg"),
     "with an ending of its own": ("b.jpg_large", "save as .png or .jpg"),
@@ -224,12 +224,18 @@ def test_what_is_no_picture_is_not_named(tmp_path, name):
     assert said(folder) == ([], [])
 
 
-def test_pictures_in_a_folder_of_the_folder_are_noted_unless_it_is_trained_itself(tmp_path):
+def test_pictures_in_a_subfolder_are_named_unless_it_is_trained_itself(tmp_path):
     files = {"a.png": "", "a.txt": "a dog"}
     outer = make_folder(tmp_path / "dogs", files)
     inner = make_folder(tmp_path / "dogs/more", files)
     (tmp_path / "dogs/empty").mkdir()
-    assert said(outer) == ([], ['pictures in folders of "~/dogs" are not trained, in more'])
+    assert said(outer) == (
+        [
+            'pictures in subfolders of "~/dogs" are not trained, more: move them up, or add a '
+            "[[datasets.subsets]] for each folder"
+        ],
+        [],
+    )
     assert said(outer, inner) == ([], [])
 
 
@@ -268,10 +274,10 @@ def test_folders_that_the_config_names_and_nobody_trains_are_named(tmp_path):
     subsets[2]["num_repeats"] = 0
     found = passed_over([*subsets, {}], [tmp_path / "dogs"])
     assert [text.replace(str(tmp_path), "~") for text in found] == [
-        '"~/gifs" is passed over (sd-scripts does not read a.gif): save them as .png or .jpg',
-        '"~/none" is passed over (num_repeats = 0): give it 1',
-        '"~/empty" is passed over (no pictures): put some there, or correct image_dir',
-        '"~/dogs" is named twice, and counts once: to weigh it, give it num_repeats',
+        '"~/gifs" is skipped (sd-scripts does not read a.gif): save them as .png or .jpg',
+        '"~/none" is skipped (num_repeats = 0): give it 1',
+        '"~/empty" is skipped (no pictures): put some there, or correct image_dir',
+        '"~/dogs" is listed twice but counts once: use num_repeats to weigh it',
     ]
 
 
@@ -296,7 +302,7 @@ def test_folders_of_train_data_dir_without_a_number_are_named(tmp_path):
         draw(tmp_path / name / "a.png")
     (tmp_path / "log").mkdir()
     assert [text.replace(str(tmp_path), "~") for text in unnumbered(tmp_path)] == [
-        f'"~/{name}" is passed over, since its name does not begin with a number of repeats: call '
+        f'"~/{name}" is skipped, since its name does not begin with a number of repeats: call '
         f'it "1_{name}"'
         for name in ("12cats", "cats")
     ]

@@ -343,7 +343,7 @@ def test_a_dora_beside_which_something_unknown_stands_is_refused(tmp_path, capsy
     args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
     args += ("--output_path", tmp_path / "out.safetensors", "--base_model", base)
     sentence = refusal(capsys, "--loras", lora, *args)
-    assert f"because what {ATTENTION}.strange does is not known here" in sentence
+    assert f"because what {ATTENTION}.strange does is unknown" in sentence
 
 
 def test_the_scale_of_a_dora_in_64_bits_keeps_them(tmp_path):

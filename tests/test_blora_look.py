@@ -112,9 +112,9 @@ def test_all_errors_come_at_once():
         'no network weights at "gone.safetensors": correct --network_weights',
         'no VAE at "gone.safetensors": correct --vae',
         f'no preset at "presets/gone.toml": {CORRECT_PRESET}',
-        'no folder of a saved state at "gone": correct --resume',
+        'no saved state at "gone": correct --resume',
         "--sample_at_first asks for samples without their prompts: add --sample_prompts",
-        f'"{Path("_out").absolute()}" is no folder, and nothing can be saved there: correct '
+        f'"{Path("_out").absolute()}" is not a folder, so nothing can be saved there: correct '
         "--output_dir",
         "--save_every_n_steps=0 ends the training after its first step: leave it out",
         f'no folder of images at "{IMAGES}": correct image_dir in "{CONFIG}"',
@@ -145,15 +145,15 @@ MISSING = {
     'no tracker config at "a.toml": correct --log_tracker_config': {"log_tracker_config": "a.toml"},
     'no VAE at "a/b/c": correct --vae': {"vae": "a/b/c"},
     'no VAE at "a/vae.pt": correct --vae': {"vae": "a/vae.pt"},
-    'no folder of a saved state at "a": correct --resume': {"resume": "a"},
-    f'no folder of a saved state at "{SCRIPT}": correct --resume': {"resume": SCRIPT},
+    'no saved state at "a": correct --resume': {"resume": "a"},
+    f'no saved state at "{SCRIPT}": correct --resume': {"resume": SCRIPT},
     f'no preset at "a.toml": {CORRECT_PRESET}': {"network_args": ["preset=a.toml"]},
     f'no preset at "presets/a": {CORRECT_PRESET}': {
         "network_module": "blora_network",
         "network_args": ["preset=presets/a"],
     },
     'no --config_file at "gui.toml": write one there, or correct the path': {"config_file": "gui"},
-    'no dataset config at "a.toml": write one there, or correct the path': {
+    'no dataset config at "a.toml": copy blora_dataset.toml there, or correct the path': {
         "dataset_config": "a.toml"
     },
 }
@@ -245,119 +245,6 @@ def test_a_config_file_that_is_no_toml_is_the_last_that_is_told():
     assert len(errors) == 2
     assert errors[0].startswith('no training script at "gone.py"')
     assert errors[1].startswith('the --config_file "gui.toml" is not valid TOML (')
-
-
-# ---- Samples -------------------------------------------------------------------------------------
-
-SAMPLES = [
-    {"sample_every_n_steps": "100"},
-    {"sample_every_n_epochs": "1"},
-    {"sample_at_first": True},
-]
-
-
-PROMPTS = {
-    "prompts.txt": "# a comment\n\na dog\n",
-    "prompts.toml": '[prompt]\nwidth = 512\n[[prompt.subset]]\nprompt = "a dog"\n',
-    "prompts.json": '["a dog", {"prompt": "a cat", "width": 512}]',
-}
-ENDS_IT = (
-    'the prompts in "{}" would end the training at the first sample: a .toml has them in '
-    "[[prompt.subset]], with nothing that [prompt] has too, a .json in a list"
-)
-
-
-@pytest.mark.parametrize("given", SAMPLES)
-def test_samples_without_prompts_are_an_error(given):
-    assert looked(**given).errors == [
-        f"--{next(iter(given))} asks for samples without their prompts: add --sample_prompts"
-    ]
-    assert clean(**given, sample_prom="gone")
-
-
-@pytest.mark.parametrize("given", SAMPLES)
-def test_prompts_that_are_missing_are_a_warning_as_sd_scripts_goes_on(given):
-    report = looked(**given, sample_prompts="gone.md")
-    assert report.errors == []
-    assert report.warnings == [
-        'no prompts at "gone.md", so there will be no samples: correct --sample_prompts'
-    ]
-
-
-@pytest.mark.parametrize("given", SAMPLES)
-def test_prompts_are_known_by_their_ending(given):
-    for name in ("prompts.md", "prompts.TXT"):
-        put(name)
-        assert looked(**given, sample_prompts=name).errors == [
-            f'"{name}" ends in none of .txt, .toml, .json, by which sd-scripts reads prompts: '
-            "rename it, and correct --sample_prompts"
-        ]
-    for name, text in PROMPTS.items():
-        put(name, text)
-        assert clean(**given, sample_prompts=name)
-
-
-@pytest.mark.parametrize("given", SAMPLES)
-def test_prompts_that_are_not_utf_8_are_an_error(given):
-    Path("prompts.txt").write_bytes("a café".encode("cp1252"))
-    assert looked(**given, sample_prompts="prompts.txt").errors == [
-        '"prompts.txt" is not UTF-8, and would end the training at the first sample: save the '
-        "--sample_prompts as UTF-8"
-    ]
-
-
-def test_the_sample_prompts_pass_and_are_three():
-    shutil.copyfile(ROOT / "blora_prompts.txt", "blora_prompts.txt")
-    assert clean(sample_at_first=True, sample_prompts="blora_prompts.txt")
-    prompts = blora_look.read_prompts(Path("blora_prompts.txt"))
-    assert [prompt.split(" --")[0] for prompt in prompts] == [
-        r"A \[v\] on a beach",
-        r"A lighthouse in \[v\] style",
-        "A lighthouse",
-    ]
-
-
-UNREADABLE = [
-    ("toml", "", ENDS_IT),
-    ("toml", "prompt = 1", ENDS_IT),
-    ("toml", "[prompt]", ENDS_IT),
-    ("toml", PROMPTS["prompts.toml"] + "width = 64", ENDS_IT),
-    ("json", '{"prompt": "a dog"}', ENDS_IT),
-    ("json", '"a dog"', ENDS_IT),
-    ("json", "[1]", ENDS_IT),
-    ("toml", "a dog", 'the prompt file "{}" is not valid TOML ('),
-    ("json", "a dog", 'the prompt file "{}" is not valid JSON ('),
-]
-
-
-@pytest.mark.parametrize(("ending", "text", "told"), UNREADABLE)
-def test_prompts_that_sd_scripts_cannot_read_are_an_error(ending, text, told):
-    name = f"prompts.{ending}"
-    put(name, text)
-    [error] = looked(sample_at_first=True, sample_prompts=name).errors
-    assert error.startswith(told.format(name))
-
-
-@pytest.mark.parametrize("name", ["prompts.txt", "prompts.json"])
-def test_a_file_without_a_prompt_is_a_warning(name):
-    put(name, "# a comment\n\n" if name.endswith("txt") else "[]")
-    assert looked(sample_at_first=True, sample_prompts=name).warnings == [
-        f'no prompt in "{name}", so there will be no samples: add one'
-    ]
-
-
-@pytest.mark.parametrize("before", [" ", "\t", "\ufeff"])
-def test_a_comment_that_sd_scripts_takes_for_a_prompt_is_a_warning(before):
-    put("prompts.txt", f"{before}# a comment\na dog # 1\n")
-    assert looked(sample_at_first=True, sample_prompts="prompts.txt").warnings == [
-        'a comment in "prompts.txt" will be drawn as a prompt: # has to be the first character of '
-        "the line, without a blank or a byte order mark before it"
-    ]
-
-
-@pytest.mark.parametrize("given", [{}, {"sample_every_n_steps": "0"}])
-def test_prompts_that_are_never_read_may_be_missing(given):
-    assert clean(**given, sample_prompts="gone.md")
 
 
 # ---- The dataset ---------------------------------------------------------------------------------
@@ -516,7 +403,7 @@ def test_a_file_where_a_folder_is_to_be_is_an_error(option):
     Path("file").touch()
     for given, shown in (("file", "file"), ("file/a/b", Path("file").absolute())):
         assert looked(**{option: given}).errors == [
-            f'"{shown}" is no folder, and nothing can be saved there: correct --{option}'
+            f'"{shown}" is not a folder, so nothing can be saved there: correct --{option}'
         ]
 
 
@@ -524,7 +411,7 @@ def test_a_file_where_a_folder_is_to_be_is_an_error(option):
 def test_a_link_to_nothing_where_a_folder_is_to_be_is_an_error():
     Path("link").symlink_to("gone")
     assert looked(output_dir="link").errors == [
-        '"link" is no folder, and nothing can be saved there: correct --output_dir'
+        '"link" is not a folder, so nothing can be saved there: correct --output_dir'
     ]
 
 
@@ -569,7 +456,7 @@ def test_a_folder_that_may_not_be_written_to_is_an_error(kohya, mode, output):
     folder.chmod(0o755)
     shown = output if output == "closed" else folder
     assert (
-        f'nothing may be written to "{shown}": correct --output_dir, or its rights'
+        f'nothing may be written to "{shown}": correct --output_dir, or its permissions'
         in done.stdout.splitlines()
     )
 
@@ -579,7 +466,7 @@ def test_the_look_makes_no_folder():
     assert sorted(path.name for path in Path().iterdir()) == ["_in", "presets", SCRIPT, "state"]
 
 
-BLORA_NAME = "correct BLORA_NAME, or --output_name"
+BLORA_NAME = "correct --output_name (BLORA_NAME in the launcher)"
 
 
 def test_a_name_that_is_a_path_is_an_error():
@@ -622,7 +509,7 @@ def test_a_name_that_only_windows_refuses_is_a_warning_elsewhere(name):
     report = looked(output_name=name)
     assert report.errors == []
     assert report.warnings == [
-        f'--output_name "{name}": Windows saves no file {WINDOWS[name]}: {BLORA_NAME}'
+        f'--output_name "{name}": Windows cannot save a file {WINDOWS[name]}: {BLORA_NAME}'
     ]
 
 
@@ -630,7 +517,7 @@ def test_a_name_that_only_windows_refuses_is_a_warning_elsewhere(name):
 @pytest.mark.parametrize("name", [name for name in WINDOWS if "\\" not in name])
 def test_a_name_that_windows_refuses_is_an_error_there(name):
     assert looked(output_name=name).errors == [
-        f'--output_name "{name}": Windows saves no file {WINDOWS[name]}: {BLORA_NAME}'
+        f'--output_name "{name}": Windows cannot save a file {WINDOWS[name]}: {BLORA_NAME}'
     ]
 
 
@@ -649,7 +536,8 @@ def test_an_earlier_lora_that_will_be_written_over_is_a_warning():
     ):
         path = Path("_out/hero_1", name)
         assert looked(**given).warnings == [
-            f'"{path}" is there and will be written over: raise BLORA_REVISION, or move it away'
+            f'"{path}" is there and will be written over: give another '
+            "--output_name (BLORA_REVISION in the launcher), or move it away"
         ]
     for given in ({"output_name": "hero_2"}, {"save_model_as": "pt"}, {"save_model": "pt"}):
         assert clean(**given)
@@ -736,7 +624,7 @@ def in_bare_python(**changes: object) -> list[str]:
     return done.stdout.splitlines()
 
 
-NO_TOML = "no toml in this Python, so the configs were not looked into"
+NO_TOML = "no toml in this Python, so the configs were not checked"
 
 
 def test_without_toml_it_goes_on_with_a_note():
@@ -748,7 +636,7 @@ def test_without_toml_it_goes_on_with_a_note():
     shutil.move(CONFIG, "elsewhere.toml")
     assert in_bare_python(vae="gone.pt") == [
         'no VAE at "gone.pt": correct --vae',
-        f'no dataset config at "{CONFIG}": write one there, or correct the path',
+        f'no dataset config at "{CONFIG}": copy blora_dataset.toml there, or correct the path',
         NO_TOML,
     ]
 

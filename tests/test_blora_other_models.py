@@ -394,7 +394,9 @@ def test_the_own_weights_of_layers_are_no_lora(tmp_path, capsys):
     sentence = refusal(
         capsys, "--loras", lora, *args, "--output_path", tmp_path / "out.safetensors"
     )
-    assert sentence == (f"{lora} is no SDXL LoRA: it holds unet.conv_in.bias, unet.conv_in.weight")
+    assert sentence == (
+        f"{lora} is not an SDXL LoRA: it holds unet.conv_in.bias, unet.conv_in.weight"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["weight", "bias", "base_layer.bias"])

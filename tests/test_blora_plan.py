@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from diffusers_sdxl import sdxl_unet_without_weights
 from preset_modules import CONTENT, STYLE, block_modules, text_encoder_modules
 from rehearsed_networks import CONTENT_STYLE, made, network, options
+from rehearsed_networks import told_memory as told_memory_of
 from torch.utils.data import ConcatDataset, TensorDataset
 
 import blora_memory
@@ -28,6 +29,7 @@ from blora_report import Report
 CARD = blora_memory.card
 PRODIGY = 4.0  # bytes that it keeps for each byte of a parameter
 MEGAPIXEL = 1024 * 1024
+told_memory = partial(told_memory_of, state=PRODIGY)
 
 
 @pytest.fixture(autouse=True)
@@ -217,25 +219,11 @@ def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
     assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == blora_memory.UNET
 
 
-def told_memory(
-    args: Namespace,
-    found: blora_plan.Built,
-    state: float | None = PRODIGY,
-    pixels: int = MEGAPIXEL,
-    report: Report | None = None,
-) -> str:
-    report = report or Report()
-    stops_early = args.network_module == blora_plan.OUR_NETWORK
-    way_back = blora_plan.backward(found, args, pixels, stops_early)
-    blora_plan.plan_memory(found, state, way_back, args, report)
-    return report.plan["memory"]
-
-
 def test_the_cards_memory_is_a_sum_of_parts():
     assert told_memory(options(), network()) == (
         "8.44 GB at least, computed: 5.13 GB U-Net in 16 bits, 1.64 GB text encoders, 112.7 MB "
         "LoRA, 112.7 MB gradients, 450.9 MB prodigy state, 993.0 MB activations "
-        "(BLORA_SAVE_MEMORY=0, which is without --gradient_checkpointing: 2.80 GB more)"
+        "(without --gradient_checkpointing, which is BLORA_SAVE_MEMORY=0: 2.80 GB more)"
     )
 
 
@@ -468,7 +456,14 @@ def rehearsed(**more: object) -> Rehearsal:
 def test_a_plan_has_a_line_for_each():
     report = Report()
     blora_plan.plan(rehearsed(network=made(preset=CONTENT_STYLE)), Started(), MEGAPIXEL, report)
-    assert list(report.plan) == ["training", "modules", "rank", "memory", "saves"]
+    assert list(report.plan) == [
+        "training",
+        "network",
+        "modules",
+        "rank",
+        "memory",
+        "saves",
+    ]
     assert report.plan["training"] == "24 steps, 2 epochs, batch 1/2, fp16 mixed precision"
     assert report.plan["memory"] == told_memory(options(), network())
     assert len(report.modules) == 160
@@ -485,7 +480,7 @@ def test_of_a_network_that_is_wrapped_the_length_is_told_alone():
     ("machine", "told", "errors"),
     [
         (0, "1 of 450.9 MB in _out ", 1),
-        (1, "on the first machine, --machine_rank=0, and none on this one", 0),
+        (1, "only on the first machine (--machine_rank=0)", 0),
     ],
 )
 @pytest.mark.usefixtures("little_room")

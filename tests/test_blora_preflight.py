@@ -223,7 +223,9 @@ def test_what_a_release_does_not_let_know_is_a_note():
     report = Report()
     assert attempt(report, blora_preflight.NOT_TOLD, int, "12") == 12
     assert attempt(report, blora_preflight.NOT_TOLD, {}.__getitem__, "a") is None
-    assert report.notes == ["this release does not let us tell all of the plan (KeyError('a'))"]
+    assert report.notes == [
+        "this release of sd-scripts does not let us tell the whole plan (KeyError('a'))"
+    ]
 
 
 # ---- The order of things -------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def test_a_package_that_the_trainer_lacks_is_an_error():
     make_own_script("import torch\n")
     done = run("-S", PROGRAM, "--json", SCRIPT, *LINE)
     report = json.loads(done.stdout)
-    assert report["notes"] == ["no toml in this Python, so the configs were not looked into"]
+    assert report["notes"] == ["no toml in this Python, so the configs were not checked"]
     [error] = report["errors"]
     assert error.startswith(f"this Python ({sys.executable}) has no torch: ")
 
@@ -284,7 +286,7 @@ ENDS = {
     "the trainer came back": (
         Rehearsal(),
         "errors",
-        "the trainer ends before its first step: start it without the option that asks for it",
+        "the trainer ends before its first step: leave out the option that asks for that",
     ),
 }
 

@@ -238,11 +238,11 @@ REFUSED = {
         "none/sheet.jpg",
         'no folder "{.parent}" for --preview: make it, or give another',
     ),
-    "a photo": ("photo.jpg", '"{}" is no preview of before: give --preview another name'),
-    "a text": ("text.jpg", '"{}" is no preview of before: give --preview another name'),
+    "a photo": ("photo.jpg", '"{}" is not an earlier preview: give --preview another name'),
+    "a text": ("text.jpg", '"{}" is not an earlier preview: give --preview another name'),
     "among the pictures": (
         "dogs/sheet.jpg",
-        '"{}" would lie among the pictures and be trained: give --preview another folder',
+        '"{}" would be saved among the pictures and trained: give --preview another folder',
     ),
 }
 

@@ -156,7 +156,7 @@ def test_settings_without_a_number_are_refused(tmp_path, capsys, settings):
     args += ("--output_path", tmp_path / "out.safetensors")
     sentence = refusal(capsys, "--loras", lora, *args)
     assert sentence.startswith("adapter_config.json gives lora_unet_")
-    assert sentence.endswith(" an alpha that is no number")
+    assert sentence.endswith(" an alpha that is not a number")
 
 
 def test_settings_in_the_metadata_of_another_network_leave_the_file_beside_to_be_read(
@@ -243,7 +243,7 @@ def test_an_algorithm_that_only_peft_has_is_refused(tmp_path, capsys):
     lora, _ = saved(tmp_path / "adapter", ("AdaLoraConfig", {"init_r": 4, "total_step": 1}))
     capsys.readouterr()
     assert refusal(capsys, "--loras", lora, "--output_path", tmp_path / "out.safetensors") == (
-        f"{lora} is PEFT's ADALORA, for which kohya's names have no form: use it with PEFT"
+        f"{lora} is PEFT's ADALORA, which kohya's names cannot express: use it with PEFT"
     )
 
 

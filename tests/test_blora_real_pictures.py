@@ -164,10 +164,13 @@ BROKEN = {
     "a PNG that is cut": (cut_png, "image file is truncated"),
     "empty": (Path.touch, "the file is empty"),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "it is a web page"),
-    "something else": (lambda path: path.write_text("hello " * 99), "no picture that PIL can read"),
+    "something else": (
+        lambda path: path.write_text("hello " * 99),
+        "PIL cannot read it as a picture",
+    ),
     "a JPEG's first bytes": (
         lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" * 4),
-        "PIL can read",
+        "PIL cannot read it",
     ),
 }
 
@@ -245,18 +248,19 @@ def test_what_the_trainer_does_not_say_is_said(training, options):
     expected = [
         'images in "images" have no .txt caption and are trained as "A [v]", the class_tokens: '
         "other.caption is not read",
-        'trained as no words at all, 1 in "images": blank.txt',
-        'by their first line alone, 1 in "images": lines.txt',
+        'trained as empty, 1 in "images": blank.txt',
+        'with their first line alone, 1 in "images": lines.txt',
         'cut after 75 tokens, 1 in "images": long.png (77): shorten them, or give',
         'left out of "images", as sd-scripts does not read such endings: left.gif',
+        'pictures in subfolders of "images" are not trained, below: move them up',
         "pictures an epoch train nothing, since prior_loss_weight is 0 and is_reg is set for reg",
-        "photos are trained lying down, as the camera stored them, since sd-scripts does not turn "
-        "them by their EXIF, 1 in all: phone.jpg",
+        "photos are trained lying on their side, as the camera stored them, since sd-scripts "
+        "does not turn them by EXIF, 1 in all: phone.jpg",
     ]
     assert len(found) == len(expected)
     for text, warning in zip(expected, found, strict=True):
         assert text in warning
-    assert answer["notes"] == ['pictures in folders of "images" are not trained, in below']
+    assert not answer["notes"]
 
 
 def test_a_prefix_that_cached_captions_leave_out_is_named(training):

@@ -120,7 +120,7 @@ def test_what_an_optimizer_refuses_is_told_by_its_argument(case):
 
 def test_a_scheduler_that_is_none_is_told_with_those_there_are():
     text = said(get_scheduler_fix, "cosin")
-    assert text.startswith("there is no --lr_scheduler=constant: take one of those in brackets (")
+    assert text.startswith("there is no --lr_scheduler=constant: use one of those in brackets (")
     assert "'linear', 'cosine'" in text
 
 
@@ -131,7 +131,7 @@ NETWORKS = {
     ),
     "a word for a number": (
         {"conv_dim": "x"},
-        "lycoris.kohya makes no network of --network_args preset=my.toml: correct them (invalid "
+        "lycoris.kohya makes no network with --network_args preset=my.toml: correct them (invalid "
         "literal for int() with base 10: 'x')",
     ),
 }
@@ -175,7 +175,7 @@ def test_a_network_argument_without_a_value_is_named():
 
 def test_workers_that_stay_need_workers():
     assert said(loader) == (
-        "--persistent_data_loader_workers does not go with --max_data_loader_n_workers=0: leave "
+        "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: leave "
         "one of the two out (persistent_workers option needs num_workers > 0)"
     )
 
@@ -221,7 +221,7 @@ CONFIGS = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_dataset_config_is_refused_by_the_place_of_each_mistake(case):
     config, mistakes = CONFIGS[case]
-    start = 'the dataset config "my/config.toml" is not what sd-scripts takes: '
+    start = 'the dataset config "my/config.toml" is not valid for sd-scripts: '
     assert said(SCHEMA, config) in {
         f"{start}{order}: correct it"
         for order in (mistakes, ", and ".join(reversed(mistakes.split(", and "))))
@@ -265,7 +265,7 @@ def make_buckets(resolution: tuple[int, int], min_bucket_reso: int) -> None:
 
 def test_sizes_that_do_not_fit_are_those_of_the_dataset():
     assert said(make_buckets, (64, 64), 512) == (
-        "a picture size, (64, 64), is below min_bucket_reso, 512: raise resolution in the dataset "
+        "the resolution, (64, 64), is below min_bucket_reso, 512: raise resolution in the dataset "
         "config, or add --min_bucket_reso (min_bucket_reso must be equal or less)"
     )
 
@@ -412,9 +412,9 @@ def test_what_only_the_rehearsal_lacks_is_no_refusal():
 
 def test_a_training_without_pictures_ends_without_a_word_that_is_seen():
     assert ended_sentence("ERROR    No data found. Please verify") == (
-        "the trainer finds no picture: put pictures into the folders of the dataset config, or "
-        "correct image_dir there"
+        "the trainer finds no picture: put pictures into the folders of the dataset config, not "
+        "into subfolders, or correct image_dir there"
     )
     assert ended_sentence("") == (
-        "the trainer ends before its first step: start it without the option that asks for it"
+        "the trainer ends before its first step: leave out the option that asks for that"
     )

@@ -297,7 +297,7 @@ def test_a_file_that_is_no_lora_is_refused(tmp_path, output, capsys):
         tmp_path / "base.safetensors", {"model.diffusion_model.out.2.bias": torch.zeros(4)}
     )
     assert refusal(capsys, "--loras", checkpoint, "--output_path", output) == (
-        f"{checkpoint} is no SDXL LoRA: it holds model.diffusion_model.out.2.bias"
+        f"{checkpoint} is not an SDXL LoRA: it holds model.diffusion_model.out.2.bias"
     )
 
 

@@ -247,7 +247,7 @@ def test_all_that_a_slice_would_leave_out_or_refuse_is_named(tmp_path, capsys):
     lora = write(tmp_path / "a.safetensors", tensors)
     assert shown(capsys, "--loras", lora)[-4:] == [
         f"modules that lack a factor, or have a tucker core that does not fit (1): {half}",
-        f"tensors of no kind known here (1): {whole}.strange",
+        f"tensors of an unknown kind (1): {whole}.strange",
         f"modules that are there more than once (1): {copied}",
         "layers' own weights, which are no LoRA's (2): "
         f"unet.conv_in.weight, {own.removeprefix('lora_')}.weight",

@@ -238,7 +238,7 @@ def test_metadata_that_is_not_what_it_should_be_does_no_harm(slicer, key):
 
 
 UNREADABLE = "cannot read lora_adapter_metadata of {lora}"
-NO_NUMBER = f"lora_adapter_metadata gives {NAME} an alpha that is no number"
+NO_NUMBER = f"lora_adapter_metadata gives {NAME} an alpha that is not a number"
 PEFT = {
     # settings: the alpha of a module of rank 2, or the refusal
     **dict.fromkeys(

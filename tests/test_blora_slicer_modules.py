@@ -57,7 +57,7 @@ def cannot_hold(suffix: str, dtype: str) -> str:
     )
 
 
-UNKNOWN = no_strength("it is unknown and its tensors are of no kind known here")
+UNKNOWN = no_strength("it is unknown and its tensors are of an unknown kind")
 OFT = no_strength("it is OFT and a rotation cannot be multiplied")
 T_LORA = no_strength("it is T-LoRA and the factors it started from are not in it")
 DORA = no_strength(
@@ -69,15 +69,15 @@ INCOMPLETE = (
     f"not fit ({NAME}): save it again with the program that trained it"
 )
 PARTS = ", ".join(f"{NAME}.{suffix}" for suffix in ("hada_w1_a", "lambda_layer", "lokr_w1"))
-PARTS = f"what {PARTS} does is not known here"
+PARTS = f"what {PARTS} does is unknown"
 OTHER_PARTS = no_strength(PARTS)
 NO_OTHER_ALPHA = (
     f"{NAME} cannot take the alpha of the others, because {PARTS}: write the slices apart with "
     "--not_combined"
 )
-NO_FP32 = f"{NAME} has an alpha that is no number that fp32 can hold"
+NO_FP32 = f"{NAME} has an alpha that fp32 cannot hold"
 NO_FACTOR = (
-    f"{OTHER} would be multiplied by 1.42725e+45, which is no number that fp32 can hold: correct "
+    f"{OTHER} would be multiplied by 1.42725e+45, which fp32 cannot hold: correct "
     "--alphas, or the LoRA's alpha"
 )
 

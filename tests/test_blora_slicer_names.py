@@ -213,8 +213,8 @@ def test_an_unknown_suffix_is_named_without_its_escapes(tmp_path, capsys):
     lora = write(tmp_path / "strange.safetensors", lora_module(QUERY) | strange)
     assert slice_lora("--loras", lora, "--output_path", tmp_path / "out.safetensors") == 0
     assert capsys.readouterr().err == (
-        "note: tensors of strange.safetensors that are of no kind known here were copied as they "
-        f"are (1): {QUERY}.\\x1b[2J\n"
+        "note: tensors of strange.safetensors of an unknown kind were copied as they are (1): "
+        f"{QUERY}.\\x1b[2J\n"
     )
 
 
