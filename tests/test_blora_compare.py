@@ -96,6 +96,9 @@ def test_every_node_and_link_has_a_number_of_its_own():
     assert WORKFLOW["last_link_id"] == max(LINKS)
 
 
+KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+
+
 @pytest.mark.parametrize("number", [n for n in NODES if NODES[n]["type"] not in OF_THE_PAGE])
 def test_every_node_is_one_of_comfyuis_with_its_inputs_outputs_and_values(number):
     node = NODES[number]
@@ -107,7 +110,8 @@ def test_every_node_is_one_of_comfyuis_with_its_inputs_outputs_and_values(number
     assert [output["type"] for output in node.get("outputs", [])] == known["outputs"]
     for name, value in values.items():
         if choices := known["inputs"].get(name):
-            assert isinstance(choices, str) or value in choices
+            is_kind = isinstance(choices, str)
+            assert isinstance(value, KINDS[choices]) if is_kind else value in choices
 
 
 def test_nodes_lie_side_by_side_within_a_group():

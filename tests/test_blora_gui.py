@@ -28,7 +28,9 @@ READ_BACK = {
         f"preset={fields['LyCORIS_preset']}",
         *["bypass_mode=True"] * fields["bypass_mode"],
     ],
-    "network_train_unet_only": lambda fields: not fields["text_encoder_lr"] and fields["unet_lr"],
+    "network_train_unet_only": lambda fields: bool(
+        fields["unet_lr"] and not fields["text_encoder_lr"]
+    ),
     "no_half_vae": lambda fields: fields["sdxl_no_half_vae"],
     "optimizer_args": lambda fields: fields["optimizer_args"].split(" "),
     "optimizer_type": lambda fields: fields["optimizer"].lower(),

@@ -15,6 +15,8 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 # Those that install the bundle are run by test_blora_readme.py.
 IN_KOHYA = [block for block in BLOCKS if "<kohya folder>" not in "".join(block.lines)]
 LAUNCHING = [block for block in IN_KOHYA if block.lines[-1].startswith("sdxl_")]
+# Those that launch are run beside their twins, which Windows does not have.
+ALONE = [block for block in IN_KOHYA if block not in LAUNCHING or sys.platform == "win32"]
 
 
 @pytest.fixture
@@ -30,9 +32,10 @@ def typed(block: Block) -> str:
     return "".join(f"{line}\r\n" for line in lines)
 
 
-@pytest.mark.parametrize("block", IN_KOHYA, ids=str)
+@pytest.mark.parametrize("block", ALONE, ids=str)
 def test_a_block_for_cmd_runs_to_its_end_in_a_kohya_folder(bat, tmp_path, block):
     kohya = make_kohya(tmp_path / "kohya")
+    (kohya / "presets/lora/user_presets").mkdir(parents=True)  # as a kohya_ss folder has it
     bat.make_venv(kohya / "venv")
     page = kohya / "page.bat"
     page.write_bytes(typed(block).encode())
@@ -75,7 +78,7 @@ def test_a_block_sets_what_launchers_know(block):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_powershell_sets_known_settings_and_starts_launchers_that_are_there(page):
-    """Read only: there is no PowerShell here."""
+    """Read only: PowerShell is not run."""
     settings, launchers = powershell(page)
     for name, value in settings.items():
         check_setting(f"{name}={value}")

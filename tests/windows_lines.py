@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kohya_folder import ROOT
 
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-FOR_CMD = re.compile(r'set "|sdxl_\w+\.bat\b|x?copy ')
+FOR_CMD = re.compile(r'set "|sdxl_\w+\.bat\b|x?copy |mkdir _in\\')
 PAGES = {
     path.name: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

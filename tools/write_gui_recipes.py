@@ -26,8 +26,8 @@ RECIPES = ("classic", "fast")
 # The slider's end. Gradio refuses a value beyond it, and then every load and print of the form.
 RANK = 512
 
-# The user's. Were the checkpoint in the file, its path would not exist, and the GUI takes what does
-# not exist for no SDXL.
+# The user's. Were the checkpoint in the file, its path would not exist, and the GUI
+# treats a missing file as no SDXL.
 OWN = {"pretrained_model_name_or_path", "dataset_config", "output_dir", "output_name"}
 # Options that are fields of the same name; the ones that no launcher gives have the trainer's
 # default, whatever was on the form.
