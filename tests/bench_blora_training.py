@@ -5,7 +5,7 @@
 
 Run it with the Python that sd-scripts runs with: the steps are those of sd-scripts' own U-Net, with
 LyCORIS' own network on it. The first counts on torch's meta device, at 1024 x 1024 and batch 1, and
-prints the README's table:
+prints the table of docs/blora_speed.md:
 
 - TF, 10^12 floating point operations of one forward and one backward pass, as torch counts them.
 - kept, the most bytes that autograd holds at a time. For this the step runs as on a card: CUDA's
@@ -58,7 +58,7 @@ RECIPES = (
     Recipe("fast", "blora_network", True, True),
     Recipe("fast, BLORA_SAVE_MEMORY=0", "blora_network", True, False),
 )
-# The columns of the README's table, and the attention blocks that a preset can begin with.
+# The columns of that table, and the attention blocks that a preset can begin with.
 COLUMNS = {
     "content and style, rank 64": (CONTENT_STYLE, 64),
     "content and style, rank 1024": (CONTENT_STYLE, 1024),
@@ -194,7 +194,7 @@ def step_on_meta(sdxl: Any, recipe: Recipe, preset: str, rank: int, size: int) -
 
 
 def count(sdxl: Any, size: int) -> None:
-    """The README's table: TF and GB of each recipe."""
+    """The table of docs/blora_speed.md: TF and GB of each recipe."""
     print(f"| {size} x {size}, batch 1 | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}")
     for recipe in RECIPES:
         cells = []

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prodigyopt
 import pytest
 import sdxl_train_network
 import torch
@@ -31,7 +30,7 @@ from readme_commands import (
     check_slicer,
     resize_parser,
 )
-from rehearsed_networks import made, network
+from rehearsed_networks import made, network, prodigy_state
 from safetensors.torch import save_file
 from sdxl_train_network_options import build_parser
 
@@ -48,10 +47,18 @@ SCRIPT = "sdxl_train_network.py"
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
 GUI_RECIPES = ["blora_gui_classic.json", "blora_gui_fast.json"]
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
-NAMES = ("recipes", "gui", "own_blocks", "see_what_it_learned", "several_gpus")
-NAMES += ("what_loads_where", "when_something_fails", "rented_machine")
-# Of git, pip and hf; as far as the pattern below reads them.
-OTHERS = {"--branch", "--index", "--upgrade", "--local"}
+NAMES = (
+    "recipes",
+    "gui",
+    "rented_machine",
+    "see_what_it_learned",
+    "own_blocks",
+    "several_gpus",
+    "what_loads_where",
+)
+NAMES += ("when_something_fails", "preflight", "slicing", "speed")
+# Of git, pip, hf and Python; as far as the pattern below reads them.
+OTHERS = {"rented_machine": {"--branch", "--upgrade", "--local", "--version"}}
 PAGES = {
     name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8").replace("\r\n", "\n")
     for name in NAMES
@@ -102,7 +109,8 @@ def test_every_command_is_one_that_works(page, command, tmp_path, monkeypatch):
 
 
 def test_what_is_shown_beside_commands_is_what_programs_print():
-    printed = ("  training ", "  modules ", "  rank ", "error: ", "middle of ", "-> ")
+    printed = ("  ", "error: ", "note: ", "middle of ", "-> ", "early stop: ", "Rehearsing ")
+    printed += ("This training:",)
     for page in NAMES:
         for line in "".join(blocks(page, "")).splitlines():
             assert TYPED.match(line) or line.startswith(printed), line
@@ -137,7 +145,9 @@ def test_the_presets_settings_and_options_that_it_names_exist(page):
     presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
     assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout)_\w+", text)) <= presets
     known = {o for p in parsers() for action in p._actions for o in action.option_strings}
-    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - OTHERS <= known
+    for benchmark in (ROOT / "tests").glob("bench_*.py"):
+        known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', benchmark.read_text()))
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - OTHERS.get(page, set()) <= known
 
 
 def parsers():
@@ -369,17 +379,6 @@ def test_preflight_shows_what_two_gpus_change():
 # ---- Recipes -------------------------------------------------------------------------------------
 
 
-def prodigy_state() -> float:
-    """Bytes that Prodigy keeps for each byte of a LoRA, whose lora_up begins at zero."""
-    parameters = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.zeros(64, 64))]
-    optimizer = prodigyopt.Prodigy(parameters)
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    optimizer.step()
-    kept = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(v.numel() for v in kept if isinstance(v, torch.Tensor) and v.ndim) / (2 * 64 * 64)
-
-
 def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
     def gigabytes(rank: int, state: float) -> float:
         return 4 * rank * network(1).parameters * (2 + state) / 1e9
@@ -455,7 +454,7 @@ def test_a_message_of_ours_is_one_that_the_programs_have(message):
 
 
 # What the system says of a launcher, not the launcher.
-SYSTEM = ("Permission denied", "/usr/bin/env: ", "syntax error ")
+SYSTEM = ("Permission denied", "/usr/bin/env: ", "syntax error ", "BLORA_CHECKPOINT: command not")
 LAUNCHERS = [
     (message, name)
     for message in quoted("Launchers")

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bundle_files import BUNDLE, tracked
-from kohya_folder import ROOT, copy_command
+from cmd_runner import calls, windows_path
+from kohya_folder import BASH, ROOT, Bash, Bat
 from launcher_text import FAST_CHANGES, outline
 from preset_modules import CONTENT, EXPECTED, block_modules, text_encoder_modules
 from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
+from rehearsed_networks import network, options, prodigy_state, told_memory
 
 import blora_slicer
 from blora_sdxl import layers_by_module, load_traits
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLAN = ("base  ", "images  ", "epoch  ", "training  ", "modules  ", "rank  ", "memory  ", "saves  ")
+PAGES = {
+    name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8")
+    for name in ("slicing", "speed")
+}
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
 # What programs print, among what people type.
-SHOWN = ("early stop: ", "content of ", "-> ", "error: ", "note: ", "Rehearsing ", "This training:")
-SHOWN += PLAN
+SHOWN = ("training  ", "modules  ", "rank  ", "error: ", "content of ", "-> ")
 COMMANDS = [
     line.strip()
     for language, block in BLOCKS
@@ -36,15 +42,27 @@ SETTINGS = [
 ]
 
 
+def shell_block(start: str) -> list[str]:
+    """The lines of the one block that begins so."""
+    [block] = [block for language, block in BLOCKS if not language and block.startswith(start)]
+    return block.splitlines()
+
+
+PACKAGES = ["install", "lycoris_lora", "prodigyopt"]
+EDIT = "path/to/sd_xl_base_1.0.safetensors"
+# The columns of the table of memory: what each recipe changes of fast's options.
+CLASSIC = ["--network_module=lycoris.kohya"]
+MEMORY_OF = [
+    options(),
+    options(without="gradient_checkpointing"),
+    options(*CLASSIC, "--no_half_vae", without="cache_latents"),
+]
+
+
 def check_pip(command: list[str]) -> None:
     """Packages that the test environment has as well."""
     pinned = (ROOT / "tests/requirements.txt").read_text()
     assert all(re.search(rf"^{package}==", pinned, re.MULTILINE) for package in command[2:])
-
-
-def check_copied(command: list[str]) -> None:
-    """The install command, which every test of a launcher runs."""
-    assert shlex.join(command) == shlex.join(shlex.split(copy_command()))
 
 
 def check_script(command: list[str]) -> None:
@@ -53,9 +71,9 @@ def check_script(command: list[str]) -> None:
 
 
 CHECKS = {
-    r"x?copy ": None,  # run below, in cmd.exe
-    r"cp blora_dataset\.toml ": None,  # tests/test_blora_docs.py loads that file
-    r"cp -r ": check_copied,
+    r"source |cp -r ": None,  # run below, in bash
+    r"\"<kohya folder>|x?copy |mkdir _in\\": None,  # run below, in cmd.exe
+    r"mkdir -p |cp blora_dataset\.toml ": None,  # tests/test_blora_docs.py loads that file
     r"bash ": check_script,
     r"(BLORA_.*)?\./sdxl_": check_launcher,
     r"sdxl_|set ": check_cmd,
@@ -72,32 +90,79 @@ def test_every_command_is_one_that_works(command):
         check(shlex.split(command))
 
 
-def test_the_windows_copy_commands_install_the_bundle(cmd, tmp_path):
-    commands = [command for command in COMMANDS if command.startswith(("copy", "xcopy"))]
-    assert len(commands) == 2
-    source, kohya = tmp_path / "bundle", tmp_path / "kohya"
-    kohya.mkdir()
+@pytest.fixture
+def unpacked(tmp_path) -> Path:
+    """The repository's files, as they come out of an archive."""
+    source = tmp_path / "bundle"
     for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
-    bat = source / "install.bat"
-    lines = ["@echo off", *(line.replace("<kohya folder>", "..\\kohya") for line in commands)]
-    bat.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
-    cmd.run(bat)
+    return source
+
+
+def test_the_install_lines_for_linux_install_the_bundle_and_its_packages(unpacked, tmp_path):
+    kohya, log = tmp_path / "my kohya", tmp_path / "log"
+    programs = Bash().make_venv(kohya / "venv")
+    Bash().install_recorder(programs, "pip")
+    lines = "\n".join(shell_block("source ")).replace("<kohya folder>", "'../my kohya'")
+    env = {"PATH": os.defpath, "RECORDER_LOG": str(log)}
+    subprocess.run([BASH, "-ec", lines], cwd=unpacked, env=env, check=True)
+    [record] = log.iterdir()
+    assert record.read_text().split("\0")[2:6] == [str(programs / "pip"), *PACKAGES]
+    assert {path.name for path in kohya.iterdir()} == {*BUNDLE, "venv"}
+
+
+# What venv puts into Scripts, as far as these lines need it.
+ACTIVATE = '@echo off\r\nset "PATH=%~dp0;%PATH%"\r\n'
+
+
+def test_the_install_lines_for_cmd_install_the_bundle_and_its_packages(cmd, unpacked, tmp_path):
+    kohya, log = tmp_path / "my kohya", tmp_path / "log"
+    log.mkdir()
+    Bat(cmd).install_recorder(kohya / "venv/Scripts", "pip")
+    (kohya / "venv/Scripts/activate.bat").write_bytes(ACTIVATE.encode())
+    lines = [line.replace("<kohya folder>", "..\\my kohya") for line in shell_block('"')]
+    # What is typed needs no call; in a .bat the lines behind another .bat would never run.
+    lines[0] = f"call {lines[0]}"
+    (unpacked / "typed.bat").write_bytes("\r\n".join(["@echo off", *lines, ""]).encode())
+    cmd.run(unpacked / "typed.bat", env={"RECORDER_LOG": windows_path(log)})
+    [call] = calls(log)
+    assert call.argv[1:] == PACKAGES
     # Windows matches names in any case, so the changelog comes along.
     copied = {path.name for path in kohya.iterdir()} - {"CHANGELOG_BLORA_KOHYA.md"}
-    assert copied == set(BUNDLE)
+    assert copied == {*BUNDLE, "venv"}
     assert len(list((kohya / "lycoris_presets").iterdir())) == 5
 
 
-def test_every_option_trait_preset_and_setting_is_in_it():
-    parser = blora_slicer.build_parser()
-    options = [o for action in parser._actions for o in action.option_strings if o != "--help"]
-    names = [option for option in options if option.startswith("--")]
-    names += load_traits(ROOT / "blora_traits.json")
+def test_the_install_lines_for_powershell_are_those_of_cmd():
+    """PowerShell is not run; this compares what they name."""
+    [block] = [block for language, block in BLOCKS if language == "powershell"]
+    activate, pip, copy = block.splitlines()
+    assert activate == '& "<kohya folder>\\venv\\Scripts\\Activate.ps1"'
+    assert pip == shell_block('"')[1]
+    assert copy == 'Copy-Item *blora*, lycoris_presets "<kohya folder>" -Recurse -Force'
+
+
+@pytest.mark.parametrize("suffix", ["sh", "bat"])
+def test_the_edited_line_it_shows_is_one_of_the_launchers(suffix):
+    [line] = [block.strip() for language, block in BLOCKS if language == suffix]
+    unedited = re.sub(r"(?<=[=-])[^=-]+sd_xl_base_1\.0\.safetensors", EDIT, line)
+    for recipe in ("classic", "fast"):
+        lines = (ROOT / f"sdxl_blora_{recipe}.{suffix}").read_text().splitlines()
+        assert unedited in lines
+
+
+def test_every_trait_and_preset_is_in_it():
+    names = list(load_traits(ROOT / "blora_traits.json"))
     names += [path.stem for path in (ROOT / "lycoris_presets").iterdir()]
-    missing = [name for name in names if f"| `{name}` |" not in README]
-    assert not missing
+    assert sorted(re.findall(r"^\| `([a-z_2]+)` \|", README, re.MULTILINE)) == sorted(names)
+
+
+def test_every_option_of_the_slicer_is_on_its_page():
+    parser = blora_slicer.build_parser()
+    options = [o for action in parser._actions for o in action.option_strings if o[:2] == "--"]
+    told = re.findall(r"^\| `(--\w+)` \|", PAGES["slicing"], re.MULTILINE)
+    assert sorted(told) == sorted({*options} - {"--help"})
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -124,8 +189,8 @@ def test_the_options_page_is_what_the_programs_print(bundle):
     assert (ROOT / page).read_bytes() == (bundle / page).read_bytes(), hint
 
 
-def test_its_table_of_classic_against_fast_is_the_difference_between_them():
-    table = README.split("### Classic and fast")[1].split("###")[0]
+def test_the_table_of_classic_against_fast_is_the_difference_between_them():
+    table = PAGES["speed"].split("## Classic and fast")[1].split("##")[0]
     rows = [re.findall(r"`([^`]+)`", row) for row in table.splitlines() if row.startswith("| ")]
     told = {tuple(row) for row in rows if row}
     assert told == {tuple(filter(None, change)) for change in FAST_CHANGES}
@@ -137,14 +202,23 @@ def test_its_links_within_the_repository_lead_somewhere():
         assert (ROOT / target).exists()
 
 
-def test_the_size_it_shows_is_that_of_the_file():
-    """Content has half of the two blocks' parameters, in fp32; the header is below 0.1 MB."""
+def test_the_sizes_it_shows_are_those_of_the_files():
+    """Content has half of the two blocks' parameters; the header of a slice is below 0.1 MB."""
     layers = layers_by_module()
-    size = 4 * sum(layers[module].parameters(1024) for module in block_modules(CONTENT))
-    assert (
-        f"-> my_content.safetensors: 80 modules, 240 tensors, rank 1024, {size / 1e6:.1f} MB"
-        in README
-    )
+    size = 2 * sum(layers[module].parameters(64) for module in block_modules(CONTENT))
+    shown = f"-> my_content.safetensors: 80 modules, 240 tensors, rank 64, {size / 1e6:.1f} MB"
+    assert shown in README
+
+
+def test_the_memory_it_tells_is_what_preflight_computes():
+    rows = re.findall(r"^\| (\d+)\b[^|]*\|(.*) GB \|$", README, re.MULTILINE)
+    assert len(rows) == 4
+    for rank, cells in rows:
+        size, *memory = re.findall(r"[\d.]+", cells)
+        found = network(int(rank))
+        assert size == f"{found.parameters * 2 / 1e6:.0f}"
+        told = [told_memory(args, found, prodigy_state()) for args in MEMORY_OF]
+        assert memory == [f"{float(text.split()[0]):.1f}" for text in told]
 
 
 def test_the_readme_of_the_tests_names_every_test_file_and_benchmark():

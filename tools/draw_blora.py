@@ -311,14 +311,14 @@ def upwards(size: float) -> float:
     return round(FLOOR - 148 * math.log10(size / 8e6), 1)
 
 
-def draw_sizes(per_rank: float, colour: str, mark: str, key: int, *names: str) -> list[str]:
+def draw_sizes(per_rank: float, colour: str, mark: str, key_y: int, *names: str) -> list[str]:
     """A line through the sizes at all ranks, each with its number, and its names in a key at y."""
     points = [(across(rank), upwards(per_rank * rank)) for rank in RANKS]
     (x, y), (last_x, last_y) = points[0], points[-1]
     drawn = [
         line(f"M{x:g} {y:g}L{last_x:g} {last_y:g}", 3, f"{colour} open"),
-        shape(mark, 24, key - 7, f"{colour}-mark"),
-        *(text(46, key + 26 * row, name, "quiet") for row, name in enumerate(names)),
+        shape(mark, 24, key_y - 7, f"{colour}-mark"),
+        *(text(46, key_y + 26 * row, name, "quiet") for row, name in enumerate(names)),
     ]
     for rank, (at_x, at_y) in zip(RANKS, points, strict=True):
         drawn.append(shape(mark, at_x, at_y, f"{colour}-mark"))
