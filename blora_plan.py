@@ -19,7 +19,7 @@ import blora_memory
 from blora_rehearsal import Rehearsal
 from blora_report import Report
 from blora_sdxl import Trait, block_of, layers_by_module, load_traits
-from blora_words import BloraError, file_size, printable
+from blora_words import BloraError, counted, file_size, printable
 
 HERE = Path(__file__).resolve().parent
 OUR_NETWORK = "blora_network"  # LyCORIS' own, with a backward pass that ends early
@@ -69,7 +69,8 @@ def plan_length(
     several = f" in each of {started.processes} processes" if started.processes > 1 else ""
     several += f" on {started.machines} machines" if started.machines > 1 else ""
     report.plan["training"] = (
-        f"{length.steps} steps, {length.epochs} epochs, batch {sizes}{several}, "
+        f"{counted(length.steps, 'step')}, {counted(length.epochs, 'epoch')}, "
+        f"batch {sizes}{several}, "
         f"{args.mixed_precision or 'no'} mixed precision"
     )
 

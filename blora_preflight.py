@@ -45,7 +45,7 @@ try:
     from blora_refusals import ended_sentence, is_of_the_rehearsal, refusal
     from blora_rehearsal import Rehearsal, rehearse
     from blora_report import Report, attempt, print_report
-    from blora_words import BloraError, say
+    from blora_words import BloraError, counted, say
 except ImportError as missing:
     sys.exit(f"error: {missing_file(missing.name)}")
 
@@ -98,8 +98,9 @@ def look_at_pictures(
     report.plan["images"] = in_words(seen.folders)
     if seen.epoch:
         report.plan["epoch"] = (
-            f"{seen.epoch.images} images with {seen.epoch.captions} captions, "
-            f"{seen.epoch.repeated} with repeats, {seen.epoch.batches} batches"
+            f"{counted(seen.epoch.images, 'image')} with "
+            f"{counted(seen.epoch.captions, 'caption')}, {seen.epoch.repeated} with repeats, "
+            f"{counted(seen.epoch.batches, 'batch', 'batches')}"
         )
     if preview:
         try:

@@ -39,6 +39,11 @@ def span(values: Iterable[float | None]) -> str:
     return " to ".join(f"{value:g}" for value in dict.fromkeys(known[:1] + known[-1:])) or "-"
 
 
+def counted(number: int, one: str, more: str = "") -> str:
+    """A number of things in words: "1 batch", "2 epochs"."""
+    return f"{number} {one}" if number == 1 else f"{number} {more or one + 's'}"
+
+
 def file_size(size: float) -> str:
     """Bytes in words: "56.4 MB", "1.80 GB"."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -83,6 +83,12 @@ def test_its_length_is_told_with_what_a_step_takes(batches, started, given, told
     assert report.plan == {"training": told}
 
 
+def test_one_of_a_kind_has_no_s():
+    report = Report()
+    blora_plan.plan_length(Length(1, 1), [1], Started(), options(), report)
+    assert report.plan["training"] == "1 step, 1 epoch, batch 1, fp16 mixed precision"
+
+
 @pytest.mark.parametrize("option", ["--max_train_steps=0", "--max_train_epochs=0"])
 def test_a_training_of_no_step_is_an_error(option):
     report, args = Report(), options(option)
