@@ -28,27 +28,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+VERSION = "2.0.0"
 
-def missing_file(module: str | None) -> str:
-    """What to say of a file of the bundle that was not copied, or is an older one."""
-    return (
-        f"{module}.py beside {Path(__file__).name} is missing, or of another version: "
-        "copy all files of the bundle that have blora in their names into this folder"
-    )
-
-
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("error: this Python is older than 3.10: activate kohya's venv, or use a newer one")
 try:
-    from blora_advice import advise, check_device, check_processes, processes
-    from blora_look import look
-    from blora_options import parse_options
-    from blora_plan import Started, plan
-    from blora_refusals import ended_sentence, is_of_the_rehearsal, refusal
-    from blora_rehearsal import Rehearsal, rehearse
-    from blora_report import Report, attempt, print_report
-    from blora_words import BloraError, counted, say
-except ImportError as missing:
-    sys.exit(f"error: {missing_file(missing.name)}")
+    import blora
 
+    if getattr(blora, "VERSION", "unknown") != VERSION:
+        raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
+    from blora.preflight.files import look
+    from blora.preflight.option_warnings import advise, check_device, check_processes, processes
+    from blora.preflight.options import parse_options
+    from blora.preflight.plan import Started, plan
+    from blora.preflight.rehearsal import Rehearsal, rehearse
+    from blora.preflight.report import Report, attempt, print_report
+    from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, refusal
+    from blora.text import BloraError, counted, say
+except ImportError as error:
+    sys.exit(
+        f"error: blora_preflight.py {VERSION} cannot use the blora folder beside it ({error}): "
+        "copy the whole bundle again"
+    )
 
 NOT_TOLD = "this release of sd-scripts does not let us tell the whole plan"
 
@@ -75,7 +76,7 @@ def named_pictures(failure: BaseException) -> list[str]:
     """A sentence for each picture that the trainer stumbled over."""
     try:
         # It needs numpy and Pillow, which the look does without.
-        from blora_pictures import stumbled_over
+        from blora.preflight.images import stumbled_over
     except ImportError:
         return []
     return stumbled_over(failure)
@@ -85,12 +86,9 @@ def look_at_pictures(
     rehearsal: Rehearsal, given: list[str], preview: Path | None, bar: TextIO | None, report: Report
 ) -> int:
     """Everything that the dataset shows; hands back the pixels of its largest batch."""
-    try:
-        from blora_dataset import in_words
-        from blora_pictures import check_dataset
-        from blora_preview import thumbnail_side, write_preview
-    except ImportError as missing:
-        raise BloraError(missing_file(missing.name)) from missing
+    from blora.preflight.captions import in_words
+    from blora.preflight.images import check_dataset
+    from blora.preflight.preview import thumbnail_side, write_preview
 
     side = thumbnail_side if preview else lambda count: 0
     datasets, kept_back = rehearsal.datasets, rehearsal.validation

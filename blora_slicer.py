@@ -34,17 +34,26 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+VERSION = "2.0.0"
 
-def missing_file(name: str) -> str:
-    """What to say where one of the bundle's own files is not there."""
+
+def cannot_load(error: ImportError) -> str:
+    """What to say where a file of the blora folder is missing, or of a different version."""
     return (
-        f"error: {name}.py beside {Path(__file__).name} is missing, or of another version: "
-        "copy all files of the bundle that have blora in their names into this folder"
+        f"error: blora_slicer.py {VERSION} cannot use the blora folder beside it ({error}): copy "
+        "the whole bundle again"
     )
 
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("error: this Python is older than 3.10: activate kohya's venv, or use a newer one")
 try:
-    from blora_cut import (
+    import blora
+
+    if getattr(blora, "VERSION", "unknown") != VERSION:
+        raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
+    from blora.sdxl import load_traits
+    from blora.slicer.cut import (
         DEFAULT_STRENGTH,
         DEFAULT_TRAIT,
         Slice,
@@ -56,15 +65,13 @@ try:
         plan_outputs,
         summarize,
     )
-    from blora_lora import Lora, Module, file_tensors
-    from blora_read import lora_file, read_lora
-    from blora_safetensors import fp32_holds, shorten_metadata, write_file
-    from blora_sdxl import load_traits
-    from blora_words import BloraError, file_size, first_few, printable, say
-except ImportError as missing:
-    sys.exit(missing_file(missing.name))
+    from blora.slicer.modules import Lora, Module, file_tensors
+    from blora.slicer.reader import lora_file, read_lora
+    from blora.tensorfile import fp32_holds, shorten_metadata, write_file
+    from blora.text import BloraError, file_size, first_few, printable, say
+except ImportError as error:
+    sys.exit(cannot_load(error))
 
-HERE = Path(__file__).resolve().parent
 PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -159,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--output_path",
         type=Path,
-        default=HERE / "model.safetensors",
+        default=blora.ROOT / "model.safetensors",
         help="the file to write (default: model.safetensors beside this script)",
     )
     add("--debug", action="store_true", help="name every module that is kept")
@@ -167,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--traits_file",
         type=Path,
-        default=HERE / "blora_traits.json",
+        default=blora.ROOT / "blora_traits.json",
         help="the traits to choose from (default: blora_traits.json beside this script)",
     )
     add(
@@ -214,7 +221,7 @@ def read_once(paths: Iterable[Path]) -> dict[Path, Lora]:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Show what each LoRA holds."""
-    from blora_inspect import inspect_lora, report
+    from blora.slicer.inspection import inspect_lora, report
 
     known = load_traits(args.traits_file)
     facts = [inspect_lora(read_lora(path), known) for path in dict.fromkeys(args.loras)]
@@ -231,7 +238,7 @@ def finish(
     modules = join_slices(slices)
     metadata = {} if args.no_metadata else build_metadata(slices, modules, output)
     if args.save_precision:
-        from blora_strength import at_precision
+        from blora.slicer.strength import at_precision
 
         modules = [at_precision(m, PRECISIONS[args.save_precision]) for m in modules]
     metadata, dropped = shorten_metadata(file_tensors(modules), metadata)
@@ -249,7 +256,7 @@ def run_cut(args: argparse.Namespace) -> None:
         check_output(output, inputs)
     loras = read_once(args.loras)
     if args.base_model:
-        from blora_strength import read_base_model
+        from blora.slicer.strength import read_base_model
 
         base = read_base_model(args.base_model)
     else:
@@ -290,10 +297,13 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 1
     except ImportError as error:
-        if error.name.startswith("blora_"):
-            say(missing_file(error.name))
-        else:
-            say(f"error: no {error.name} in this Python ({sys.executable}): activate kohya's venv")
+        name = error.name or ""
+        if name.startswith("blora"):
+            say(cannot_load(error))
+        elif isinstance(error, ModuleNotFoundError):
+            say(f"error: no {name} in this Python ({sys.executable}): activate kohya's venv")
+        else:  # numpy raises one without a name where it is broken
+            say(f"error: a package of this Python ({sys.executable}) cannot be loaded: {error}")
         return 1
     except OSError as error:  # the disk or the program behind stdout takes no more
         # Python would try to write what is left when it ends, and complain once more.

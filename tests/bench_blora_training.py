@@ -5,7 +5,7 @@
 
 Run it with the Python that sd-scripts runs with: the steps are those of sd-scripts' own U-Net, with
 LyCORIS' own network on it. The first counts on torch's meta device, at 1024 x 1024 and batch 1, and
-prints the table of docs/blora_speed.md:
+prints the table of docs/speed.md:
 
 - TF, 10^12 floating point operations of one forward and one backward pass, as torch counts them.
 - kept, the most bytes that autograd holds at a time. For this the step runs as on a card: CUDA's
@@ -194,7 +194,7 @@ def step_on_meta(sdxl: Any, recipe: Recipe, preset: str, rank: int, size: int) -
 
 
 def count(sdxl: Any, size: int) -> None:
-    """The table of docs/blora_speed.md: TF and GB of each recipe."""
+    """The table of docs/speed.md: TF and GB of each recipe."""
     print(f"| {size} x {size}, batch 1 | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}")
     for recipe in RECIPES:
         cells = []
@@ -206,7 +206,7 @@ def count(sdxl: Any, size: int) -> None:
 
 
 def count_by_first_block(sdxl: Any, size: int, folder: Path) -> None:
-    """The figures of blora_memory.py: GB kept where the backward pass ends at each block."""
+    """The figures of memory.py: GB kept where the backward pass ends at each block."""
     print("\n| first trained | lycoris.kohya | | blora_network | |\n|" + " --- |" * 5)
     print("| checkpointing | on | off | on | off |")
     for block in BLOCKS:

@@ -2,7 +2,7 @@
 
   cd COMFYUI_ROOT && COMFYUI_PYTHON comfyui_nodes.py NAME...
 
-tests/data/comfyui_nodes.json is its answer for the nodes of docs/blora_compare.json. An input is a
+tests/data/comfyui_nodes.json is its answer for the nodes of docs/compare.json. An input is a
 type, or the list that one chooses from; a list of files is empty there.
 """
 

@@ -4,7 +4,7 @@
 
 DIR is a checkout of the program; each option is optional, and what is not given is not in the
 table. diffusers with PEFT and, without --lycoris, LyCORIS are read as this Python has them. The
-table goes into docs/blora_what_loads_where.md, between its comments.
+table goes into docs/what_loads_where.md, between its comments.
 
 Small LoRAs of SDXL's layers are cut by blora_slicer at strengths 1, 0.5 and -1, a DoRA with its
 base model. Each slice is loaded at strength 1 by the program, in a process of its own, on a CPU. A

@@ -50,10 +50,10 @@ def main() -> int:
     end = sys.argv.index("--")
     ours, argv = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     sys.path[:0] = [str(ours.kohya), str(ours.bundle)]
-    from blora_dataset import in_words
-    from blora_pictures import check_dataset, stumbled_over
-    from blora_preview import thumbnail_side, write_preview
-    from blora_report import Report
+    from blora.preflight.captions import in_words
+    from blora.preflight.images import check_dataset, stumbled_over
+    from blora.preflight.preview import thumbnail_side, write_preview
+    from blora.preflight.report import Report
 
     try:
         args, datasets = make_datasets(argv)

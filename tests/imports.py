@@ -12,25 +12,30 @@ from kohya_folder import ROOT
 FOLDERS = (ROOT / "tests", ROOT, ROOT / "tests/standin", ROOT / "tools")
 
 
-def imported(path: Path) -> set[str]:
-    """The modules that a file imports, anywhere in it; of a package its name alone."""
+def imported_modules(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, with their packages: "blora.slicer.cut"."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-    return {name.split(".")[0] for name in names}
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it; of a package its name alone."""
+    return {name.split(".")[0] for name in imported_modules(path)}
 
 
 def needed(path: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
     """The packages that a file imports, itself or by the files of the repository it imports."""
     found = set()
-    for name in imported(path):
-        files = [folder / f"{name}.py" for folder in FOLDERS]
+    for name in imported_modules(path):
+        files = [folder / f"{name.replace('.', '/')}.py" for folder in FOLDERS]
         file = next(filter(Path.is_file, files), None)
         if not file:
-            found.add(name)
+            found.add(name.split(".")[0])
         elif file not in seen:
             found |= needed(file, seen | {file})
     return found

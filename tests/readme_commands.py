@@ -9,10 +9,10 @@ from itertools import takewhile
 from kohya_folder import ROOT
 from sdxl_train_network_options import build_parser as sd_scripts_parser
 
-import blora_advice
 import blora_preflight
 import blora_slicer
-from blora_sdxl import load_traits
+from blora.preflight import option_warnings
+from blora.sdxl import load_traits
 
 # Those of sd-scripts' networks/resize_lora.py that the recipe speaks of; test_blora_real_tools.py
 # runs its command on the real one.
@@ -30,7 +30,7 @@ def check_setting(word: str) -> None:
     name, _, value = word.partition("=")
     assert name in {*SETTINGS, "CUDA_VISIBLE_DEVICES"}
     if name == "BLORA_ACCELERATE_ARGS":
-        assert blora_advice.processes(value.split(), "script.py").lacks_multi_gpu is False
+        assert option_warnings.processes(value.split(), "script.py").lacks_multi_gpu is False
 
 
 def check_launcher(command: list[str]) -> None:

@@ -12,10 +12,10 @@ from lycoris_modules import SDXL, make_tree
 from sdxl_train_network_options import build_parser
 from torch import nn
 
-import blora_plan
-from blora_plan import Built, built
-from blora_rehearsal import on_meta
-from blora_report import Report
+from blora.preflight import plan
+from blora.preflight.plan import Built, built
+from blora.preflight.rehearsal import on_meta
+from blora.preflight.report import Report
 
 CONTENT_STYLE = "blora_content_style"
 OPTIONS = (
@@ -80,7 +80,7 @@ def told_memory(
 ) -> str:
     """What the plan says of the card's memory; `state` is the optimizer's, beside the LoRA's."""
     report = report or Report()
-    stops_early = args.network_module == blora_plan.OUR_NETWORK
-    way_back = blora_plan.backward(found, args, pixels, stops_early)
-    blora_plan.plan_memory(found, state, way_back, args, report)
+    stops_early = args.network_module == plan.OUR_NETWORK
+    way_back = plan.backward(found, args, pixels, stops_early)
+    plan.plan_memory(found, state, way_back, args, report)
     return report.plan["memory"]

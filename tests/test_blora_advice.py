@@ -1,4 +1,4 @@
-"""What blora_advice.py says of options that the trainer would take without a word.
+"""Warnings on options that the trainer would take without a word.
 
 Networks, optimizers and accelerate are the real ones; only the graphics cards are not there.
 """
@@ -21,8 +21,8 @@ from accelerate.commands import launch
 from lycoris_releases import LYCORIS
 from rehearsed_networks import made, network, options
 
-import blora_advice
-from blora_advice import (
+from blora.preflight import option_warnings
+from blora.preflight.option_warnings import (
     LYCORIS_TESTED,
     OPTIONS,
     check_device,
@@ -31,10 +31,10 @@ from blora_advice import (
     check_prompt_options,
     processes,
 )
-from blora_plan import Started
-from blora_rehearsal import Rehearsal
-from blora_report import Report
-from blora_words import BloraError
+from blora.preflight.plan import Started
+from blora.preflight.rehearsal import Rehearsal
+from blora.preflight.report import Report
+from blora.text import BloraError
 
 SCRIPT = "sdxl_train_network.py"
 
@@ -138,7 +138,7 @@ def test_an_alpha_above_the_rank_is_a_warning(given, times):
 )
 def test_dora_that_lycoris_would_drop_is_a_warning(args, warned):
     report = Report()
-    blora_advice.check_dora(made(**args), report)
+    option_warnings.check_dora(made(**args), report)
     sentence = (
         "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: remove "
         "one of the two from --network_args"
@@ -178,7 +178,7 @@ LEFT_OUT = (
 
 def left_out(printed: str, *, trains_text: bool = False, without: str = "") -> str:
     found = network(trains_text=trains_text)
-    return blora_advice.left_out_text(printed, found, options(without=without))
+    return option_warnings.left_out_text(printed, found, options(without=without))
 
 
 def test_the_text_encoders_modules_that_lycoris_made_in_vain_are_a_note():
@@ -256,7 +256,7 @@ TOO_HIGH = (
 def test_a_learning_rate_for_another_kind_of_optimizer_is_a_warning(name, rate, sentence):
     report = Report()
     groups = optimizer(name, rate).param_groups
-    blora_advice.check_rate(groups, options(f"--optimizer_type={name}"), report)
+    option_warnings.check_rate(groups, options(f"--optimizer_type={name}"), report)
     assert report.warnings == ([sentence] if sentence else [])
 
 
@@ -265,7 +265,7 @@ def test_a_warm_up_that_begins_at_zero_does_not_hide_the_rate():
     transformers.get_constant_schedule_with_warmup(adam, 10)
     assert adam.param_groups[0]["lr"] == 0
     report = Report()
-    blora_advice.check_rate(adam.param_groups, options(without="optimizer_type"), report)
+    option_warnings.check_rate(adam.param_groups, options(without="optimizer_type"), report)
     assert report.warnings == [TOO_HIGH.format("1", "AdamW")]
 
 
@@ -467,7 +467,7 @@ def test_the_network_the_log_and_the_optimizer_are_all_looked_at():
     printed = io.StringIO("create LyCORIS for Text Encoder: 176 modules.\n")
     report = Report()
     dropped = made(dora_wd="True", bypass_mode="True")
-    blora_advice.advise(rehearsed(1.0, network=dropped, printed=printed), report)
+    option_warnings.advise(rehearsed(1.0, network=dropped, printed=printed), report)
     starts = ["--network_alpha=128 ", "with bypass_mode=True ", "a learning rate of 1 "]
     told = zip(report.warnings, starts, strict=True)
     assert all(warning.startswith(start) for warning, start in told)
@@ -476,5 +476,5 @@ def test_the_network_the_log_and_the_optimizer_are_all_looked_at():
 
 def test_without_a_network_the_learning_rate_is_looked_at():
     report = Report()
-    blora_advice.advise(rehearsed(1.0), report)
+    option_warnings.advise(rehearsed(1.0), report)
     assert report.warnings == [TOO_HIGH.format("1", "AdamW")]

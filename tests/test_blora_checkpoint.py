@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from sdxl_checkpoint import Shapes, sdxl_shapes, write_checkpoint
 
-import blora_checkpoint
-from blora_report import Report
-from blora_words import BloraError
+from blora.preflight import checkpoint
+from blora.preflight.report import Report
+from blora.text import BloraError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_1, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -35,7 +35,7 @@ def checked(name: object = BASE, predicts_v: bool = False) -> Report:
     """The report on a checkpoint, with the error that ended the check."""
     report = Report()
     try:
-        blora_checkpoint.check_checkpoint(str(name), predicts_v, report)
+        checkpoint.check_checkpoint(str(name), predicts_v, report)
     except BloraError as error:
         report.errors.append(str(error))
     return report
@@ -65,7 +65,7 @@ def test_what_sd_scripts_saves_is_sdxl(metadata):
 
 def test_every_tensor_that_sd_scripts_saves_is_asked_for_but_the_logit_scale():
     asked = {}
-    for part in blora_checkpoint.sdxl_parts():
+    for part in checkpoint.sdxl_parts():
         asked |= part.tensors
     assert asked == without(f"{TEXT_2}logit_scale")
 

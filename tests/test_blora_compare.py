@@ -1,4 +1,4 @@
-"""docs/blora_compare.json draws one seed without a LoRA, with content, with style and with both.
+"""docs/compare.json draws one seed without a LoRA, with content, with style and with both.
 
 ComfyUI's nodes are known by tests/data/comfyui_nodes.json. With COMFYUI_ROOT, a checkout, and
 COMFYUI_PYTHON, the Python that runs it, ComfyUI itself is asked for them.
@@ -16,7 +16,7 @@ import pytest
 from kohya_folder import ROOT
 
 TESTS = ROOT / "tests"
-WORKFLOW = json.loads((ROOT / "docs/blora_compare.json").read_text(encoding="utf-8"))
+WORKFLOW = json.loads((ROOT / "docs/compare.json").read_text(encoding="utf-8"))
 CORE = json.loads((TESTS / "data/comfyui_nodes.json").read_text(encoding="utf-8"))
 NODES = {node["id"]: node for node in WORKFLOW["nodes"]}
 LINKS = {link[0]: link[1:] for link in WORKFLOW["links"]}

@@ -14,7 +14,7 @@ from consumer_rows import ROWS, write_slices
 from consumers import build_parser, cell, chosen, read_slices, table
 from kohya_folder import ROOT
 
-PAGE = (ROOT / "docs/blora_what_loads_where.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/what_loads_where.md").read_text(encoding="utf-8")
 [PRINTED] = re.findall(
     r"^<!-- printed by tests/consumers.py -->\n(.+?)\n<!-- end of what [^\n]+ -->$",
     PAGE.replace("\r\n", "\n"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blora_dataset import (
+from blora.preflight.captions import (
     RECIPE,
     Folder,
     Picture,
@@ -20,7 +20,7 @@ from blora_dataset import (
     passed_over,
     unnumbered,
 )
-from blora_report import Report
+from blora.preflight.report import Report
 
 
 def draw(path: Path) -> Path:

@@ -34,14 +34,13 @@ from rehearsed_networks import made, network, prodigy_state
 from safetensors.torch import save_file
 from sdxl_train_network_options import build_parser
 
-import blora_memory
-import blora_plan
 import blora_preflight
 import blora_slicer
-from blora_refusals import refusal
-from blora_report import Report
-from blora_safetensors import read_header
-from blora_sdxl import layers_by_module, load_traits, sdxl_layers
+from blora.preflight import memory, plan
+from blora.preflight.report import Report
+from blora.preflight.trainer_errors import refusal
+from blora.sdxl import layers_by_module, load_traits, sdxl_layers
+from blora.tensorfile import read_header
 
 SCRIPT = "sdxl_train_network.py"
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
@@ -60,7 +59,7 @@ NAMES += ("when_something_fails", "preflight", "slicing", "speed")
 # Of git, pip, hf and Python; as far as the pattern below reads them.
 OTHERS = {"rented_machine": {"--branch", "--upgrade", "--local", "--version"}}
 PAGES = {
-    name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8").replace("\r\n", "\n")
+    name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8").replace("\r\n", "\n")
     for name in NAMES
 }
 
@@ -180,7 +179,7 @@ def test_the_line_that_the_page_gives_to_preflight_ends_as_fast_does():
 
 
 def test_the_pages_picture_is_there_and_small():
-    picture = ROOT / "docs/blora_gui.png"
+    picture = ROOT / "docs/gui.png"
     assert picture.stat().st_size < 150_000
     with Image.open(picture) as opened:
         assert 800 <= opened.width <= 1200
@@ -304,8 +303,8 @@ def own_plan() -> dict[str, str]:
     args = build_parser().parse_args(shlex.split(own_commands()[0])[3:])
     report, traits = Report(), load_traits(Path("blora_traits.json"))
     found = network(args.network_dim, "my_middle.toml")
-    blora_plan.plan_modules(found, traits, report)
-    blora_plan.plan_rank(found, args, report)
+    plan.plan_modules(found, traits, report)
+    plan.plan_rank(found, args, report)
     return report.plan
 
 
@@ -371,8 +370,8 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(kohya):
 def test_preflight_shows_what_two_gpus_change():
     """Six images with two repeats, by the launcher as it is."""
     args = build_parser().parse_args(["--max_train_steps=3000", "--mixed_precision=fp16"])
-    report, two = Report(), blora_plan.Started(2)
-    blora_plan.plan_length(blora_plan.length(args, 12, 2), [1], two, args, report)
+    report, two = Report(), plan.Started(2)
+    plan.plan_length(plan.length(args, 12, 2), [1], two, args, report)
     assert f"  training  {report.plan['training']}\n" in blocks("several_gpus", "")
 
 
@@ -387,8 +386,8 @@ def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
     small, large = gigabytes(64, 2 / 4), gigabytes(1024, prodigy_state())
     text = re.sub(r"\s+", " ", PAGES["recipes"])
     assert f"take {small:.2f} GB at rank 64 with AdamW8bit" in text
-    kept, _ = blora_memory.FROM_BLOCK["output_blocks.0.1"]
-    assert f"takes {small + (2 * blora_memory.UNET + kept) / 1e9:.2f} GB of the card's" in text
+    kept, _ = memory.FROM_BLOCK["output_blocks.0.1"]
+    assert f"takes {small + (2 * memory.UNET + kept) / 1e9:.2f} GB of the card's" in text
     assert f"{large:.1f} GB at rank 1024 with Prodigy" in text
     assert f"takes {large:.1f} GB" in PAGES["when_something_fails"]
 
@@ -434,7 +433,7 @@ def bare(message: str) -> str:
     return re.sub(r"^(error|warning|note): ", "", message)
 
 
-TEXTS = map(bare, templates(*ROOT.glob("blora_*.py")))
+TEXTS = map(bare, templates(*ROOT.glob("blora_*.py"), *ROOT.glob("blora/**/*.py")))
 OURS = [
     # What a text is added to comes behind its colon.
     ".+".join(map(re.escape, re.sub(": $", ": ...", text).split("...")))

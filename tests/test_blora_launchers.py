@@ -447,7 +447,7 @@ def test_windows_line_ends_in_a_sh_give_the_message_of_the_page_and_its_command_
     shell = Bash(tuple(started))
     done, calls = shell.run(launcher, [], path, tmp_path / "log", SETTINGS | {"LC_ALL": "C"})
     assert calls == []
-    page = (ROOT / "docs/blora_when_something_fails.md").read_text()
+    page = (ROOT / "docs/when_something_fails.md").read_text()
     message = MESSAGES_OF_CRLF[len(started)]
     assert message in page
     assert message in done.stderr

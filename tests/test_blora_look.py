@@ -1,4 +1,4 @@
-"""What blora_look.py finds before any package is loaded."""
+"""What blora/preflight/files.py finds before any package is loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from kohya_folder import ROOT
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
-import blora_look
-from blora_options import parse_options
-from blora_report import Report
+from blora.preflight import files
+from blora.preflight.options import parse_options
+from blora.preflight.report import Report
 
 CORRECT = "correct --pretrained_model_name_or_path (BLORA_CHECKPOINT in the launcher)"
 CORRECT_PRESET = "correct the preset of --network_args (BLORA_PRESET in the launcher)"
@@ -81,7 +81,7 @@ def words(**changes: object) -> list[str]:
 
 def looked(script: str = SCRIPT, **changes: object) -> Report:
     report = Report()
-    blora_look.look(Path(script), parse_options(words(**changes)), report)
+    files.look(Path(script), parse_options(words(**changes)), report)
     return report
 
 
@@ -423,11 +423,12 @@ def test_a_training_that_saves_nowhere_is_an_error(given):
 # Root may do anything, so the look goes on as nobody; the paths are relative, as nobody may not
 # enter the folders above. Nor could it import anything more: a first look does that.
 AS_NOBODY = """
-import os, sys, pathlib, blora_look, blora_options, blora_report
+import os, sys, pathlib
+from blora.preflight import files, options, report
 def errors(words):
-    report = blora_report.Report()
-    blora_look.look(pathlib.Path("x.py"), blora_options.parse_options(words), report)
-    return report.errors
+    found = report.Report()
+    files.look(pathlib.Path("x.py"), options.parse_options(words), found)
+    return found.errors
 errors(sys.argv[1:])
 if os.getuid() == 0:
     os.setgid(65534)
@@ -605,10 +606,10 @@ def test_of_an_option_that_may_be_given_by_its_first_letters_nothing_is_said(giv
 IN_BARE_PYTHON = """
 import sys
 from pathlib import Path
-import blora_look, blora_options, blora_report
-report = blora_report.Report()
-blora_look.look(Path("sdxl_train_network.py"), blora_options.parse_options(sys.argv[1:]), report)
-print(*report.errors, *report.warnings, *report.notes, sep="\\n")
+from blora.preflight import files, options, report
+found = report.Report()
+files.look(Path("sdxl_train_network.py"), options.parse_options(sys.argv[1:]), found)
+print(*found.errors, *found.warnings, *found.notes, sep="\\n")
 """
 
 

@@ -16,10 +16,10 @@ from kohya_folder import ROOT
 from network_cases import STOPS
 from PIL import ImageFont
 
-from blora_sdxl import sdxl_layers
+from blora.sdxl import sdxl_layers
 
 SVG = "{http://www.w3.org/2000/svg}"
-PICTURES = ["blora_blocks.svg", "blora_rank.svg"]
+PICTURES = ["blocks.svg", "rank.svg"]
 NAMES = {
     # trait: what it is, its block as a slot of block weights, in kohya and in diffusers
     "CONTENT": ["the subject", "OUT00", "output_blocks.0.1", "up_blocks.0.attentions.0"],
@@ -93,7 +93,7 @@ def test_every_class_has_a_rule_every_rule_a_use_and_every_colour_a_dark_one():
 
 @pytest.mark.parametrize(
     ("name", "shown", "least"),
-    [("blora_blocks.svg", 830, 16), ("blora_blocks.svg", 360, 7), ("blora_rank.svg", 360, 10)],
+    [("blocks.svg", 830, 16), ("blocks.svg", 360, 7), ("rank.svg", 360, 10)],
 )
 def test_text_is_large_enough_for_a_readme_and_for_a_phone(name, shown, least):
     picture = parsed(name)
@@ -102,7 +102,7 @@ def test_text_is_large_enough_for_a_readme_and_for_a_phone(name, shown, least):
 
 
 def test_the_blocks_are_wide_and_short():
-    _, _, width, height = map(float, parsed("blora_blocks.svg").get("viewBox").split())
+    _, _, width, height = map(float, parsed("blocks.svg").get("viewBox").split())
     assert 720 <= width <= 860
     assert height <= 435
 
@@ -170,7 +170,7 @@ def at(label: str, picture: ElementTree.Element) -> tuple[float, float]:
 
 @pytest.mark.parametrize("trait", NAMES)
 def test_content_style_and_layout_have_all_their_names(trait):
-    picture = parsed("blora_blocks.svg")
+    picture = parsed("blocks.svg")
     words, slot, kohya, diffusers = NAMES[trait]
     assert f"{trait} {words}" in labels(picture)
     assert after(trait, picture, 5) == [slot, "kohya", kohya, "diffusers", diffusers]
@@ -185,7 +185,7 @@ def corners(shape: ElementTree.Element) -> int:
 
 @pytest.mark.parametrize("trait", NAMES)
 def test_content_style_and_layout_are_told_apart_by_colour_and_by_shape(trait):
-    elements, words = [*parsed("blora_blocks.svg")], NAMES[trait]
+    elements, words = [*parsed("blocks.svg")], NAMES[trait]
     texts = ["".join(e.itertext()) if e.tag == f"{SVG}text" else "" for e in elements]
     block = len(texts) - 1 - texts[::-1].index(words[1])
     names = texts.index(f"{trait} {words[0]}")
@@ -196,7 +196,7 @@ def test_content_style_and_layout_are_told_apart_by_colour_and_by_shape(trait):
 
 
 def test_every_slot_of_block_weights_is_there_and_the_way_out_comes_back_below_the_way_in():
-    picture = parsed("blora_blocks.svg")
+    picture = parsed("blocks.svg")
     assert set(SLOTS) <= set(labels(picture))
     there, back = ([at(slot, picture) for slot in way] for way in (WAY_IN, WAY_OUT))
     assert there == sorted(there)
@@ -208,7 +208,7 @@ def test_every_slot_of_block_weights_is_there_and_the_way_out_comes_back_below_t
 
 
 def test_it_says_what_the_slots_are():
-    shown = " ".join(labels(parsed("blora_blocks.svg")))
+    shown = " ".join(labels(parsed("blocks.svg")))
     for words in ("LBW (block weights)", "BASE, IN.., MID, OUT..", "sd-webui-lora-block-weight"):
         assert words in shown
 
@@ -216,10 +216,10 @@ def test_it_says_what_the_slots_are():
 def test_fasts_gradients_stop_where_the_network_stops_them():
     block, spared = STOPS["blora_content_style"]
     other, fewer = STOPS["blora_content_layout_style"]
-    page = (ROOT / "docs/blora_speed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     [logged] = re.findall(r"^early stop: .* ends at (\S+) and spares (.*)$", page, re.MULTILINE)
     assert logged == (block, f"{spared} of the U-Net's 794 layers")
-    picture = parsed("blora_blocks.svg")
+    picture = parsed("blocks.svg")
     assert f"fast sends no gradients here: {logged[1]} are spared" in labels(picture)
     described = picture.find(f"{SVG}desc").text
     assert f"from the output to {block} and no further: {logged[1]} are spared" in described
@@ -233,7 +233,7 @@ def stop_line(picture: ElementTree.Element) -> tuple[float, float, float]:
 
 
 def test_the_line_parts_content_from_all_that_comes_before_it():
-    picture = parsed("blora_blocks.svg")
+    picture = parsed("blocks.svg")
     x, top, bottom = stop_line(picture)
     assert at("OUT00", picture)[0] < x < at("MID", picture)[0]
     assert top < at("OUT00", picture)[1] < bottom
@@ -249,7 +249,7 @@ def test_a_trait_is_drawn_where_the_traits_file_has_it(bundle):
     traits["content"]["whitelist"] = ["lora_unet_output_blocks_2_1_"]
     path.write_text(json.dumps(traits))
     draw(bundle)
-    picture = parsed("blora_blocks.svg", bundle)
+    picture = parsed("blocks.svg", bundle)
     assert after("CONTENT", picture, 3) == ["OUT02", "kohya", "output_blocks.2.1"]
     assert at("OUT01", picture)[0] < stop_line(picture)[0] < at("OUT00", picture)[0]
     names = list(leaves())
@@ -275,7 +275,7 @@ def trained_shapes() -> list[tuple[int, ...]]:
 def test_the_line_is_where_a_lora_outgrows_its_matrices():
     square, *_ = sorted(set(trained_shapes()), key=math.prod)
     rank = next(r for r in range(1, 2000) if r * sum(square) > math.prod(square)) - 1
-    picture = parsed("blora_rank.svg")
+    picture = parsed("rank.svg")
     assert f"above rank {rank}" in labels(picture)
     assert f"the {square[0]} \N{MULTIPLICATION SIGN} {square[1]} matrices" in labels(picture)
     at = {text.text: float(text.get("x")) for text in picture.iter(f"{SVG}text")}
@@ -287,7 +287,7 @@ def test_the_line_is_where_a_lora_outgrows_its_matrices():
 
 def column(rank: int) -> list[str]:
     """What the picture shows of a rank, from the top."""
-    texts = [*parsed("blora_rank.svg").iter(f"{SVG}text")]
+    texts = [*parsed("rank.svg").iter(f"{SVG}text")]
     [x] = [float(text.get("x")) for text in texts if text.text == str(rank)]
     found = [
         text for text in texts if abs(float(text.get("x")) - x) < 7 and "bold" in classes(text)
@@ -309,7 +309,7 @@ def test_the_numbers_are_those_of_the_layers(rank):
 
 
 def test_it_says_what_the_numbers_are():
-    shown = labels(parsed("blora_rank.svg"))
+    shown = labels(parsed("rank.svg"))
     memory = shown.index("memory beside the model, in fp32:")
     assert shown[memory + 1] == "weights, gradients and Prodigy's state"
     assert "file, in fp16" in shown
@@ -320,8 +320,8 @@ def test_it_says_what_the_numbers_are():
 @pytest.mark.parametrize(
     ("page", "words"),
     [
-        ("docs/blora_recipes.md", "would take {memory} at rank {rank} with Prodigy"),
-        ("docs/blora_when_something_fails.md",
+        ("docs/recipes.md", "would take {memory} at rank {rank} with Prodigy"),
+        ("docs/when_something_fails.md",
          "Rank {rank} with Prodigy takes {memory} beside the model"),
         ("README.md", "Above {outgrown} a LoRA is larger than most of the matrices it changes"),
         ("README.md", "| `blora_content_style` | content and style: the B-LoRA method | {each} |"),
@@ -329,14 +329,14 @@ def test_it_says_what_the_numbers_are():
 )  # fmt: skip
 def test_the_pages_say_the_same_of_rank_1024(page, words):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-    shown = " ".join(labels(parsed("blora_rank.svg")))
+    shown = " ".join(labels(parsed("rank.svg")))
     outgrown, each = re.search(r"above rank (\d+) .* parameters: (\S+)", shown).groups()
     said = words.format(memory=column(1024)[0], rank=1024, outgrown=outgrown, each=each)
     assert said in text
 
 
 def test_preflights_page_says_the_same_of_rank_64():
-    text = (ROOT / "docs/blora_preflight.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/preflight.md").read_text(encoding="utf-8")
     parts = re.search(r"([\d.]+) MB LoRA, ([\d.]+) MB gradients, ([\d.]+) MB prodigy", text)
     assert column(64)[0] == f"{sum(map(float, parts.groups())):.0f} MB"
 

@@ -1,4 +1,4 @@
-"""What blora_plan.py and blora_memory.py say of a training: length, modules, sizes, memory, saves.
+"""The plan of a training: its length, modules, sizes, memory and saves.
 
 The networks are LyCORIS' own, on SDXL's names and shapes; the options have sd-scripts' defaults.
 """
@@ -20,13 +20,12 @@ from rehearsed_networks import CONTENT_STYLE, made, network, options
 from rehearsed_networks import told_memory as told_memory_of
 from torch.utils.data import ConcatDataset, TensorDataset
 
-import blora_memory
-import blora_plan
-from blora_plan import Length, Started, length, saves
-from blora_rehearsal import Rehearsal
-from blora_report import Report
+from blora.preflight import memory, plan
+from blora.preflight.plan import Length, Started, length, saves
+from blora.preflight.rehearsal import Rehearsal
+from blora.preflight.report import Report
 
-CARD = blora_memory.card
+CARD = memory.card
 PRODIGY = 4.0  # bytes that it keeps for each byte of a parameter
 MEGAPIXEL = 1024 * 1024
 told_memory = partial(told_memory_of, state=PRODIGY)
@@ -36,7 +35,7 @@ told_memory = partial(told_memory_of, state=PRODIGY)
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty working directory, on a machine without a graphics card."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(blora_memory, "card", lambda: None)
+    monkeypatch.setattr(memory, "card", lambda: None)
     return tmp_path
 
 
@@ -79,20 +78,20 @@ def test_a_training_is_so_long(given, batches, processes, steps, epochs):
 )
 def test_its_length_is_told_with_what_a_step_takes(batches, started, given, told):
     report = Report()
-    blora_plan.plan_length(Length(24, 2), batches, Started(*started), options(*given), report)
+    plan.plan_length(Length(24, 2), batches, Started(*started), options(*given), report)
     assert report.plan == {"training": told}
 
 
 def test_one_of_a_kind_has_no_s():
     report = Report()
-    blora_plan.plan_length(Length(1, 1), [1], Started(), options(), report)
+    plan.plan_length(Length(1, 1), [1], Started(), options(), report)
     assert report.plan["training"] == "1 step, 1 epoch, batch 1, fp16 mixed precision"
 
 
 @pytest.mark.parametrize("option", ["--max_train_steps=0", "--max_train_epochs=0"])
 def test_a_training_of_no_step_is_an_error(option):
     report, args = Report(), options(option)
-    blora_plan.plan_length(length(args, 12, 1), [1], Started(), args, report)
+    plan.plan_length(length(args, 12, 1), [1], Started(), args, report)
     assert report.errors == [f"{option} trains nothing: give more"]
 
 
@@ -136,16 +135,16 @@ MODULES = {
 def test_modules_are_told_by_trait_and_block(told):
     report = Report()
     found = MODULES[told]()
-    blora_plan.plan_modules(found, blora_plan.known_traits(report), report)
+    plan.plan_modules(found, plan.known_traits(report), report)
     assert report.plan == {"modules": told}
     assert report.modules == list(found.modules)
 
 
 def test_a_broken_traits_file_is_a_warning_and_modules_are_told_without_it(monkeypatch, folder):
-    monkeypatch.setattr(blora_plan, "HERE", folder)
+    monkeypatch.setattr(plan, "ROOT", folder)
     Path("blora_traits.json").write_text("{")
     report = Report()
-    blora_plan.plan_modules(network(), blora_plan.known_traits(report), report)
+    plan.plan_modules(network(), plan.known_traits(report), report)
     assert report.plan["modules"] == "160: 80 in output_blocks.0.1, 80 in output_blocks.1.1"
     [warning] = report.warnings
     assert warning.startswith(f"{folder / 'blora_traits.json'} is not valid JSON (")
@@ -183,14 +182,14 @@ def test_a_broken_traits_file_is_a_warning_and_modules_are_told_without_it(monke
 )
 def test_rank_parameters_and_a_files_size_are_told(given, args, told):
     report = Report()
-    blora_plan.plan_rank(network(**args), options(*given), report)
+    plan.plan_rank(network(**args), options(*given), report)
     assert told in report.plan["rank"]
 
 
 def test_a_rank_that_is_left_to_the_network_is_told_so():
     report = Report()
     args = options("--network_module=lycoris.kohya", without="network_dim")
-    blora_plan.plan_rank(network(4), args, report)
+    plan.plan_rank(network(4), args, report)
     assert report.plan["rank"].startswith("as lycoris.kohya has it: 1,761,280 parameters")
 
 
@@ -214,7 +213,7 @@ def test_a_rank_that_is_left_to_the_network_is_told_so():
 )
 def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(rank, given, notes):
     report = Report()
-    blora_plan.plan_rank(network(rank), options(*given), report)
+    plan.plan_rank(network(rank), options(*given), report)
     assert report.notes == notes
 
 
@@ -222,7 +221,7 @@ def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(rank, given
 
 
 def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
-    assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == blora_memory.UNET
+    assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == memory.UNET
 
 
 def test_the_cards_memory_is_a_sum_of_parts():
@@ -306,7 +305,7 @@ def put_card(monkeypatch: pytest.MonkeyPatch, folder: Path, prints: str) -> None
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{prints}'\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(blora_memory, "card", CARD)
+    monkeypatch.setattr(memory, "card", CARD)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
@@ -388,7 +387,7 @@ def test_so_many_files_and_states_are_there_before_the_last(given, files, states
 def told_saves(*given: str, rank: int = 64, report: Report | None = None) -> str:
     report = report or Report()
     args = options("--save_every_n_steps=1000", "--save_precision=fp16", *given)
-    blora_plan.plan_saves(Length(3000, 250), network(rank), PRODIGY, args, report)
+    plan.plan_saves(Length(3000, 250), network(rank), PRODIGY, args, report)
     return report.plan["saves"]
 
 
@@ -413,7 +412,7 @@ def test_saves_are_told_with_the_free_space(given, told):
 def little_room(monkeypatch) -> None:
     """A disk with 200 MB free."""
     free = shutil.disk_usage(".")._replace(free=200_000_000)
-    monkeypatch.setattr(blora_plan.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: free)
 
 
 @pytest.mark.usefixtures("little_room")
@@ -461,7 +460,7 @@ def rehearsed(**more: object) -> Rehearsal:
 
 def test_a_plan_has_a_line_for_each():
     report = Report()
-    blora_plan.plan(rehearsed(network=made(preset=CONTENT_STYLE)), Started(), MEGAPIXEL, report)
+    plan.plan(rehearsed(network=made(preset=CONTENT_STYLE)), Started(), MEGAPIXEL, report)
     assert list(report.plan) == [
         "training",
         "network",
@@ -478,7 +477,7 @@ def test_a_plan_has_a_line_for_each():
 
 def test_of_a_network_that_is_wrapped_the_length_is_told_alone():
     report = Report()
-    blora_plan.plan(rehearsed(), Started(), MEGAPIXEL, report)
+    plan.plan(rehearsed(), Started(), MEGAPIXEL, report)
     assert list(report.plan) == ["training"]
 
 
@@ -492,7 +491,7 @@ def test_of_a_network_that_is_wrapped_the_length_is_told_alone():
 @pytest.mark.usefixtures("little_room")
 def test_the_first_of_several_machines_saves_and_the_others_need_no_room(machine, told, errors):
     report, network = Report(), made(256)
-    blora_plan.plan(rehearsed(network=network), Started(2, 2, machine), MEGAPIXEL, report)
+    plan.plan(rehearsed(network=network), Started(2, 2, machine), MEGAPIXEL, report)
     assert report.plan["training"].startswith("12 steps, 2 epochs, batch 1/2 in each of 2 ")
     assert report.plan["saves"].startswith(told)
     assert len(report.errors) == errors

@@ -20,9 +20,8 @@ from kohya_folder import ROOT
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 import blora_preflight
-from blora_rehearsal import Rehearsal
-from blora_report import Report, attempt
-from blora_words import BloraError
+from blora.preflight.rehearsal import Rehearsal
+from blora.preflight.report import Report, attempt
 
 PROGRAM = ROOT / "blora_preflight.py"
 SCRIPT = "sdxl_train_network.py"
@@ -306,13 +305,6 @@ def test_of_a_rehearsal_that_came_to_its_end_nothing_is_said():
 
 
 # ---- What it loads -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("room", ["blora_dataset", "blora_pictures", "blora_preview"])
-def test_a_file_that_only_the_rehearsal_needs_is_named_where_it_is_missing(monkeypatch, room):
-    monkeypatch.setitem(sys.modules, room, None)
-    with pytest.raises(BloraError, match=f"^{room}.py beside blora_preflight.py is missing, or"):
-        blora_preflight.look_at_pictures(Rehearsal(), [], None, None, Report())
 
 
 def test_the_look_loads_no_package_but_toml(kohya):

@@ -12,7 +12,7 @@ from kohya_folder import ROOT
 from lycoris_releases import LYCORIS, NEWEST, PRESETS, trained
 from preset_modules import CONTENT, EXPECTED, LAYOUT, STYLE, block_modules, text_encoder_modules
 
-from blora_sdxl import load_traits
+from blora.sdxl import load_traits
 
 
 @pytest.mark.slow

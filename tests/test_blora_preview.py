@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFont
 
-from blora_dataset import Folder, Picture
-from blora_pictures import Opened
-from blora_preview import (
+from blora.preflight.captions import Folder, Picture
+from blora.preflight.images import Opened
+from blora.preflight.preview import (
     FAINT,
     LONGEST_SIDE,
     MARK,
@@ -30,7 +30,7 @@ from blora_preview import (
     wrap,
     write_preview,
 )
-from blora_words import BloraError
+from blora.text import BloraError
 
 RED = (200, 30, 30)
 FONT = own_font(15)
@@ -202,12 +202,12 @@ def test_any_number_of_pictures_makes_a_sheet_that_opens(tmp_path, count):
 
 
 def test_a_sheet_that_would_be_too_large_says_how_many_it_leaves_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("blora_preview.MOST_PIXELS", 1_000_000)
+    monkeypatch.setattr("blora.preflight.preview.MOST_PIXELS", 1_000_000)
     [folder], [looked] = make_dataset(tmp_path / "dogs", side=96)
     cell = cell_of(folder.pictures[0], folder, looked)
     titles = []
     monkeypatch.setattr(
-        "blora_preview.shortened", lambda font, text, width: titles.append(text) or text
+        "blora.preflight.preview.shortened", lambda font, text, width: titles.append(text) or text
     )
     sheet = draw_sheet([Section("dogs", (cell,) * 300), Section("cats", (cell,))])
     assert sheet.width * sheet.height <= 1_000_000

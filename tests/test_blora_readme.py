@@ -20,12 +20,11 @@ from readme_commands import check_cmd, check_launcher, check_preflight, check_sl
 from rehearsed_networks import network, options, prodigy_state, told_memory
 
 import blora_slicer
-from blora_sdxl import layers_by_module, load_traits
+from blora.sdxl import layers_by_module, load_traits
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
-    name: (ROOT / f"docs/blora_{name}.md").read_text(encoding="utf-8")
-    for name in ("slicing", "speed")
+    name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("slicing", "speed")
 }
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
 # What programs print, among what people type.
@@ -131,7 +130,11 @@ def test_the_install_lines_for_cmd_install_the_bundle_and_its_packages(cmd, unpa
     # Windows matches names in any case, so the changelog comes along.
     copied = {path.name for path in kohya.iterdir()} - {"CHANGELOG_BLORA_KOHYA.md"}
     assert copied == {*BUNDLE, "venv"}
-    assert len(list((kohya / "lycoris_presets").iterdir())) == 5
+    for folder in ("blora", "lycoris_presets"):
+        installed = {path.relative_to(kohya) for path in (kohya / folder).rglob("*.*")}
+        assert installed == {
+            path.relative_to(unpacked) for path in (unpacked / folder).rglob("*.*")
+        }
 
 
 def test_the_install_lines_for_powershell_are_those_of_cmd():
@@ -184,7 +187,7 @@ def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
 
 def test_the_options_page_is_what_the_programs_print(bundle):
     subprocess.run([sys.executable, "tools/write_options.py"], cwd=bundle, check=True)
-    page = "docs/blora_options.md"
+    page = "docs/options.md"
     hint = "stale: run python tools/write_options.py"
     assert (ROOT / page).read_bytes() == (bundle / page).read_bytes(), hint
 

@@ -112,7 +112,7 @@ def gui(tmp_path_factory) -> Gui:
     make_copy(path, KOHYA_SS_ROOT)
     make_copy(path / "sd-scripts")
     install(path)
-    page = (ROOT / "docs/blora_gui.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/gui.md").read_text(encoding="utf-8")
     [copy] = re.findall(r"^cp .*$", page, re.MULTILINE)
     subprocess.run(copy, shell=True, cwd=path, check=True)
     Path(path, PROJECT).mkdir(parents=True)

@@ -5,7 +5,7 @@
 
 takes five minutes: each case is a process with sd-scripts' imports. No model is loaded.
 BLORA_RANDOM_SDXL names a folder that tests/make_random_sdxl.py filled, for its tokenizers; without
-it they are made, which needs open_clip_torch. BLORA_WRITE_PREVIEW=1 writes docs/blora_preview.jpg
+it they are made, which needs open_clip_torch. BLORA_WRITE_PREVIEW=1 writes docs/preview.jpg
 anew. The checkout is only read.
 """
 
@@ -345,7 +345,7 @@ def test_cached_words_that_are_older_than_the_caption_are_named(training):
 
 # ---- The sheet -----------------------------------------------------------------------------------
 
-PREVIEW = ROOT / "docs/blora_preview.jpg"
+PREVIEW = ROOT / "docs/preview.jpg"
 
 
 def test_the_readmes_preview_is_what_the_sample_gives(training, tmp_path_factory):

@@ -35,7 +35,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.slow
 
-PAGE = (ROOT / "docs/blora_recipes.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 MILLIONTH = 1e-6
 
 

@@ -23,7 +23,13 @@ import voluptuous
 from torch import nn
 from transformers import get_scheduler as transformers_scheduler
 
-from blora_refusals import ended_sentence, is_of_the_rehearsal, own_words, place, refusal
+from blora.preflight.trainer_errors import (
+    ended_sentence,
+    is_of_the_rehearsal,
+    own_words,
+    place,
+    refusal,
+)
 
 ARGS = argparse.Namespace(
     optimizer_type="prodigy",

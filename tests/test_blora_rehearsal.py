@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import blora_rehearsal
-from blora_rehearsal import (
+from blora.preflight import rehearsal
+from blora.preflight.rehearsal import (
     as_started,
     harmless,
     header_tensors,
@@ -138,7 +138,7 @@ def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
 
 
 def test_the_scripts_folder_comes_first_as_where_accelerate_runs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(blora_rehearsal.HERE), "/elsewhere"])
+    monkeypatch.setattr(sys, "path", [str(rehearsal.ROOT), "/elsewhere"])
     monkeypatch.delenv("PYTHONPATH", raising=False)
     before = list(sys.path)
     with as_started(tmp_path / "script.py", ["--a", "b"]):
@@ -148,7 +148,7 @@ def test_the_scripts_folder_comes_first_as_where_accelerate_runs_it(tmp_path, mo
 
 
 def test_our_folder_stays_where_pythonpath_has_it(tmp_path, monkeypatch):
-    ours = str(blora_rehearsal.HERE)
+    ours = str(rehearsal.ROOT)
     monkeypatch.setattr(sys, "path", [ours, "/elsewhere"])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/other", ours]))
     with as_started(tmp_path / "script.py", []):
@@ -202,13 +202,13 @@ def make_script(folder: Path, text: str) -> Path:
 def rehearsed(script: Path) -> str:
     """What is missing or failed, asked in a Python of its own."""
     code = (
-        "import sys; from pathlib import Path; from blora_rehearsal import rehearse\n"
+        "import sys; from pathlib import Path; from blora.preflight.rehearsal import rehearse\n"
         "it = rehearse(Path(sys.argv[1]), ['--a'])\n"
         "print(it.missing, repr(it.failure), it.ready, repr(it.printed.getvalue()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, script],
-        cwd=blora_rehearsal.HERE,
+        cwd=rehearsal.ROOT,
         capture_output=True,
         text=True,
         check=True,

@@ -1,4 +1,4 @@
-"""The lines of docs/blora_rented_machine.md are run in its order, in two throw-away homes.
+"""The lines of docs/rented_machine.md are run in its order, in two throw-away homes.
 
 What cannot be had in a test has something in its place, by SUBSTITUTES; what is none of these is
 run as it is.
@@ -26,14 +26,14 @@ from rehearsed_networks import prodigy_state
 from safetensors import safe_open
 from sdxl_checkpoint import sdxl_shapes
 
-from blora_sdxl import layers_by_module
+from blora.sdxl import layers_by_module
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the page is for Linux"),
 ]
 
-PAGE = (ROOT / "docs/blora_rented_machine.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/rented_machine.md").read_text(encoding="utf-8")
 LINES = [
     line
     for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

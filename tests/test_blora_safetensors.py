@@ -39,7 +39,7 @@ from safetensors.torch import save
 from slicing import Stored, one_sentence, opens, stored, too_new
 
 import blora_slicer
-from blora_safetensors import (
+from blora.tensorfile import (
     DTYPES,
     HASHES,
     Tensor,
@@ -48,7 +48,7 @@ from blora_safetensors import (
     shorten_metadata,
     write_file,
 )
-from blora_words import BloraError
+from blora.text import BloraError
 
 # A warning would be a line on stderr that tells the user nothing.
 pytestmark = pytest.mark.filterwarnings("error")

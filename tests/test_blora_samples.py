@@ -1,4 +1,4 @@
-"""What blora_look.py finds in the prompts of sample pictures."""
+"""What blora/preflight/files.py finds in the prompts of sample pictures."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from kohya_folder import ROOT
 
-import blora_look
-from blora_options import parse_options
-from blora_report import Report
-from blora_words import BloraError
+from blora.preflight import files
+from blora.preflight.options import parse_options
+from blora.preflight.report import Report
+from blora.text import BloraError
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def looked(**given: str | bool) -> Report:
     line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     report = Report()
     try:
-        blora_look.check_samples(parse_options(line), report)
+        files.check_samples(parse_options(line), report)
     except BloraError as error:
         report.errors.append(str(error))
     return report
@@ -99,7 +99,7 @@ def test_prompts_that_are_not_utf_8_are_an_error(given):
 def test_the_sample_prompts_pass_and_are_three():
     shutil.copyfile(ROOT / "blora_prompts.txt", "blora_prompts.txt")
     assert clean(sample_at_first=True, sample_prompts="blora_prompts.txt")
-    prompts = blora_look.read_prompts(Path("blora_prompts.txt"))
+    prompts = files.read_prompts(Path("blora_prompts.txt"))
     assert [prompt.split(" --")[0] for prompt in prompts] == [
         r"A \[v\] on a beach",
         r"A lighthouse in \[v\] style",

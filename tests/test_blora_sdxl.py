@@ -10,8 +10,8 @@ import torch
 from diffusers_sdxl import sdxl_unet_without_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import blora_names
-import blora_sdxl
+from blora import sdxl
+from blora.slicer import keys
 
 SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
 Shapes = dict[str, tuple[int, ...]]
@@ -22,14 +22,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 @pytest.mark.parametrize("network", ["unet", "te1", "te2"])
 def test_matrices_and_convolutions_are_those_that_sd_scripts_builds(network):
-    layers = blora_sdxl.sdxl_layers()[network]
+    layers = sdxl.sdxl_layers()[network]
     ours = {name: [layer.kind, list(layer.shape)] for name, layer in layers.items()
             if layer.is_leaf}  # fmt: skip
     assert ours == SDXL[network]
 
 
 def test_the_container_classes_are_those_of_sd_scripts_unet():
-    ours = {name: layer.kind for name, layer in blora_sdxl.sdxl_layers()["unet"].items()}
+    ours = {name: layer.kind for name, layer in sdxl.sdxl_layers()["unet"].items()}
     plain = ("ModuleList", "Sequential")
     theirs = {name: kind for name, kind in SDXL["containers"].items() if kind not in plain}
     assert {name: ours[name] for name in theirs} == theirs
@@ -45,7 +45,7 @@ def weights(model: torch.nn.Module) -> Shapes:
 
 
 def test_diffusers_names_and_all_shapes_norms_included_are_those_of_its_own_unet():
-    layers = blora_sdxl.sdxl_layers()["unet"].values()
+    layers = sdxl.sdxl_layers()["unet"].values()
     assert {x.diffusers: x.shape for x in layers if x.shape} == weights(sdxl_unet_without_weights())
 
 
@@ -66,8 +66,8 @@ def test_all_layers_of_a_text_encoder_are_those_of_transformers_norms_included(n
     found = {}
     for name, shape in theirs.items():
         prefix = {"te1": "text_encoder.", "te2": "text_encoder_2."}[network]
-        found[blora_names.find_layer(prefix + name).layer.name] = shape
-    layers = blora_sdxl.sdxl_layers()[network].values()
+        found[keys.find_layer(prefix + name).layer.name] = shape
+    layers = sdxl.sdxl_layers()[network].values()
     assert found == {layer.name: layer.shape for layer in layers if layer.shape}
 
 
@@ -75,27 +75,27 @@ def test_all_layers_of_a_text_encoder_are_those_of_transformers_norms_included(n
 
 
 def test_no_name_means_two_layers():
-    for layers in blora_sdxl.sdxl_layers().values():
+    for layers in sdxl.sdxl_layers().values():
         owners: dict[str, str] = {}
         for layer in layers.values():
-            for spelling in blora_sdxl.spellings(layer) if layer.shape else ():
+            for spelling in sdxl.spellings(layer) if layer.shape else ():
                 assert owners.setdefault(spelling, layer.name) == layer.name
 
 
 def test_every_layer_is_found_under_kohyas_name_in_both_namings():
-    for module, layer in blora_sdxl.layers_by_module().items():
-        assert blora_names.find_layer(module).layer is layer
+    for module, layer in sdxl.layers_by_module().items():
+        assert keys.find_layer(module).layer is layer
         if layer.diffusers:
             other = f"lora_unet_{layer.diffusers.replace('.', '_')}"
-            assert blora_names.find_layer(other).layer is layer
+            assert keys.find_layer(other).layer is layer
 
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "unet.unet.", "base_model.model."])
 def test_every_layer_of_the_unet_is_found_under_its_dotted_names(prefix):
-    for layer in blora_sdxl.layers_by_module().values():
+    for layer in sdxl.layers_by_module().values():
         if layer.network == "unet":
             for name in (layer.name, layer.diffusers):
-                found = blora_names.find_layer(prefix + name)
+                found = keys.find_layer(prefix + name)
                 assert (found.layer, found.name) == (layer, name)
 
 
@@ -122,7 +122,7 @@ NO_LAYER = {
 
 @pytest.mark.parametrize("name", NO_LAYER.values(), ids=NO_LAYER)
 def test_a_name_that_sdxl_does_not_have_is_none(name):
-    assert blora_names.find_layer(name) is None
+    assert keys.find_layer(name) is None
 
 
 BLOCKS = {
@@ -141,4 +141,4 @@ BLOCKS = {
 
 @pytest.mark.parametrize("module", BLOCKS)
 def test_a_module_lies_in_its_block(module):
-    assert blora_sdxl.block_of(module) == BLOCKS[module]
+    assert sdxl.block_of(module) == BLOCKS[module]

@@ -1,6 +1,6 @@
 """Several machines train one LoRA: two launchers of one computer, which meet at 127.0.0.1.
 
-Their lines are those of docs/blora_several_gpus.md. Each has a kohya folder of its own, as each
+Their lines are those of docs/several_gpus.md. Each has a kohya folder of its own, as each
 machine has, with the stand-in for sd-scripts and real accelerate.
 """
 
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the .sh launchers are for Linux"),
 ]
 
-PAGE = (ROOT / "docs/blora_several_gpus.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/several_gpus.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^BLORA_ACCELERATE_ARGS=.*--machine_rank=.*$", PAGE, re.MULTILINE)
 SHORT = ["--mixed_precision=no", "--max_train_steps=2", "--lr_warmup_steps=0"]
 SETTINGS = {"BLORA_NAME": "toy", "BLORA_RANK": "2", "BLORA_CHECKPOINT": "toy.safetensors"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kohya_folder import BASH
+from kohya_folder import BASH, install
 from lora_files import CONTENT, LAYOUT, STYLE, TE2, blora_modules, change, lora_module
 from lora_files import write as write_lora
 from safetensors.torch import load_file
@@ -489,8 +489,7 @@ def test_every_option_is_for_a_slice_or_goes_with_inspect(capsys):
 def test_it_runs_from_any_folder_with_the_traits_and_the_output_beside_the_script(lora, tmp_path):
     home = tmp_path / "kohya & co (1)!"
     home.mkdir()
-    for path in (*SCRIPT.parent.glob("blora_*.py"), SCRIPT.with_name("blora_traits.json")):
-        (home / path.name).write_bytes(path.read_bytes())
+    install(home)
     done = subprocess.run(
         [sys.executable, home / "blora_slicer.py", "--loras", lora.name],
         cwd=lora.parent,

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from slicing import slice_lora
 
-from blora_names import read_key
+from blora.slicer.keys import read_key
 
 BLOCK = "transformer_blocks.0.attn1"
 QUERY = "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q"

@@ -86,5 +86,5 @@ def test_powershell_sets_known_settings_and_starts_launchers_that_are_there(page
 
 
 def test_the_pages_have_such_lines():
-    assert {block.page for block in LAUNCHING} >= {"README.md", "blora_recipes.md"}
-    assert powershell("blora_recipes.md")[0] == {"BLORA_RANK": "64"}
+    assert {block.page for block in LAUNCHING} >= {"README.md", "recipes.md"}
+    assert powershell("recipes.md")[0] == {"BLORA_RANK": "64"}

@@ -9,12 +9,27 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from imports import imported, missing
+from imports import imported, imported_modules, missing
 from kohya_folder import ROOT
 
 TESTS = ROOT / "tests"
-# The files of the bundle, and what each imports.
-BUNDLE = {path.stem: imported(path) for path in ROOT.glob("*.py")}
+# The files of the bundle by their modules' names, and what each imports.
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in [*ROOT.glob("*.py"), *(ROOT / "blora").rglob("*.py")]
+}
+BUNDLE = {name: imported_modules(path) for name, path in FILES.items()}
+GROUND_FLOOR = {"blora", "blora.text", "blora.sdxl", "blora.tensorfile"}
+
+
+def importing(modules: set[str]) -> dict[str, set[str]]:
+    """The files of the bundle that import some of these modules, with those."""
+    found = {name: imports & modules for name, imports in BUNDLE.items()}
+    return {name: imports for name, imports in found.items() if imports}
+
+
+def hall(name: str) -> set[str]:
+    return {module for module in BUNDLE if module.startswith(f"blora.{name}.")}
 
 
 def test_no_two_files_of_the_bundle_import_each_other():
@@ -23,10 +38,22 @@ def test_no_two_files_of_the_bundle_import_each_other():
 
 
 def test_no_script_of_the_bundle_is_imported_by_another_file_of_it():
-    scripts = {name for name in BUNDLE if "\ndef main(" in (ROOT / f"{name}.py").read_text("utf-8")}
+    scripts = {name for name, path in FILES.items() if "\ndef main(" in path.read_text("utf-8")}
     assert {"blora_preflight", "blora_slicer"} <= scripts
-    found = {name: imports & scripts for name, imports in BUNDLE.items()}
-    assert {name: imports for name, imports in found.items() if imports} == {}
+    assert importing(scripts) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "script"), [("slicer", "blora_slicer"), ("preflight", "blora_preflight")]
+)
+def test_a_hall_is_known_to_its_own_program_alone(name, script):
+    assert hall(name)
+    assert importing(hall(name)).keys() <= hall(name) | {script}
+
+
+def test_the_ground_floor_stands_on_nothing_of_the_halls():
+    for name in GROUND_FLOOR:
+        assert {m for m in BUNDLE[name] if m.startswith("blora")} <= GROUND_FLOOR
 
 
 def test_no_file_imports_a_test_file():

@@ -1,4 +1,4 @@
-"""Draw docs/blora_blocks.svg and docs/blora_rank.svg from SDXL's layers and the traits file.
+"""Draw docs/blocks.svg and docs/rank.svg from SDXL's layers and the traits file.
 
 Run it as: python tools/draw_blora.py
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from blora_memory import BYTES
-from blora_sdxl import Layer, load_traits, sdxl_layers
+from blora.preflight.memory import BYTES
+from blora.sdxl import Layer, load_traits, sdxl_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = " \N{MULTIPLICATION SIGN} "
@@ -407,7 +407,7 @@ def rank_picture() -> str:
 
 def main() -> None:
     for name, svg in (("blocks", blocks_picture()), ("rank", rank_picture())):
-        path = ROOT / f"docs/blora_{name}.svg"
+        path = ROOT / f"docs/{name}.svg"
         path.write_text(svg, encoding="utf-8", newline="\n")
 
 

@@ -1,4 +1,4 @@
-"""Write docs/blora_options.md, which shows what each program prints for --help.
+"""Write docs/options.md, which shows what each program prints for --help.
 
 Run it as: python tools/write_options.py
 """
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import blora_preflight
 import blora_slicer
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/blora_options.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs/options.md"
 INTRO = """# Every option
 
 What each program prints for `--help`. A launcher's settings are at its top, and every option given

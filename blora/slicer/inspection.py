@@ -1,0 +1,277 @@
+"""What --inspect shows of a LoRA: blocks, the size of their changes, the training.
+
+blora_slicer.py loads it for --inspect alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from blora.sdxl import Trait, block_of
+from blora.slicer.keys import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
+from blora.slicer.modules import INCOMPLETE, Lora, Module
+from blora.slicer.strength import through_core, values
+from blora.tensorfile import FLOAT8, FLOATS, NUMBERS, json_object
+from blora.text import file_size, first_few, printable, span
+
+BAR = 20  # characters for the whole change
+COLUMNS = ("block", "trait", "modules", "algorithm", "rank", "alpha", "dtype", "size", "change")
+TRIGGER_WORDS = 10
+ROWS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the modules of a block that the same traits keep."""
+
+    block: str
+    trait: str
+    modules: int
+    algorithm: str
+    ranks: list[int]
+    alphas: list[float]
+    dtype: str
+    bytes: int
+    change: float | None  # Frobenius norm of the weight change
+    share: float | None  # of the file's squared change
+
+
+def gram_norm(left: np.ndarray, right: np.ndarray) -> float:
+    """The Frobenius norm of left [out, rank] @ right [rank, ...], from products [rank, rank]."""
+    left, right = left.reshape(left.shape[0], -1), right.reshape(right.shape[0], -1)
+    square = np.sum((left.T @ left) * (right @ right.T), dtype="f8")
+    return math.sqrt(max(0.0, float(square)))
+
+
+def lora_norm(t: dict[str, np.ndarray]) -> float:
+    """Of up [out, rank] @ down [rank, in, ...].
+
+    With a tucker core mid [rank, rank, ...] between them, down is [rank, in].
+    """
+    down = t[LORA_DOWN]
+    if LORA_MID in t:
+        down = through_core(t[LORA_MID], down)
+    return gram_norm(t[LORA_UP], down)
+
+
+def loha_norm(t: dict[str, np.ndarray]) -> float:
+    """Of (w1_a @ w1_b) * (w2_a @ w2_b), some rows at a time: a is [out, rank], b [rank, in ...].
+
+    With tucker cores t1 and t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
+    """
+    square = 0.0
+    a1, a2 = (t[f"hada_w{i}_a"].T if "hada_t1" in t else t[f"hada_w{i}_a"] for i in (1, 2))
+    b1, b2 = t["hada_w1_b"], t["hada_w2_b"]
+    if "hada_t1" in t:
+        b1, b2 = (through_core(t[f"hada_t{i}"], t[f"hada_w{i}_b"]) for i in (1, 2))
+    b1, b2 = b1.reshape(b1.shape[0], -1), b2.reshape(b2.shape[0], -1)
+    for start in range(0, a1.shape[0], ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        square += float(np.sum(np.square((a1[rows] @ b1) * (a2[rows] @ b2)), dtype="f8"))
+    return math.sqrt(square)
+
+
+def lokr_norm(t: dict[str, np.ndarray]) -> float:
+    """Of kron(w1, w2), the product of their norms; each is whole or a [out, rank] @ b [rank, ...].
+
+    With a tucker core t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
+    """
+    norms = []
+    for i in (1, 2):
+        if f"lokr_w{i}" in t:
+            norms.append(float(np.linalg.norm(t[f"lokr_w{i}"].astype("f8"))))
+            continue
+        a, b = t[f"lokr_w{i}_a"], t[f"lokr_w{i}_b"]
+        if f"lokr_t{i}" in t:
+            a, b = a.T, through_core(t[f"lokr_t{i}"], b)
+        norms.append(gram_norm(a, b))
+    return norms[0] * norms[1]
+
+
+def stored_norm(t: dict[str, np.ndarray], suffixes: Iterable[str]) -> float:
+    """Of changes that are stored as they are, of any shape."""
+    parts = (t[suffix] for suffix in suffixes if suffix in t)
+    return math.sqrt(sum(float(np.sum(np.square(part), dtype="f8")) for part in parts))
+
+
+def weight_norm(t: dict[str, np.ndarray]) -> float:
+    """Of a whole weight."""
+    return stored_norm(t, ("diff", "w_norm"))
+
+
+# The others change a weight in proportion to itself, so their size is not in the file.
+NORMS = {
+    "LoRA": lora_norm, "LoHa": loha_norm, "LoKr": lokr_norm, "full": weight_norm,
+    "norm": weight_norm, "bias": weight_norm,
+}  # fmt: skip
+
+
+def measure(module: Module) -> tuple[float | None, list[str]]:
+    """The Frobenius norm of a module's change, bias included, and its keys that hold NaN or inf.
+
+    The change of a DoRA is that of its factors: what its scale adds depends on the base model.
+    None where the size is not known: a factor is missing, of a type without values, or misfits.
+    """
+    read = {
+        suffix: tensor
+        for suffix, tensor in module.tensors.items()
+        if suffix != ALPHA or module.alpha_is_read
+    }
+    known = {s: values(t) for s, t in read.items() if t.dtype in FLOATS or t.dtype in FLOAT8}
+    broken = [f"{module.name}.{s}" for s, v in known.items() if not np.isfinite(v).all()]
+    alpha = read.get(ALPHA)
+    others = NUMBERS.difference(FLOATS, FLOAT8)
+    if alpha and alpha.dtype in others and not math.isfinite(module.alpha or 0):
+        broken.append(f"{module.name}.{ALPHA}")
+    complete = all(s == ALPHA or s in known for s in read) and module.fits
+    if broken or not complete or module.is_incomplete or module.unknown:
+        return None, broken
+    return change_norm(module, known), []
+
+
+def change_norm(module: Module, known: dict[str, np.ndarray]) -> float | None:
+    """The Frobenius norm of the change of a whole module; None where it is not in the file."""
+    if module.algorithm.name not in NORMS:
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            weight = NORMS[module.algorithm.name](known) * module.scale
+            bias = stored_norm(known, [UP_BIAS]) * module.scale
+            norm = math.hypot(weight, bias, stored_norm(known, ("diff_b", "b_norm")))
+    except ValueError:  # a factor has no numbers
+        return None
+    return norm if math.isfinite(norm) else None
+
+
+def table_row(
+    key: tuple[str, str], modules: list[Module], norms: dict[str, float | None], total: float
+) -> Row:
+    """The line for these modules of one block."""
+    tensors = [tensor for module in modules for tensor in module.tensors.values()]
+    changes = [norms[module.name] for module in modules]
+    change = None if None in changes else math.hypot(*changes)
+    change = None if change is None or math.isinf(change) else change
+    wide = [tensor.dtype for tensor in tensors if tensor.shape] or [t.dtype for t in tensors]
+    return Row(
+        block=key[0],
+        trait=key[1],
+        modules=len(modules),
+        algorithm=", ".join(dict.fromkeys(module.label for module in modules)),
+        ranks=sorted({module.rank for module in modules} - {None}),
+        alphas=sorted({a for m in modules if (a := m.alpha) is not None and math.isfinite(a)}),
+        dtype=", ".join(dict.fromkeys(wide)),
+        bytes=sum(tensor.size for tensor in tensors),
+        change=change,
+        share=None if change is None or not total else (change / total) ** 2,
+    )
+
+
+def training_facts(metadata: dict[str, str]) -> dict[str, Any]:
+    """What a file says of its training, as far as it does."""
+    words: Counter[str] = Counter()
+    for counts in json_object(metadata.get("ss_tag_frequency")).values():
+        if isinstance(counts, dict):
+            words.update({str(w): n for w, n in counts.items() if isinstance(n, int)})
+    facts = {
+        "base": metadata.get("ss_base_model_version"),
+        "checkpoint": metadata.get("ss_sd_model_name"),
+        "steps": metadata.get("ss_steps"),
+        "images": metadata.get("ss_num_train_images"),
+        "comment": metadata.get("ss_training_comment"),
+        "trigger_words": dict(words.most_common(TRIGGER_WORDS)),
+    }
+    return {key: value for key, value in facts.items() if value and value != "None"}
+
+
+def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
+    """All that --inspect shows of a file."""
+    groups: dict[tuple[str, str], list[Module]] = {}
+    norms, broken = {}, []
+    for name, module in tqdm(lora.modules.items(), desc=lora.path.name, delay=1, leave=False):
+        traits = [trait.name for trait in known.values() if trait.keeps(name)]
+        groups.setdefault((block_of(name), ", ".join(traits) or "-"), []).append(module)
+        norms[name], not_finite = measure(module)
+        broken += not_finite
+    total = math.hypot(*(norm for norm in norms.values() if norm))
+    rows = [table_row(key, modules, norms, total) for key, modules in groups.items()]
+    return {
+        "file": str(lora.path),
+        "bytes": lora.path.stat().st_size,
+        "modules": len(lora.modules),
+        "naming": "; ".join(lora.namings),
+        "blocks": [vars(row) for row in rows],
+        "training": training_facts(lora.metadata),
+        "not_finite": broken,
+        "incomplete": [name for name, module in lora.modules.items() if module.is_incomplete],
+        "misfits": [name for name, m in lora.modules.items() if not (m.fits or m.is_incomplete)],
+        "unknown": [f"{n}.{s}" for n, module in lora.modules.items() for s in module.unknown],
+        "doubled": list(lora.copies),
+        "own": list(lora.own),
+        "unplaced": list(lora.unplaced),
+    }
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Rows as aligned lines; numbers, from the third column on, to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < 2 or column == len(widths) - 1 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# What of a file may not go into a slice, or not as it is.
+TROUBLES = {
+    "incomplete": f"modules that {INCOMPLETE}",
+    "misfits": "modules that do not fit SDXL's layers",
+    "unknown": "tensors of an unknown kind",
+    "doubled": "modules that are there more than once",
+    "own": "layers' own weights, which are no LoRA's",
+    "unplaced": "tensors that do not belong to SDXL",
+}
+
+
+def report(facts: dict[str, Any]) -> list[str]:
+    """The facts of one file as lines of text, escaped."""
+    rows = [[*COLUMNS, "share", ""]]
+    for row in facts["blocks"]:
+        share = row["share"]
+        rows.append(
+            [
+                *(printable(str(row[key])) for key in ("block", "trait", "modules", "algorithm")),
+                *(span(row[key]) for key in ("ranks", "alphas")),
+                row["dtype"],
+                file_size(row["bytes"]),
+                "-" if row["change"] is None else f"{row['change']:.4g}",
+                "-" if share is None else f"{share:.1%}",
+                "#" * round(BAR * (share or 0)),
+            ]
+        )
+    training = dict(facts["training"])
+    words = training.pop("trigger_words", {})
+    lines = [
+        f"{facts['file']}: {facts['modules']} modules, {file_size(facts['bytes'])}",
+        *table(rows),
+        f"naming: {facts['naming']}",
+    ]
+    lines += [f"{key}: {value}" for key, value in training.items()]
+    if words:
+        lines.append("trigger words: " + ", ".join(f"{word} ({n})" for word, n in words.items()))
+    if facts["not_finite"]:
+        lines.append(
+            f"NaN or inf in {len(facts['not_finite'])} tensors: {first_few(facts['not_finite'])}"
+        )
+    for key, trouble in TROUBLES.items():
+        if facts[key]:
+            lines.append(f"{trouble} ({len(facts[key])}): {first_few(facts[key])}")
+    return [printable(line) for line in lines]

@@ -1,0 +1,199 @@
+"""What a key of a LoRA file means: which layer of SDXL, which tensor, and whose naming it is.
+
+A key is a prefix, a layer and a suffix. The prefix says the network and often the program. The
+layer is in sgm's or diffusers' words, with dots or underscores. The suffix is a tensor of some
+algorithm, behind a dot or an underscore. Each part is looked up for itself, so any mixture of them
+is read. modules.py reads files with it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from blora.sdxl import Layer, layers_by_module, layers_by_spelling
+
+# ---- Prefixes ------------------------------------------------------------------------------------
+
+# The network that a prefix means, and who writes it. PEFT's stands before or behind diffusers'.
+PEFT = "base_model.model."
+PREFIXES = {
+    "lora_unet_": ("unet", "kohya"),
+    "lora_te1_": ("te1", "kohya"),
+    "lora_te2_": ("te2", "kohya"),
+    "lycoris_": ("unet", "LyCORIS' wrapper"),
+    "oft_unet_": ("unet", "sd-scripts' OFT"),
+    "diffusion_model.": ("unet", "ComfyUI"),
+    "text_encoders.clip_l.transformer.": ("te1", "ComfyUI"),
+    "text_encoders.clip_g.transformer.": ("te2", "ComfyUI"),
+    "clip_l.": ("te1", "OneTrainer"),
+    "clip_g.": ("te2", "OneTrainer"),
+    "unet.": ("unet", "diffusers"),
+    "unet.unet.": ("unet", "diffusers"),
+    "text_encoder.": ("te1", "diffusers"),
+    "text_encoder_2.": ("te2", "diffusers"),
+    PEFT: ("unet", "PEFT"),
+    f"unet.{PEFT}": ("unet", "SimpleTuner"),
+    f"text_encoder.{PEFT}": ("te1", "SimpleTuner"),
+    f"text_encoder_2.{PEFT}": ("te2", "SimpleTuner"),
+    f"{PEFT}unet.": ("unet", "PEFT"),
+    f"{PEFT}text_encoder.": ("te1", "PEFT"),
+    f"{PEFT}text_encoder_2.": ("te2", "PEFT"),
+    "": ("unet", "no prefix"),
+}
+
+
+@cache
+def plain_prefixes() -> dict[str, tuple[str, str]]:
+    """PREFIXES with underscores, the longer ones first."""
+    plain = {prefix.replace(".", "_"): meaning for prefix, meaning in PREFIXES.items()}
+    return dict(sorted(plain.items(), key=lambda item: -len(item[0])))
+
+
+# ---- Suffixes ------------------------------------------------------------------------------------
+
+LORA_UP, LORA_DOWN, LORA_MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
+UP_BIAS = "lora_up.bias"
+ALPHA, DORA = "alpha", "dora_scale"
+
+ADAPTER = r"(\.(?!weight\b|bias\b)[\w-]+)?"  # PEFT's name of an adapter, most often "default"
+UP = rf"(lora_up|lora[._]up|lora_linear_layer[._]up|lora_B{ADAPTER})"
+DOWN = rf"(lora_down|lora[._]down|lora_linear_layer[._]down|lora_A{ADAPTER})"
+# Every tensor of every algorithm, as kohya and LyCORIS spell it, and how else it is spelt.
+SUFFIXES = {
+    LORA_UP: rf"{UP}([._]weight)?",
+    LORA_DOWN: rf"{DOWN}([._]weight)?",
+    LORA_MID: r"lora_mid([._]weight)?",
+    UP_BIAS: rf"{UP}[._]bias",
+    DORA: r"dora_scale|lora_magnitude_vector(\.\w+)*|magnitude",
+    ALPHA: r"(lora[._])?alpha",
+} | {
+    suffix: suffix.replace(".", "[._]") + r"(\.default)?"
+    for suffix in (
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+        "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight",
+        "q_layer.weight", "p_layer.weight", "lambda_layer",
+        "oft_blocks", "rescale", "oft_R.weight", "oft_R.scaled_oft",
+        "diff", "diff_b", "w_norm", "b_norm", "weight", "on_input",
+        "bias_indices", "bias_values", "bias_size",
+    )
+}  # fmt: skip
+BY_ROW = "magnitude"  # in a DoRA's key: one number a row, as PEFT and ai-toolkit have it
+
+
+@cache
+def suffix_pattern() -> re.Pattern[str]:
+    """All suffixes behind their dot or underscore; the n-th of them is the group "sN"."""
+    every = "|".join(f"(?P<s{n}>{spelt})" for n, spelt in enumerate(SUFFIXES.values()))
+    return re.compile(rf"[._](?:{every})\Z")
+
+
+# ---- Keys ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A layer as a file spells it."""
+
+    layer: Layer
+    prefix: str  # with underscores
+    name: str  # what is behind the prefix, as PEFT's patterns are about it
+
+    @cached_property
+    def plain(self) -> str:
+        """With underscores; keys of one file that agree in it belong to one module."""
+        return self.prefix + plain_name(self.name)
+
+    @cached_property
+    def words(self) -> str:
+        """Whose words the layer is in; those of text encoders are transformers' everywhere."""
+        if self.layer.network != "unet":
+            return ""
+        sgm = self.layer.name.replace(".", "_").removesuffix("_0")
+        return "sgm names" if plain_name(self.name).removesuffix("_0") == sgm else "diffusers names"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a file: the layer, the tensor as kohya spells it, and as the file does."""
+
+    spelling: Spelling
+    suffix: str
+    spelt: str
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether PEFT's settings say its alpha, rather than a tensor."""
+        return has_peft_factors(self.spelt) or "base_model_" in self.spelling.prefix
+
+    @property
+    def naming(self) -> str:
+        """The program's naming in words: "kohya, sgm names"."""
+        is_old = ".processor." in self.spelling.name
+        return name_naming(self.spelling.prefix, self.spelling.words, self.spelt, is_old)
+
+
+def has_peft_factors(spelt: str) -> bool:
+    """Whether a suffix is one of PEFT's factors."""
+    return "lora_A" in spelt or "lora_B" in spelt
+
+
+@cache
+def name_naming(prefix: str, words: str, spelt: str, is_old: bool) -> str:
+    """Whose naming it is that has this prefix, layers in these words, and this suffix."""
+    _, whose = plain_prefixes()[prefix]
+    if whose == "kohya" and "lora_magnitude_vector" in spelt:
+        whose = "diffusers' conversion to kohya"
+    elif whose == "kohya" and spelt.startswith("_"):
+        whose = "OneTrainer's legacy format"
+    elif whose == "diffusers" and is_old:
+        whose = "older diffusers"
+    elif whose == "diffusers" and has_peft_factors(spelt):
+        whose = "diffusers with PEFT"
+    elif whose == "diffusers" and "lora" not in spelt:
+        whose = "OneTrainer"
+    return ", ".join(filter(None, (whose, words)))
+
+
+def plain_name(text: str) -> str:
+    """A layer's name with underscores, and without diffusers' attention processors."""
+    return text.replace(".", "_").replace("_processor_", "_")
+
+
+def find_layer(stem: str) -> Spelling | None:
+    """The layer that a key without its suffix means; None where SDXL has no such layer."""
+    plain = plain_name(stem)
+    for prefix, (network, _) in plain_prefixes().items():
+        if plain.startswith(prefix):
+            layer = layers_by_spelling()[network].get(plain[len(prefix) :])
+            if layer:
+                return Spelling(layer, prefix, stem[len(prefix) :])
+    return None
+
+
+@cache
+def kohya_spelling(module: str) -> Spelling:
+    """What find_layer gives for kohya's sgm name of a layer."""
+    layer = layers_by_module()[module]
+    prefix = f"lora_{layer.network}_"
+    return Spelling(layer, prefix, module.removeprefix(prefix))
+
+
+def read_key(key: str) -> Key | None:
+    """What a key means; None where it belongs to no layer of SDXL.
+
+    A suffix that no algorithm here has is what is left behind the longest name of a layer.
+    """
+    stem, _, suffix = key.partition(".")
+    if suffix in SUFFIXES and stem in layers_by_module():  # most files have these keys alone
+        return Key(kohya_spelling(stem), suffix, f".{suffix}")
+    match = suffix_pattern().search(key)
+    if match and (spelling := find_layer(key[: match.start()])):
+        suffix = next(s for n, s in enumerate(SUFFIXES) if match[f"s{n}"] is not None)
+        return Key(spelling, suffix, match[0])
+    for separator in reversed([*re.finditer("[._]", key)]):
+        if spelling := find_layer(key[: separator.start()]):
+            return Key(spelling, key[separator.end() :], key[separator.start() :])
+    return None
