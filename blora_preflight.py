@@ -7,9 +7,10 @@
 
   blora_preflight.py sdxl_train_network.py --pretrained_model_name_or_path=... --dataset_config=...
       takes the command line of the training, as the launchers pass it and the kohya_ss GUI
-      prints it. First it looks at files, folders, the checkpoint and the output. Then it
-      rehearses: it runs the trainer's own code up to its first step, without the weights, and
-      opens every picture as the trainer does. Nothing is written
+      prints it. The trainer's own parser reads the options; then files, folders, the checkpoint
+      and the output are checked. Then it rehearses: it runs the trainer's own code up to its
+      first step, without the weights, and opens every picture as the trainer does. Nothing is
+      written
   blora_preflight.py --preview sheet.jpg sdxl_train_network.py ...
       draws the pictures as the trainer will see them
   blora_preflight.py --json sdxl_train_network.py ...
@@ -24,11 +25,20 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 VERSION = "2.0.0"
+
+
+def cannot_load(error: ImportError) -> str:
+    """What to say where a file of the blora folder is missing, or of a different version."""
+    return (
+        f"blora_preflight.py {VERSION} cannot use the blora folder beside it ({error}): copy the "
+        "whole bundle again"
+    )
+
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("error: this Python is older than 3.10: activate kohya's venv, or use a newer one")
@@ -37,28 +47,44 @@ try:
 
     if getattr(blora, "VERSION", "unknown") != VERSION:
         raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
-    from blora.preflight.files import look
-    from blora.preflight.option_warnings import advise, check_device, check_processes, processes
-    from blora.preflight.options import parse_options
-    from blora.preflight.plan import Started, plan
-    from blora.preflight.rehearsal import Rehearsal, rehearse
-    from blora.preflight.report import Report, attempt, print_report
-    from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, refusal
-    from blora.text import BloraError, counted, say
-except ImportError as error:
-    sys.exit(
-        f"error: blora_preflight.py {VERSION} cannot use the blora folder beside it ({error}): "
-        "copy the whole bundle again"
+    from blora.preflight.checkpoint import NOT_SET, PLACEHOLDER
+    from blora.preflight.files import check_files
+    from blora.preflight.option_warnings import check_options
+    from blora.preflight.plan import plan
+    from blora.preflight.processes import Started, check_device, check_processes, processes
+    from blora.preflight.rehearsal import (
+        Rehearsal,
+        read_options,
+        rehearse,
+        state_per_byte,
+        trainer_environment,
     )
+    from blora.preflight.report import Report, attempt, cause, print_report
+    from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, refusal
+    from blora.text import BloraError, counted
+except ImportError as error:
+    sys.exit(f"error: {cannot_load(error)}")
 
-NOT_TOLD = "this release of sd-scripts does not let us tell the whole plan"
+ANNOUNCEMENT = "Rehearsing the training with the trainer's own code; this takes a few seconds."
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as it would be started, and how it is to be checked."""
+
+    script: Path
+    words: list[str]  # its options
+    accelerate: list[str]  # what stands before the script: "accelerate", "launch", "--multi_gpu"
+    rehearses: bool = True
+    preview: Path | None = None  # the sheet to draw
+    terminal: TextIO | None = None  # for progress; None beside JSON
 
 
 # ---- The rehearsal -------------------------------------------------------------------------------
 
 
 def conclude(rehearsal: Rehearsal, report: Report) -> None:
-    """Why it came no further, if it did not."""
+    """Why the trainer came no further, if it did not."""
     printed, failure = rehearsal.printed.getvalue(), rehearsal.failure
     if rehearsal.missing:
         report.notes.append(f"{rehearsal.missing}, so the training was not rehearsed")
@@ -68,94 +94,122 @@ def conclude(rehearsal: Rehearsal, report: Report) -> None:
         )
     elif failure:
         report.errors += named_pictures(failure) or [refusal(failure, rehearsal.args, printed)]
-    elif not rehearsal.ready:
+    elif rehearsal.args and not rehearsal.ready and not report.errors:
         report.errors.append(ended_sentence(printed))
 
 
 def named_pictures(failure: BaseException) -> list[str]:
-    """A sentence for each picture that the trainer stumbled over."""
+    """A sentence for each picture at which the trainer failed."""
     try:
-        # It needs numpy and Pillow, which the look does without.
+        # It needs numpy and Pillow, which the trainer may lack.
         from blora.preflight.images import stumbled_over
     except ImportError:
         return []
     return stumbled_over(failure)
 
 
-def look_at_pictures(
-    rehearsal: Rehearsal, given: list[str], preview: Path | None, bar: TextIO | None, report: Report
-) -> int:
-    """Everything that the dataset shows; hands back the pixels of its largest batch."""
-    from blora.preflight.captions import in_words
-    from blora.preflight.images import check_dataset
+def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> int:
+    """Everything that the dataset shows; returns the pixels of the training's largest batch."""
+    from blora.preflight.dataset import list_folders
+    from blora.preflight.dataset_checks import check_dataset
     from blora.preflight.preview import thumbnail_side, write_preview
 
-    side = thumbnail_side if preview else lambda count: 0
-    datasets, kept_back = rehearsal.datasets, rehearsal.validation
-    seen = check_dataset(rehearsal.args, given, datasets, report, bar, side, kept_back)
-    report.plan["images"] = in_words(seen.folders)
-    if seen.epoch:
+    side_for = thumbnail_side if training.preview else None
+    dataset = check_dataset(rehearsal, training.terminal, side_for, report)
+    report.plan["images"] = list_folders(dataset.folders)
+    if epoch := dataset.epoch:
         report.plan["epoch"] = (
-            f"{counted(seen.epoch.images, 'image')} with "
-            f"{counted(seen.epoch.captions, 'caption')}, {seen.epoch.repeated} with repeats, "
-            f"{counted(seen.epoch.batches, 'batch', 'batches')}"
+            f"{counted(epoch.images, 'image')} with {counted(epoch.captions, 'caption')}, "
+            f"{epoch.repeated} with repeats, {counted(epoch.batches, 'batch', 'batches')}"
         )
-    if preview:
+    if training.preview:
         try:
-            write_preview(preview, seen.folders, seen.opened)
-            report.notes.append(f'"{preview}" shows the pictures as the trainer will see them')
+            write_preview(training.preview, dataset.folders, dataset.opened)
+            report.notes.append(f'"{training.preview}" shows the pictures as they will be trained')
         except BloraError as error:  # the training does without
             report.warnings.append(str(error))
-    return seen.epoch.largest_batch if seen.epoch else 0
+    return dataset.epoch.largest_batch if dataset.epoch else 0
 
 
-def check_rehearsed(
-    script: Path,
-    words: list[str],
-    accelerate: list[str],
-    preview: Path | None,
-    bar: TextIO | None,
-    report: Report,
-) -> None:
+def count_state(rehearsal: Rehearsal, report: Report) -> None:
+    """What the optimizer keeps of a LoRA, by a first step; deepspeed has its own optimizer."""
+    if rehearsal.args.deepspeed:
+        return
+    try:
+        rehearsal.optimizer_state = state_per_byte(rehearsal.args)
+    except (TypeError, ValueError) as failure:  # arguments that it uses only now
+        report.errors.append(refusal(failure, rehearsal.args, rehearsal.printed.getvalue()))
+    except Exception as failure:
+        report.notes.append(f"could not count the optimizer's memory ({cause(failure)})")
+
+
+def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) -> None:
     """Everything that the trainer's own code says of the training, and what it does not say."""
-    rehearsal = rehearse(script, words)
+    rehearse(rehearsal)
     conclude(rehearsal, report)
-    pixels = 0
-    if rehearsal.group:
-        given = list(parse_options(words).values)
-        pixels = look_at_pictures(rehearsal, given, preview, bar, report)
+    pixels = check_pictures(training, rehearsal, report) if rehearsal.group else 0
     if rehearsal.ready:
-        started = attempt(report, NOT_TOLD, processes, accelerate, str(script)) or Started()
-        attempt(report, NOT_TOLD, plan, rehearsal, started, pixels, report)
-        attempt(report, NOT_TOLD, advise, rehearsal, report)
-        check_device(rehearsal.accelerator.device.type, accelerate, report)
+        count_state(rehearsal, report)
+        line = training.accelerate, str(training.script)
+        started = attempt(report, "count the processes", processes, *line) or Started()
+        attempt(report, "work out the plan", plan, rehearsal, started, pixels, report)
+        attempt(report, "check the options", check_options, rehearsal, report)
+        check_device(rehearsal.accelerator.device.type, training.accelerate, report)
         check_processes(started, report)
 
 
-# ---- Both stages ---------------------------------------------------------------------------------
+# ---- All stages ----------------------------------------------------------------------------------
 
 
-def check(
-    script: Path,
-    words: list[str],
-    accelerate: list[str],
-    rehearses: bool,
-    preview: Path | None = None,
-    bar: TextIO | None = None,
-) -> Report:
-    """Both stages; what fails at the look ends at once."""
+def check_start(training: Training) -> None:
+    """What can be said before the trainer reads the options; BloraError for what is wrong."""
+    if not training.script.is_file():
+        raise BloraError(
+            f'no training script at "{training.script}": run this in a kohya sd-scripts or '
+            "kohya_ss folder"
+        )
+    if any(word.rpartition("=")[2] == PLACEHOLDER for word in training.words):
+        raise BloraError(NOT_SET)
+
+
+def check_trainer(training: Training, rehearsal: Rehearsal, report: Report) -> None:
+    """Let the trainer read the options, check the files that they name, and rehearse."""
+    read_options(training.script, training.words, rehearsal)
+    if rehearsal.args is None:
+        conclude(rehearsal, report)
+        return
+    check_files(rehearsal.args, report)
+    if rehearsal.args.dataset_config and not report.errors:
+        from blora.preflight.dataset_config import check_config
+
+        given = rehearsal.given
+        attempt(report, "check the dataset config", check_config, rehearsal.args, given, report)
+    if training.rehearses and not report.errors:
+        if training.terminal:
+            print(ANNOUNCEMENT, file=training.terminal, flush=True)
+        check_rehearsed(training, rehearsal, report)
+
+
+def check(training: Training) -> Report:
+    """Every stage; an error of one ends before the next."""
     report = Report()
+    if note := blora.leftovers():
+        report.notes.append(note)
     try:
-        look(script, parse_options(words), report)
-        if rehearses and not report.errors:
-            if bar:
-                say("Rehearsing the training on the trainer's own code; this takes some seconds.")
-            check_rehearsed(script, words, accelerate, preview, bar, report)
+        check_start(training)
+        with trainer_environment(training.script, training.words) as rehearsal:
+            check_trainer(training, rehearsal, report)
     except BloraError as error:
         report.errors.append(str(error))
-    if preview and not rehearses:
+    except ImportError as error:  # of what only the pictures need
+        is_ours = (error.name or "").startswith("blora")
+        report.errors.append(cannot_load(error) if is_ours else refusal(error, None, ""))
+    if training.preview and not training.rehearses:
         report.notes.append("there is no preview without the rehearsal")
     return report
+
+
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def setting(name: str) -> str:
@@ -170,12 +224,13 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument(
         "--no_rehearsal",
         action="store_true",
         default=setting("BLORA_REHEARSAL") == "0",
-        help="only look, without the trainer's own code (or set BLORA_REHEARSAL to 0)",
+        help="check files only, without a rehearsal (or set BLORA_REHEARSAL to 0)",
     )
     parser.add_argument(
         "--preview",
@@ -192,20 +247,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 1 where the training would fail."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     words = [args.script, *args.options]
     # The whole line may stand here, with accelerate and its options before the script.
     start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
+    training = Training(
+        Path(words[start]),
+        words[start + 1 :],
+        words[:start],
+        rehearses=not args.no_rehearsal,
+        preview=args.preview.expanduser() if args.preview else None,
+        terminal=None if args.json else sys.stderr,
+    )
     try:
-        report = check(
-            Path(words[start]),
-            words[start + 1 :],
-            words[:start],
-            not args.no_rehearsal,
-            args.preview.expanduser() if args.preview else None,
-            None if args.json else sys.stderr,
-        )
+        report = check(training)
     except KeyboardInterrupt:
         return 130  # as a shell counts Ctrl+C
     if args.json:

@@ -20,26 +20,17 @@ class Made(BaseException):
     """The datasets are there."""
 
 
-def make_datasets(argv: list[str]) -> tuple[argparse.Namespace, list[Any]]:
-    """The datasets that train() makes, and its arguments as it then has them."""
+def make_datasets(argv: list[str], rehearsal: Any) -> None:
+    """Record the datasets that train() makes, and its arguments as it then has them."""
     import sdxl_train_network
-    from library import train_util
-
-    groups = []
 
     class Trainer(sdxl_train_network.SdxlNetworkTrainer):
         def assert_extra_args(self, args, group, *more):
-            groups.append(group)
+            rehearsal.args, rehearsal.group = args, group
             raise Made
 
-    sys.argv = ["sdxl_train_network.py", *argv]
-    parser = sdxl_train_network.setup_parser()
-    args = parser.parse_args(argv)
-    train_util.verify_command_line_training_args(args)
-    args = train_util.read_config_from_file(args, parser)
     with suppress(Made):
-        Trainer().train(args)
-    return args, groups[0].datasets
+        Trainer().train(rehearsal.args)
 
 
 def main() -> int:
@@ -50,27 +41,35 @@ def main() -> int:
     end = sys.argv.index("--")
     ours, argv = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     sys.path[:0] = [str(ours.kohya), str(ours.bundle)]
-    from blora.preflight.captions import in_words
-    from blora.preflight.images import check_dataset, stumbled_over
+    from blora.preflight.dataset import list_folders
+    from blora.preflight.dataset_checks import check_dataset
+    from blora.preflight.dataset_config import check_config
+    from blora.preflight.images import stumbled_over
     from blora.preflight.preview import thumbnail_side, write_preview
+    from blora.preflight.rehearsal import read_options, trainer_environment
     from blora.preflight.report import Report
 
-    try:
-        args, datasets = make_datasets(argv)
-    except Exception as error:
-        print(json.dumps({"errors": stumbled_over(error), "warnings": [], "notes": []}))
-        return 1
-    report, given = Report(), [word[2:].split("=")[0] for word in argv if word.startswith("--")]
-    seen = check_dataset(args, given, datasets, report, sys.stderr, thumbnail_side)
+    report = Report()
+    script = ours.kohya / "sdxl_train_network.py"
+    with trainer_environment(script, argv) as rehearsal:
+        read_options(script, argv, rehearsal)
+        check_config(rehearsal.args, rehearsal.given, report)
+        try:
+            make_datasets(argv, rehearsal)
+        except Exception as error:
+            answer = {"errors": stumbled_over(error), "warnings": [], "notes": []}
+            print(json.dumps(answer), file=sys.__stdout__)
+            return 1
+        dataset = check_dataset(rehearsal, None, thumbnail_side, report)
     if ours.sheet:
-        write_preview(ours.sheet, seen.folders, seen.opened)
+        write_preview(ours.sheet, dataset.folders, dataset.opened)
     answer = {
         "errors": report.errors,
         "warnings": report.warnings,
         "notes": report.notes,
-        "folders": in_words(seen.folders),
-        "epoch": vars(seen.epoch) if seen.epoch else None,
-        "opened": len(seen.opened),
+        "folders": list_folders(dataset.folders),
+        "epoch": vars(dataset.epoch) if dataset.epoch else None,
+        "opened": len(dataset.opened),
     }
     print(json.dumps(answer))
     return 0

@@ -24,7 +24,7 @@ install="$(grep -m 1 '^cp -r ' README.md)"
 echo "$install"
 eval "${install/<kohya folder>/\"\$KOHYA\"}"
 # In place of sd-scripts, a checkpoint and a dataset: the stand-in, a toy, drawn pictures.
-cp tests/standin/*.py tests/data/sdxl_{train_network_options,checkpoint}.json "$KOHYA/"
+cp -r tests/standin/* tests/data/sdxl_{train_network_options,checkpoint}.json "$KOHYA/"
 cd "$KOHYA"
 python make_checkpoint.py toy_sdxl.safetensors
 python make_dataset.py _in/lora/sdxl/demo

@@ -73,8 +73,7 @@ def make_standin(path: Path, *, name: str, gui: bool = False) -> Path:
     scripts = path / "sd-scripts" if gui else path
     scripts.mkdir(parents=True)
     install(path)
-    for script in (ROOT / "tests/standin").glob("*.py"):
-        shutil.copy(script, scripts)
+    shutil.copytree(ROOT / "tests/standin", scripts, dirs_exist_ok=True)
     for data in ("sdxl_train_network_options.json", "sdxl_checkpoint.json"):
         shutil.copy(ROOT / "tests/data" / data, scripts)
     made = {"make_checkpoint.py": "toy.safetensors", "make_dataset.py": f"_in/lora/sdxl/{name}"}

@@ -11,7 +11,7 @@ from sdxl_train_network_options import build_parser as sd_scripts_parser
 
 import blora_preflight
 import blora_slicer
-from blora.preflight import option_warnings
+from blora.preflight.processes import processes
 from blora.sdxl import load_traits
 
 # Those of sd-scripts' networks/resize_lora.py that the recipe speaks of; test_blora_real_tools.py
@@ -30,7 +30,7 @@ def check_setting(word: str) -> None:
     name, _, value = word.partition("=")
     assert name in {*SETTINGS, "CUDA_VISIBLE_DEVICES"}
     if name == "BLORA_ACCELERATE_ARGS":
-        assert option_warnings.processes(value.split(), "script.py").lacks_multi_gpu is False
+        assert processes(value.split(), "script.py").lacks_multi_gpu is False
 
 
 def check_launcher(command: list[str]) -> None:

@@ -12,8 +12,9 @@ from lycoris_modules import SDXL, make_tree
 from sdxl_train_network_options import build_parser
 from torch import nn
 
-from blora.preflight import plan
-from blora.preflight.plan import Built, built
+from blora.preflight.memory import backward_pass, plan_memory
+from blora.preflight.network import Built, built
+from blora.preflight.plan import OUR_NETWORK
 from blora.preflight.rehearsal import on_meta
 from blora.preflight.report import Report
 
@@ -80,7 +81,6 @@ def told_memory(
 ) -> str:
     """What the plan says of the card's memory; `state` is the optimizer's, beside the LoRA's."""
     report = report or Report()
-    stops_early = args.network_module == plan.OUR_NETWORK
-    way_back = plan.backward(found, args, pixels, stops_early)
-    plan.plan_memory(found, state, way_back, args, report)
+    stops_early = args.network_module == OUR_NETWORK
+    plan_memory(found, state, backward_pass(found, args, pixels, stops_early), args, report)
     return report.plan["memory"]

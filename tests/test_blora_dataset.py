@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blora.preflight.captions import (
+from blora.preflight.captions import check_captions
+from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
+from blora.preflight.dataset_config import (
     RECIPE,
-    Folder,
-    Picture,
-    check_folders,
     config_subsets,
-    in_words,
-    letters_kept,
     overridden,
     passed_over,
     unnumbered,
 )
+from blora.preflight.folders import check_folders
 from blora.preflight.report import Report
 
 
@@ -56,7 +54,8 @@ def make_folder(path: Path, files: dict[str, str], default: str = "", **settings
 def said(*folders: Folder) -> tuple[list[str], list[str]]:
     """Warnings and notes, with the folder that the tests write into as ~."""
     report = Report()
-    check_folders(list(folders), report)
+    check_captions(folders, report)
+    check_folders(folders, report)
     assert not report.errors
     parent = str(folders[0].path.parent)
     shortened = (
@@ -209,7 +208,7 @@ def test_a_picture_that_is_left_out_for_its_ending_is_named(tmp_path, case):
     name, remedy = LEFT_OUT[case]
     folder = make_folder(tmp_path / "dogs", {"a.png": "", "a.txt": "a dog"})
     draw(folder.path / name)
-    warning = f'left out of "~/dogs", as sd-scripts does not read such endings: {name}: {remedy}'
+    warning = f'left out of "~/dogs", unsupported file type: {name}: {remedy}'
     assert said(folder) == ([warning], [])
 
 
@@ -245,8 +244,8 @@ def test_regularization_pictures_that_count_nothing_are_named(tmp_path):
     reg = make_folder(tmp_path / "reg", files, is_reg=True, loss_weight=0.0)
     assert said(dogs, reg) == (
         [
-            "1 of 2 pictures an epoch train nothing, since prior_loss_weight is 0 and is_reg is "
-            "set for ~/reg: leave that folder out, or give --prior_loss_weight=1"
+            "1 of 2 pictures an epoch have no effect, since prior_loss_weight is 0 and is_reg is "
+            "set for ~/reg: remove that folder, or give --prior_loss_weight=1"
         ],
         [],
     )
@@ -257,7 +256,8 @@ def test_the_plan_names_each_folder_with_its_pictures_and_repeats(tmp_path):
     dogs = make_folder(Path(tmp_path / "dogs"), {"a.png": "", "b.png": ""})
     reg = replace(dogs, path=Path("reg"), repeats=3, is_reg=True)
     assert (
-        in_words([replace(dogs, path=Path("dogs")), reg]) == '2 in "dogs", 2 in "reg" (x3) (is_reg)'
+        list_folders([replace(dogs, path=Path("dogs")), reg])
+        == '2 in "dogs", 2 in "reg" (x3) (is_reg)'
     )
 
 
@@ -277,7 +277,7 @@ def test_folders_that_the_config_names_and_nobody_trains_are_named(tmp_path):
         '"~/gifs" is skipped (sd-scripts does not read a.gif): save them as .png or .jpg',
         '"~/none" is skipped (num_repeats = 0): give it 1',
         '"~/empty" is skipped (no pictures): put some there, or correct image_dir',
-        '"~/dogs" is listed twice but counts once: use num_repeats to weigh it',
+        '"~/dogs" is listed twice but counts once: use num_repeats to weight it',
     ]
 
 
@@ -325,13 +325,14 @@ OVERRIDDEN = {
     "another batch": (
         {"train_batch_size": 4, "seed": 0},
         one_table(batch_size=1),
-        '--train_batch_size=4 does nothing, since "c.toml" says batch_size = 1: change it there',
+        '--train_batch_size=4 has no effect, since "c.toml" has batch_size = 1: change it there',
     ),
     "several": (
         {"train_batch_size": 4, "resolution": (768, 512), "flip_aug": True},
         one_table(batch_size=1, resolution=1024, flip_aug=False),
-        "--train_batch_size=4 and --resolution=768,512 and --flip_aug=true do nothing, since "
-        '"c.toml" says batch_size = 1 and resolution = 1024 and flip_aug = false: change it there',
+        "--train_batch_size=4 and --resolution=768,512 and --flip_aug=true have no effect, "
+        'since "c.toml" has batch_size = 1 and resolution = 1024 and flip_aug = false: change it '
+        "there",
     ),
 }
 
@@ -339,4 +340,6 @@ OVERRIDDEN = {
 @pytest.mark.parametrize("case", OVERRIDDEN)
 def test_an_option_that_the_config_overrides_is_named_unless_the_recipe_gives_it(case):
     given, config, sentence = OVERRIDDEN[case]
-    assert overridden(given, config, Path("c.toml")) == ([sentence] if sentence else [])
+    assert overridden(given, config_subsets(config), Path("c.toml")) == (
+        [sentence] if sentence else []
+    )

@@ -21,11 +21,12 @@ from rehearsed_networks import told_memory as told_memory_of
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from blora.preflight import memory, plan
-from blora.preflight.plan import Length, Started, length, saves
+from blora.preflight.plan import Length, length, saves
+from blora.preflight.processes import Started
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 
-CARD = memory.card
+CARD_MEMORY = memory.card_memory
 PRODIGY = 4.0  # bytes that it keeps for each byte of a parameter
 MEGAPIXEL = 1024 * 1024
 told_memory = partial(told_memory_of, state=PRODIGY)
@@ -35,7 +36,7 @@ told_memory = partial(told_memory_of, state=PRODIGY)
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty working directory, on a machine without a graphics card."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "card", lambda: None)
+    monkeypatch.setattr(memory, "card_memory", lambda: None)
     return tmp_path
 
 
@@ -92,7 +93,7 @@ def test_one_of_a_kind_has_no_s():
 def test_a_training_of_no_step_is_an_error(option):
     report, args = Report(), options(option)
     plan.plan_length(length(args, 12, 1), [1], Started(), args, report)
-    assert report.errors == [f"{option} trains nothing: give more"]
+    assert report.errors == [f"{option} means zero steps: raise it"]
 
 
 # ---- Its modules ---------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def test_a_rank_that_is_left_to_the_network_is_told_so():
     report = Report()
     args = options("--network_module=lycoris.kohya", without="network_dim")
     plan.plan_rank(network(4), args, report)
-    assert report.plan["rank"].startswith("as lycoris.kohya has it: 1,761,280 parameters")
+    assert report.plan["rank"].startswith("lycoris.kohya's default: 1,761,280 parameters")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def put_card(monkeypatch: pytest.MonkeyPatch, folder: Path, prints: str) -> None
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{prints}'\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(memory, "card", CARD)
+    monkeypatch.setattr(memory, "card_memory", CARD_MEMORY)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
@@ -421,7 +422,7 @@ def test_saves_that_do_not_fit_on_the_disk_are_an_error(folder):
     told_saves("--save_state", report=report)
     assert report.errors == [
         "4 of 56.4 MB and 4 states of 563.6 MB do not fit into the 200.0 MB free at "
-        f'"{folder}": make room, or raise --save_every_n_steps'
+        f'"{folder}": free some space, or raise --save_every_n_steps'
     ]
 
 

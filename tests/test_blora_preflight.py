@@ -1,16 +1,20 @@
 """blora_preflight.py as a program: its command line, what it prints, and in which order it asks.
 
-What it finds is in test_blora_look.py, test_blora_plan.py, test_blora_advice.py and their siblings.
-The script of these tests is not sd-scripts' own, so nothing is rehearsed: test_blora_real_kohya.py
-rehearses.
+The script of these tests reads sd-scripts' options and trains nothing, so nothing is rehearsed:
+test_blora_real_kohya.py and test_blora_real_cases.py rehearse.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,14 +23,16 @@ from hypothesis import strategies as st
 from kohya_folder import ROOT
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
+import blora
 import blora_preflight
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report, attempt
+from blora_preflight import Training
 
 PROGRAM = ROOT / "blora_preflight.py"
 SCRIPT = "sdxl_train_network.py"
-NOT_REHEARSED = f'"{SCRIPT}" is not sd-scripts\' own, so the training was not rehearsed'
-ANNOUNCED = "Rehearsing the training on the trainer's own code; this takes some seconds.\n"
+PARSES = "from sdxl_train_network_options import build_parser as setup_parser\n"
+ANNOUNCED = f"{blora_preflight.ANNOUNCEMENT}\n"
 OPTIONS = {
     "pretrained_model_name_or_path": "sdxl.safetensors",
     "dataset_config": "config.toml",
@@ -40,7 +46,13 @@ LINE = [f"--{name}={value}" for name, value in OPTIONS.items()]
 def kohya(tmp_path, monkeypatch) -> Path:
     """A folder in which a training could begin; it is the working directory."""
     monkeypatch.chdir(tmp_path)
-    Path(SCRIPT).touch()
+    monkeypatch.setenv("BLORA_REHEARSAL", "")
+    for name in ("sdxl_train_network", "library", "library.train_util", "library.config_util"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    shutil.copytree(ROOT / "tests/standin/library", "library")
+    shutil.copy(ROOT / "tests/standin/sdxl_train_network_options.py", ".")
+    shutil.copy(ROOT / "tests/data/sdxl_train_network_options.json", ".")
+    Path(SCRIPT).write_text(PARSES)
     write_checkpoint(Path("sdxl.safetensors"), sdxl_shapes())
     Path("images").mkdir()
     write_config("images")
@@ -50,6 +62,11 @@ def kohya(tmp_path, monkeypatch) -> Path:
 def write_config(folder: str) -> None:
     text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {json.dumps(folder)}\n"
     Path("config.toml").write_text(text, encoding="utf-8")
+
+
+def not_rehearsed(folder: Path) -> str:
+    """The note on a script that trains nothing."""
+    return f'"{folder / SCRIPT}" does not train a LoRA of SDXL, so the training was not rehearsed'
 
 
 def asked(capsys, *words: str) -> dict:
@@ -70,22 +87,22 @@ def run(*words: object, **more: object) -> subprocess.CompletedProcess[str]:
 # ---- What it prints ------------------------------------------------------------------------------
 
 
-def test_it_says_what_the_training_will_be(capsys):
+def test_it_says_what_the_training_will_be(kohya, capsys):
     assert blora_preflight.main([SCRIPT, *LINE]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         "This training:",
         "  base      sdxl.safetensors (SDXL, 6.94 GB)",
-        f"note: {NOT_REHEARSED}",
+        f"note: {not_rehearsed(kohya)}",
     ]
     assert printed.err == ANNOUNCED
 
 
-def test_json_is_the_same_and_nothing_else(capsys):
+def test_json_is_the_same_and_nothing_else(kohya, capsys):
     assert asked(capsys, SCRIPT, *LINE) == {
         "errors": [],
         "warnings": [],
-        "notes": [NOT_REHEARSED],
+        "notes": [not_rehearsed(kohya)],
         "plan": {"base": "sdxl.safetensors (SDXL, 6.94 GB)"},
         "modules": [],
     }
@@ -132,31 +149,41 @@ def test_text_of_files_reaches_the_terminal_escaped(capsys):
     ],
 )
 def test_the_words_before_the_script_are_accelerates(monkeypatch, line):
-    seen = []
-    monkeypatch.setattr(blora_preflight, "check", lambda *args: seen.append(args) or Report())
+    trainings = []
+    monkeypatch.setattr(blora_preflight, "check", lambda it: trainings.append(it) or Report())
     assert blora_preflight.main([*line, SCRIPT, *LINE]) == 0
-    assert blora_preflight.main(["--json", "--preview=a.jpg", *line, SCRIPT, *LINE]) == 0
-    assert seen == [
-        (Path(SCRIPT), LINE, line, True, None, sys.stderr),
-        (Path(SCRIPT), LINE, line, True, Path("a.jpg"), None),  # no bar beside JSON
+    assert blora_preflight.main(["--json", "--preview=a.html", *line, SCRIPT, *LINE]) == 0
+    script = Path(SCRIPT)
+    assert trainings == [
+        Training(script, LINE, line, terminal=sys.stderr),
+        Training(script, LINE, line, preview=Path("a.html")),  # no progress beside JSON
     ]
 
 
 def test_without_a_script_the_first_word_is_taken_for_one(capsys):
-    sentence = 'no training script at "launch": run this in a kohya sd-scripts or kohya_ss folder'
-    assert sentence in asked(capsys, "launch", "--num_processes=2")["errors"]
+    assert asked(capsys, "launch", "--num_processes=2")["errors"] == [
+        'no training script at "launch": run this in a kohya sd-scripts or kohya_ss folder'
+    ]
 
 
-def test_the_gui_gives_the_options_in_a_config_file(capsys):
+def printed_by(*words: str) -> dict:
+    """The same of a program of its own, whose sys.argv the trainer reads."""
+    return json.loads(run(PROGRAM, "--json", *words).stdout)
+
+
+def test_the_gui_gives_the_options_in_a_config_file():
     options = OPTIONS | {"vae": "gone", "train_data_dir": "", "save_last_n_epochs": ""}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     Path("gui.toml").write_text("\n".join([*lines, "cache_latents = false"]), encoding="utf-8")
-    found = asked(capsys, SCRIPT, "--config_file", "gui.toml")
-    assert found["errors"] == ['no VAE at "gone": correct --vae']
-    assert asked(capsys, SCRIPT, "--config_file=gui", "--vae=")["errors"] == []
+    line = ["--config_file", "gui.toml"]
+    assert printed_by(SCRIPT, *line)["errors"] == ['no VAE at "gone": correct --vae']
+    assert printed_by(SCRIPT, "--config_file=gui", "--vae=")["errors"] == []
+    assert printed_by(SCRIPT, "--config_file=gone")["errors"] == [
+        "--config_file cannot be read: correct its path or its text (gone.toml not found.)"
+    ]
 
 
-def test_what_is_not_rehearsed_on_request_gets_no_note(capsys, monkeypatch):
+def test_what_is_not_rehearsed_on_request_gets_no_note(kohya, capsys, monkeypatch):
     assert asked(capsys, "--no_rehearsal", SCRIPT, *LINE)["notes"] == []
     monkeypatch.setenv("BLORA_REHEARSAL", "0")
     assert asked(capsys, SCRIPT, *LINE)["notes"] == []
@@ -164,7 +191,22 @@ def test_what_is_not_rehearsed_on_request_gets_no_note(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     for other in ("", "1"):
         monkeypatch.setenv("BLORA_REHEARSAL", other)
-        assert asked(capsys, SCRIPT, *LINE)["notes"] == [NOT_REHEARSED]
+        assert asked(capsys, SCRIPT, *LINE)["notes"] == [not_rehearsed(kohya)]
+
+
+def test_it_has_a_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        blora_preflight.main(["--version"])
+    assert capsys.readouterr().out == f"blora_preflight.py {blora.VERSION}\n"
+
+
+def test_files_that_version_1_left_behind_are_a_note(kohya, monkeypatch, capsys):
+    monkeypatch.setattr(blora, "ROOT", kohya)
+    for name in ("blora_words.py", "blora_look.py"):
+        Path(name).write_text("raise RuntimeError")
+    [note, _] = asked(capsys, SCRIPT, *LINE)["notes"]
+    assert note == blora.leftovers()
+    assert "blora_look.py, blora_words.py" in note
 
 
 def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
@@ -173,10 +215,10 @@ def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
 
     monkeypatch.delenv("BLORA_PREVIEW", raising=False)
     assert preview() is None
-    assert preview("--preview", "sheet.jpg") == Path("sheet.jpg")
-    monkeypatch.setenv("BLORA_PREVIEW", "other.jpg")
-    assert preview() == Path("other.jpg")
-    assert preview("--preview=sheet.jpg") == Path("sheet.jpg")
+    assert preview("--preview", "sheet.html") == Path("sheet.html")
+    monkeypatch.setenv("BLORA_PREVIEW", "other.html")
+    assert preview() == Path("other.html")
+    assert preview("--preview=sheet.html") == Path("sheet.html")
     monkeypatch.setenv("BLORA_PREVIEW", "")
     assert preview() is None
 
@@ -198,14 +240,14 @@ def test_odd_command_lines_are_told_in_sentences(capsys, line):
 
 
 def test_cmd_leaves_quote_marks_and_blanks_in_a_setting(monkeypatch):
-    monkeypatch.setenv("BLORA_PREVIEW", '"D:/my sheet.jpg" ')
+    monkeypatch.setenv("BLORA_PREVIEW", '"D:/my sheet.html" ')
     monkeypatch.setenv("BLORA_REHEARSAL", "0 ")
     args = blora_preflight.build_parser().parse_args([SCRIPT])
-    assert (args.preview, args.no_rehearsal) == (Path("D:/my sheet.jpg"), True)
+    assert (args.preview, args.no_rehearsal) == (Path("D:/my sheet.html"), True)
 
 
 def test_there_is_no_preview_without_the_rehearsal(capsys):
-    report = asked(capsys, "--no_rehearsal", "--preview=sheet.jpg", SCRIPT, *LINE)
+    report = asked(capsys, "--no_rehearsal", "--preview=sheet.html", SCRIPT, *LINE)
     assert report["notes"] == ["there is no preview without the rehearsal"]
 
 
@@ -213,56 +255,115 @@ def test_who_stops_it_sees_no_traceback(capsys, monkeypatch):
     def stop(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(blora_preflight, "look", stop)
+    monkeypatch.setattr(blora_preflight, "check_files", stop)
     assert blora_preflight.main(["--json", SCRIPT, *LINE]) == 130
     assert capsys.readouterr().out == ""
 
 
-def test_what_a_release_does_not_let_know_is_a_note():
+def test_what_cannot_be_asked_is_a_warning_with_the_place_and_without_a_culprit():
     report = Report()
-    assert attempt(report, blora_preflight.NOT_TOLD, int, "12") == 12
-    assert attempt(report, blora_preflight.NOT_TOLD, {}.__getitem__, "a") is None
-    assert report.notes == [
-        "this release of sd-scripts does not let us tell the whole plan (KeyError('a'))"
-    ]
+    assert attempt(report, "work out the plan", int, "12") == 12
+    assert attempt(report, "work out the plan", {}.__getitem__, "a") is None
+    [warning] = report.warnings
+    assert re.fullmatch(
+        r"could not work out the plan \(KeyError: 'a', in report\.py line \d+\)", warning
+    )
+
+
+def test_an_output_that_is_no_text_stream_of_pythons_is_written_to_as_it_is(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None)
+    assert blora_preflight.main(["--json", SCRIPT, *LINE]) == 0
+    assert json.loads(sys.stdout.getvalue())["errors"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "blora.preflight.images",
+            "blora_preflight.py 2.0.0 cannot use the blora folder beside it",
+        ),
+        ("numpy", f"this Python ({sys.executable}) has no numpy: install kohya's requirements"),
+    ],
+)
+def test_what_only_the_pictures_need_is_missed_in_a_sentence(capsys, monkeypatch, name, sentence):
+    def lack(*_args: object) -> None:
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    monkeypatch.setattr(blora_preflight, "check_trainer", lack)
+    [error] = asked(capsys, SCRIPT, *LINE)["errors"]
+    assert error.startswith(sentence)
 
 
 # ---- The order of things -------------------------------------------------------------------------
 
 
-def make_own_script(text: str) -> None:
-    """A script that pre-flight takes for sd-scripts' own."""
-    Path("library").mkdir()
-    Path("library/train_util.py").touch()
-    Path(SCRIPT).write_text(text, encoding="utf-8")
+WITH_A_MARK = f"{PARSES}from pathlib import Path\nPath('asked').touch()\n"
+TOO_EARLY = {
+    "no script": (["gone.py", *LINE], 'no training script at "gone.py": '),
+    "no checkpoint": (
+        [SCRIPT, "--pretrained_model_name_or_path=path/to/sd_xl_base_1.0.safetensors"],
+        "no checkpoint is set yet: ",
+    ),
+}
 
 
-def test_what_fails_at_the_look_ends_before_the_trainer_is_asked():
-    make_own_script("from pathlib import Path\nPath('asked').touch()\n")
+@pytest.mark.parametrize("which", TOO_EARLY)
+def test_what_needs_no_parser_is_said_before_the_trainer_is_imported(which):
+    Path(SCRIPT).write_text(WITH_A_MARK)
+    words, sentence = TOO_EARLY[which]
+    [error] = printed_by(*words)["errors"]
+    assert error.startswith(sentence)
+    assert not Path("asked").exists()
+
+
+def test_the_trainer_reads_the_options_and_an_error_in_files_ends_before_the_rehearsal():
+    Path(SCRIPT).write_text(WITH_A_MARK)
     done = run(PROGRAM, SCRIPT, *LINE, "--vae=gone")
     assert (done.returncode, ANNOUNCED in done.stderr) == (1, False)
-    assert not Path("asked").exists()
+    assert Path("asked").exists()
     done = run(PROGRAM, SCRIPT, *LINE)
     assert (done.returncode, done.stderr) == (0, ANNOUNCED)
-    assert Path("asked").exists()
-    told = f'note: "{SCRIPT}" does not train a LoRA of SDXL, so the training was not rehearsed'
-    assert done.stdout.splitlines()[-1] == told
+
+
+def test_options_that_the_trainer_refuses_are_told_in_its_words():
+    assert printed_by(SCRIPT, "--network_dim=many")["errors"] == [
+        "sd-scripts refuses the options: correct them (argument --network_dim: invalid int value: "
+        "'many')"
+    ]
+
+
+OTHER_SCRIPTS = {
+    "no library beside it": (PARSES, True, "is not part of sd-scripts"),
+    "no options": ("", False, "is not a training script of sd-scripts"),
+}
+
+
+@pytest.mark.parametrize("which", OTHER_SCRIPTS)
+def test_a_script_that_is_not_sd_scripts_own_is_not_asked(capsys, which):
+    text, alone, why = OTHER_SCRIPTS[which]
+    Path(SCRIPT).write_text(text)
+    if alone:
+        shutil.rmtree("library")
+    notes = [f'"{SCRIPT}" {why}, so the training was not rehearsed']
+    assert printed_by(SCRIPT, *LINE) == asdict(Report(notes=notes))
 
 
 def test_what_the_trainer_prints_stays_out_of_the_json():
-    make_own_script("import sys\nprint('printed')\nprint('logged', file=sys.stderr)\n")
+    Path(SCRIPT).write_text(f"{PARSES}import sys\nprint('it')\nprint('it', file=sys.stderr)\n")
     done = run(PROGRAM, "--json", SCRIPT, *LINE)
     assert done.stderr == ""
     assert json.loads(done.stdout)["errors"] == []
 
 
 def test_a_package_that_the_trainer_lacks_is_an_error():
-    make_own_script("import torch\n")
+    Path(SCRIPT).write_text("import torch\n")
     done = run("-S", PROGRAM, "--json", SCRIPT, *LINE)
-    report = json.loads(done.stdout)
-    assert report["notes"] == ["no toml in this Python, so the configs were not checked"]
-    [error] = report["errors"]
-    assert error.startswith(f"this Python ({sys.executable}) has no torch: ")
+    assert json.loads(done.stdout)["errors"] == [
+        f"this Python ({sys.executable}) has no torch: install kohya's requirements, or activate "
+        "the environment that has them"
+    ]
 
 
 ENDS = {
@@ -280,12 +381,12 @@ ENDS = {
     "the trainer raised": (
         Rehearsal(failure=KeyError("it")),
         "errors",
-        "the training would stop: correct what the trainer names (KeyError: 'it')",
+        "the training would stop: fix the cause given (KeyError: 'it')",
     ),
     "the trainer came back": (
-        Rehearsal(),
+        Rehearsal(args=Namespace()),
         "errors",
-        "the trainer ends before its first step: leave out the option that asks for that",
+        "the trainer ends before its first step: remove the option that ends it early",
     ),
 }
 
@@ -302,26 +403,6 @@ def test_of_a_rehearsal_that_came_to_its_end_nothing_is_said():
     report = Report()
     blora_preflight.conclude(Rehearsal(ready=True), report)
     assert report == Report()
-
-
-# ---- What it loads -------------------------------------------------------------------------------
-
-
-def test_the_look_loads_no_package_but_toml(kohya):
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import blora_preflight\n"
-        "code = blora_preflight.main(['--no_rehearsal', *sys.argv[1:]])\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'lycoris', 'accelerate', 'safetensors', 'tqdm'}\n"
-        "sys.exit(code or ', '.join(heavy & sys.modules.keys()) or None)\n"
-    )
-    done = run("-c", code, SCRIPT, *LINE)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_it_runs_in_a_python_without_any_package():
-    done = run("-S", PROGRAM, "--no_rehearsal", SCRIPT, *LINE)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("note: no toml in this Python")
 
 
 def test_a_name_that_the_terminals_encoding_lacks_is_escaped():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFont
 
-from blora.preflight.captions import Folder, Picture
+from blora.preflight.dataset import Folder, Picture
 from blora.preflight.images import Opened
 from blora.preflight.preview import (
     FAINT,
@@ -112,7 +112,7 @@ def test_what_is_left_out_comes_last_with_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("is_reg", "reason"), [(True, "more than there are others"), (False, "kept for validation")]
+    ("is_reg", "reason"), [(True, "surplus regularization image"), (False, "kept for validation")]
 )
 def test_pictures_that_the_trainer_knows_and_does_not_take_are_left_out(tmp_path, is_reg, reason):
     [folder], opened = make_dataset(tmp_path / "dogs", 2)

@@ -1,31 +1,35 @@
-"""What of the rehearsal needs no sd-scripts: tensors without numbers, and how the script is found.
+"""What of the rehearsal needs no sd-scripts: tensors without numbers, and what is never written.
 
-sd-scripts' own train() is rehearsed by test_blora_real_rehearsal.py and test_blora_real_cases.py.
+sd-scripts' own train() is rehearsed by test_blora_real_kohya.py and test_blora_real_cases.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 
 import lycoris.kohya
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from blora.preflight import rehearsal
 from blora.preflight.rehearsal import (
+    BRAKES,
+    Ready,
     as_started,
-    harmless,
+    disable_side_effects,
     header_tensors,
     is_safetensors,
     on_meta,
     open_to_read,
-    rehearse,
     replaced,
 )
 
@@ -119,7 +123,7 @@ def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
         vae="stabilityai/sdxl-vae",
         tokenizer_cache_dir=str(empty),
     )
-    harmless(args, "temporary")
+    disable_side_effects(args, "temporary")
     assert vars(args) == {
         "logging_dir": "temporary",
         "wandb_api_key": None,
@@ -130,7 +134,7 @@ def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
         "tokenizer_cache_dir": None,
     }
     args = argparse.Namespace(vae=str(file), tokenizer_cache_dir=str(tmp_path))
-    harmless(args, "temporary")
+    disable_side_effects(args, "temporary")
     assert (args.vae, args.tokenizer_cache_dir) == (str(file), str(tmp_path))
 
 
@@ -190,49 +194,33 @@ def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch
     assert not is_safetensors("models")
 
 
-def make_script(folder: Path, text: str) -> Path:
-    """A training script beside what sd-scripts has beside its own."""
-    (folder / "library").mkdir()
-    (folder / "library/train_util.py").touch()
-    script = folder / "sdxl_train_network.py"
-    script.write_text(text)
-    return script
+# ---- The brakes ----------------------------------------------------------------------------------
 
 
-def rehearsed(script: Path) -> str:
-    """What is missing or failed, asked in a Python of its own."""
-    code = (
-        "import sys; from pathlib import Path; from blora.preflight.rehearsal import rehearse\n"
-        "it = rehearse(Path(sys.argv[1]), ['--a'])\n"
-        "print(it.missing, repr(it.failure), it.ready, repr(it.printed.getvalue()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, script],
-        cwd=rehearsal.ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
-    return done.stdout.strip()
+def steps_of(accelerator: Accelerator, matrix: nn.Parameter, calls: Iterable[str]) -> None:
+    """A training that makes these calls, in sd-scripts' order, before it computes a gradient."""
+    optimizer = torch.optim.SGD([matrix], lr=1.0)
+    if "register_load_state_pre_hook" in calls:
+        accelerator.register_load_state_pre_hook(lambda *_: None)
+    if "init_trackers" in calls:
+        accelerator.init_trackers("it")
+    accumulating = accelerator.accumulate() if "accumulate" in calls else nullcontext()
+    with accumulating:
+        accelerator.backward(matrix.sum())
+        optimizer.step()
 
 
-def test_another_trainer_than_sd_scripts_is_not_rehearsed(tmp_path):
-    script = tmp_path / "sdxl_train_network.py"
-    assert rehearse(script, []).missing == f'"{script}" is not sd-scripts\' own'
+@pytest.mark.parametrize("dropped", [(), *combinations(BRAKES, 1), *combinations(BRAKES, 2)])
+def test_a_release_that_drops_a_brake_is_stopped_by_the_next_before_it_trains(dropped):
+    matrix = nn.Parameter(torch.ones(2))
+    accelerator = Accelerator(cpu=True)
+    brakes = dict.fromkeys(BRAKES, rehearsal.raise_ready)
+    with replaced(Accelerator, **brakes), pytest.raises(Ready):
+        steps_of(accelerator, matrix, set(BRAKES) - set(dropped))
+    assert matrix.grad is None
 
 
-def test_a_script_that_trains_no_lora_of_sdxl_is_not_rehearsed(tmp_path):
-    script = make_script(tmp_path, "")
-    missing = f'"{script}" does not train a LoRA of SDXL'
-    assert rehearsed(script) == f"{missing} None False ''"
-
-
-def test_what_the_script_raises_is_kept_and_what_it_prints_is_not_shown(tmp_path):
-    script = make_script(tmp_path, "print('reading')\nraise ValueError('no')")
-    assert rehearsed(script) == " ValueError('no') False 'reading\\n'".strip()
-
-
-def test_a_script_may_end_python(tmp_path):
-    script = make_script(tmp_path, "import sys\nsys.exit(3)")
-    assert rehearsed(script) == "SystemExit(3) False ''"
+def test_without_any_brake_it_would_train():
+    matrix = nn.Parameter(torch.ones(2))
+    steps_of(Accelerator(cpu=True), matrix, BRAKES)
+    assert matrix.tolist() == [0, 0]

@@ -20,7 +20,11 @@ ROOMS = [path.relative_to(ROOT) for path in sorted((ROOT / "blora").rglob("*.py"
 LATE = {
     "blora_slicer.py": {"blora/slicer/strength.py", "blora/slicer/inspection.py"},
     "blora_preflight.py": {
-        "blora/preflight/captions.py", "blora/preflight/images.py", "blora/preflight/preview.py",
+        f"blora/preflight/{name}.py"
+        for name in (
+            "caches", "captions", "dataset", "dataset_checks", "dataset_config", "folders",
+            "images", "preview",
+        )
     },
 }  # fmt: skip
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from blora.preflight.captions import Folder, Picture, left_out, unread_lines
+from blora.preflight.captions import unread_lines
+from blora.preflight.dataset import Folder, Picture
+from blora.preflight.folders import left_out
 from blora.preflight.images import Opened, in_size
 from blora.text import BloraError, printable, written_whole
 
@@ -147,7 +149,7 @@ def lost_cells(folder: Folder, side: int) -> Iterator[Cell]:
         yield lost_cell(item.path, item.reason, side)
     taken = {picture.path for picture in folder.pictures}
     for path in sorted(folder.seen - taken):
-        reason = "more than there are others" if folder.is_reg else "kept for validation"
+        reason = "surplus regularization image" if folder.is_reg else "kept for validation"
         yield lost_cell(path, reason, side)
 
 

@@ -1,11 +1,11 @@
 """A rehearsal of a training: sd-scripts' own train(), up to its first step, without the weights.
 
-blora_preflight.py asks it. Whatever sd-scripts, LyCORIS, accelerate and the optimizer say to these
-options is asked of them, in the release that is here, and not known by heart: reading and checking
-of arguments, the dataset and its buckets, the network on SDXL, the optimizer, the scheduler, the
-DataLoader. The checkpoint is read as far as its header, and its tensors are torch's meta tensors,
-which have a shape and no numbers. Nothing is computed, cached or written, but that SDXL's
-tokenizers are fetched where they are not yet, as the training would.
+Whatever sd-scripts, LyCORIS, accelerate and the optimizer say to these options is asked of them, in
+the release that is here: reading and checking of options, the dataset and its buckets, the network
+on SDXL, the optimizer, the scheduler, the DataLoader. The checkpoint is read as far as its header,
+and its tensors are torch's meta tensors, which have a shape and no numbers. Nothing is computed,
+cached or written, but that SDXL's tokenizers are downloaded where they are missing, as the training
+would.
 """
 
 from __future__ import annotations
@@ -29,22 +29,29 @@ from blora.preflight.checkpoint import target_of
 
 
 class Ready(BaseException):
-    """The trainer is about to train. It is no Exception, so that nobody on the way catches it."""
+    """The trainer is about to train. A BaseException, so `except Exception` misses it."""
+
+
+# What train() calls of accelerate's Accelerator one after the other before it computes a gradient:
+# a release that drops one of them is stopped at the next.
+BRAKES = ("register_load_state_pre_hook", "init_trackers", "accumulate")
 
 
 @dataclass
 class Rehearsal:
-    """How far it came, and what the trainer had made by then; None is what it did not come to."""
+    """How far the trainer came, and what it had built by then. None: not reached."""
 
-    args: argparse.Namespace | None = None  # after all of sd-scripts' own checks
+    script: ModuleType | None = None
+    args: argparse.Namespace | None = None  # after sd-scripts' own checks of the command line
+    given: dict[str, Any] = field(default_factory=dict)  # options of the command line alone
     group: Any = None  # the DatasetGroup
-    validation: list[Any] = field(default_factory=list)  # datasets of pictures kept back
+    validation: list[Any] = field(default_factory=list)  # datasets of the validation split
     accelerator: Any = None
     network: Any = None
     optimizer_state: float | None = None  # bytes that it keeps for each byte of a parameter
     ready: bool = False
     failure: BaseException | None = None
-    missing: str = ""  # what sd-scripts lacks for a rehearsal
+    missing: str = ""  # what the script lacks for a rehearsal
     printed: io.StringIO = field(default_factory=io.StringIO)
 
     @property
@@ -65,13 +72,13 @@ class Rehearsal:
 def header_tensors(path: str | os.PathLike, *_args: Any, **_options: Any) -> dict[str, Any]:
     """A .safetensors file's tensors on the meta device, in place of safetensors' load_file.
 
-    A single number, such as an alpha, is read: LyCORIS asks for its value.
+    A single number, such as an alpha, is read: LyCORIS uses its value.
     """
     import torch
     from safetensors import safe_open
 
     tensors = {}
-    # Amid meta tensors, what is read would become one.
+    # In on_meta(), a tensor that is read would become a meta tensor.
     with safe_open(path, framework="pt") as file, torch.device("cpu"):
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
@@ -84,30 +91,30 @@ def header_tensors(path: str | os.PathLike, *_args: Any, **_options: Any) -> dic
 
 
 def on_meta() -> contextlib.ExitStack:
-    """New tensors are meta tensors, and no move to another device makes them anything else."""
+    """New tensors are meta tensors, and stay so when they are moved to another device."""
     import torch
     from torch.overrides import TorchFunctionMode
 
-    def stays(value: Any) -> Any:
+    def no_device(value: Any) -> Any:
         is_device = isinstance(value, (str, torch.device)) or type(value) is int
         return "meta" if is_device else value
 
-    class Staying(TorchFunctionMode):
+    class KeepOnMeta(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             kwargs = kwargs or {}
-            # Made of a number that is there: an alpha, whose value is asked for.
+            # Of a number: an alpha, whose value LyCORIS reads.
             if func is torch.tensor:
                 kwargs.setdefault("device", "cpu")
             if func in (torch.Tensor.cpu, torch.Tensor.cuda) and args[0].is_meta:
                 return args[0]
             if func is torch.Tensor.to and args[0].is_meta:
-                args = (args[0], *map(stays, args[1:]))
-                kwargs = {name: stays(value) for name, value in kwargs.items()}
+                args = (args[0], *map(no_device, args[1:]))
+                kwargs = {name: no_device(value) for name, value in kwargs.items()}
             return func(*args, **kwargs)
 
     stack = contextlib.ExitStack()
     stack.enter_context(torch.device("meta"))
-    stack.enter_context(Staying())
+    stack.enter_context(KeepOnMeta())
     return stack
 
 
@@ -116,13 +123,13 @@ def on_meta() -> contextlib.ExitStack:
 
 @contextlib.contextmanager
 def as_started(script: Path, words: list[str]) -> Iterator[None]:
-    """sys.argv and sys.path as accelerate's process has them, which runs the script as a file."""
+    """sys.argv and sys.path as in accelerate's process, which runs the script as a file."""
     argv, path = sys.argv, list(sys.path)
     entries = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     # The kohya_ss GUI puts its own folder there.
     is_on_path = ROOT in (script.resolve().parent.parent, *(Path(e).resolve() for e in entries))
     sys.argv = [str(script), *words]
-    # Python puts the folder of the program first: ours, where the training may not look.
+    # Python puts the folder of this program first, where the training may not look.
     if sys.path and Path(sys.path[0]).resolve() == ROOT and not is_on_path:
         del sys.path[0]
     sys.path.insert(0, str(script.resolve().parent))
@@ -134,7 +141,7 @@ def as_started(script: Path, words: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes of a module or class, for as long as it takes."""
+    """Set attributes of a module or class, and restore them at the end."""
     kept = {name: owner.__dict__[name] for name in values if name in owner.__dict__}
     for name, value in values.items():
         setattr(owner, name, value)
@@ -149,14 +156,14 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def open_to_read(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
-    """Python's open(), but what is written is lost: `cache_info` writes beside the pictures."""
+    """Python's open(), but writes are discarded: `cache_info` writes beside the pictures."""
     if set(mode) & set("wax+"):
         file, mode = os.devnull, mode.replace("x", "w")
     return Path(file).open(mode, *args, **options)
 
 
-def say_ready(*_args: Any, **_options: Any) -> None:
-    """In place of the last that train() calls before it reads a state or computes."""
+def raise_ready(*_args: Any, **_options: Any) -> None:
+    """In place of each of BRAKES."""
     raise Ready
 
 
@@ -165,7 +172,7 @@ def nothing(*_args: Any, **_options: Any) -> None:
 
 
 def blank_models(sdxl: ModuleType) -> Callable[..., Any]:
-    """sd-scripts' loader for a checkpoint that is no .safetensors file: nothing is filled in."""
+    """sd-scripts' loader for a checkpoint that is no .safetensors file: weights stay empty."""
 
     def load(name: str, vae: Any, version: str, *_args: Any, **_options: Any) -> tuple[Any, ...]:
         with contextlib.ExitStack() as stack:
@@ -187,15 +194,15 @@ def blank_models(sdxl: ModuleType) -> Callable[..., Any]:
 
 
 def is_safetensors(name: str) -> bool:
-    """Whether sd-scripts will read it as one, by its name."""
+    """Whether sd-scripts will read the file as one, by its name."""
     target = target_of(Path(name))
     return target.is_file() and target.suffix.lower() == ".safetensors"
 
 
-def rehearsing(script: ModuleType, rehearsal: Rehearsal, stack: contextlib.ExitStack) -> Any:
-    """sd-scripts' SDXL trainer, which notes what it is handed and loads no weights."""
+def rehearsing(rehearsal: Rehearsal, stack: contextlib.ExitStack) -> Any:
+    """sd-scripts' SDXL trainer, which records what it is given and loads no weights."""
 
-    class Rehearsing(script.SdxlNetworkTrainer):
+    class Rehearsing(rehearsal.script.SdxlNetworkTrainer):
         def assert_extra_args(self, args, group, *others):
             for each in (group, *others):
                 for name in ("cache_latents", "new_cache_latents"):
@@ -216,50 +223,37 @@ def rehearsing(script: ModuleType, rehearsal: Rehearsal, stack: contextlib.ExitS
     return Rehearsing()
 
 
-def parse(script: ModuleType, words: list[str]) -> argparse.Namespace:
-    """The options as sd-scripts reads and checks them."""
-    from library import train_util
-
-    parser = script.setup_parser()
-    args = parser.parse_args(words)
-    args.output_config = False  # it would write one and end
-    train_util.verify_command_line_training_args(args)
-    return train_util.read_config_from_file(args, parser)
-
-
-def harmless(args: argparse.Namespace, folder: str) -> None:
-    """What would be written or told to others is not."""
+def disable_side_effects(args: argparse.Namespace, folder: str) -> None:
+    """Turn off writes and uploads, and what reads whole files; logs go to `folder`."""
     if getattr(args, "logging_dir", None) is not None:
         args.logging_dir = folder
     for name in ("wandb_api_key", "console_log_file"):
         if hasattr(args, name):
             setattr(args, name, None)
-    # Read at once, the file would be read to its end.
-    args.disable_mmap_load_safetensors = False
-    args.debug_dataset = False  # it shows pictures until somebody presses a key
+    args.disable_mmap_load_safetensors = False  # it would read the whole file
+    args.debug_dataset = False  # it shows pictures until a key is pressed
     if args.vae and not is_safetensors(args.vae):
-        args.vae = None  # it would be read to its end, or fetched
+        args.vae = None  # it would be read whole, or downloaded
     # sd-scripts fills an empty one.
     cache = getattr(args, "tokenizer_cache_dir", None)
     if cache and not (Path(cache).is_dir() and any(Path(cache).iterdir())):
         args.tokenizer_cache_dir = None
 
 
-# ---- The rehearsal -------------------------------------------------------------------------------
-
-
-def train(script: ModuleType, rehearsal: Rehearsal, words: list[str]) -> None:
+def train(rehearsal: Rehearsal) -> None:
     """sd-scripts' train() up to its first step; raises whatever it raises."""
     import safetensors.torch
     from accelerate import Accelerator
     from library import model_util, sdxl_model_util, sdxl_train_util, train_util
 
-    rehearsal.args = args = parse(script, words)
+    args = rehearsal.args
     dataset_module = inspect.getmodule(train_util.DreamBoothDataset)
     with contextlib.ExitStack() as stack:
-        harmless(args, stack.enter_context(tempfile.TemporaryDirectory(prefix="blora-")))
+        disable_side_effects(
+            args, stack.enter_context(tempfile.TemporaryDirectory(prefix="blora-"))
+        )
         for owner, values in (
-            (Accelerator, {"register_load_state_pre_hook": say_ready}),
+            (Accelerator, dict.fromkeys(BRAKES, raise_ready)),
             (safetensors.torch, {"load_file": header_tensors}),
             (sdxl_model_util, {"load_file": header_tensors}),
             (model_util, {"load_file": header_tensors}),
@@ -270,7 +264,7 @@ def train(script: ModuleType, rehearsal: Rehearsal, words: list[str]) -> None:
             loader = blank_models(sdxl_model_util)
             stack.enter_context(replaced(sdxl_train_util, _load_target_model=loader))
         try:
-            rehearsing(script, rehearsal, stack).train(args)
+            rehearsing(rehearsal, stack).train(args)
             return  # it came back without training
         except Ready:
             rehearsal.ready = True
@@ -278,14 +272,17 @@ def train(script: ModuleType, rehearsal: Rehearsal, words: list[str]) -> None:
     rehearsal.network = next((m for m in reversed(models) if hasattr(m, "apply_to")), None)
 
 
-def try_optimizer(args: argparse.Namespace) -> float:
-    """One step of the optimizer on two matrices; the bytes it then keeps for each of theirs."""
+def state_per_byte(args: argparse.Namespace) -> float:
+    """Bytes that the optimizer keeps for each byte of a LoRA, counted after a step on two matrices.
+
+    TypeError or ValueError where it refuses --optimizer_args only now, as it would in the training.
+    """
     import torch
     from library import train_util
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.full_bf16 else torch.float16 if args.full_fp16 else torch.float32
-    # As a LoRA begins: lora_down is not zero, lora_up is, and Prodigy keeps less of what is.
+    # As a LoRA begins: lora_down is not zero, lora_up is, and Prodigy keeps less for zeros.
     start = torch.ones(256, 256, device=device, dtype=dtype)
     parameters = [torch.nn.Parameter(start), torch.nn.Parameter(start * 0)]
     optimizer = train_util.get_optimizer(args, parameters)[2]
@@ -299,30 +296,58 @@ def try_optimizer(args: argparse.Namespace) -> float:
     return size / sum(p.numel() * p.element_size() for p in parameters)
 
 
-def rehearse(script: Path, words: list[str]) -> Rehearsal:
-    """Let sd-scripts come as far as its first step with these options.
+# ---- Its stages ----------------------------------------------------------------------------------
 
-    Catches whatever it raises; what it prints is kept and not shown.
-    """
+
+@contextlib.contextmanager
+def trainer_environment(path: Path, words: list[str]) -> Iterator[Rehearsal]:
+    """Where a rehearsal runs: as accelerate starts the script, with its output kept, not shown."""
     rehearsal = Rehearsal()
-    if not (script.parent / "library" / "train_util.py").is_file():
-        rehearsal.missing = f'"{script}" is not sd-scripts\' own'
-        return rehearsal
-    printed = rehearsal.printed
     os.environ.setdefault("COLUMNS", "1000")  # sd-scripts' log would be wrapped, and is searched
     with (
-        as_started(script, words),
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(printed),
+        as_started(path, words),
+        contextlib.redirect_stdout(rehearsal.printed),
+        contextlib.redirect_stderr(rehearsal.printed),
     ):
-        try:
-            module = importlib.import_module(script.stem)
-            if not hasattr(module, "SdxlNetworkTrainer"):
-                rehearsal.missing = f'"{script}" does not train a LoRA of SDXL'
-                return rehearsal
-            train(module, rehearsal, words)
-            if rehearsal.ready and not rehearsal.args.deepspeed:
-                rehearsal.optimizer_state = try_optimizer(rehearsal.args)
-        except (Exception, SystemExit) as failure:
-            rehearsal.failure = failure
-    return rehearsal
+        yield rehearsal
+
+
+def read_options(path: Path, words: list[str], rehearsal: Rehearsal) -> None:
+    """Import the training script, and read the options as it reads and checks them itself.
+
+    What it raises becomes the rehearsal's failure.
+    """
+    if not (path.parent / "library" / "train_util.py").is_file():
+        rehearsal.missing = f'"{path}" is not part of sd-scripts'
+        return
+    try:
+        rehearsal.script = script = importlib.import_module(path.stem)
+        if not hasattr(script, "setup_parser"):
+            rehearsal.missing = f'"{path}" is not a training script of sd-scripts'
+            return
+        from library import train_util
+
+        parser = script.setup_parser()
+        args = parser.parse_args(words)
+        args.output_config = False  # it would write a config and exit
+        train_util.verify_command_line_training_args(args)
+        rehearsal.args = train_util.read_config_from_file(args, parser)
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        rehearsal.given = vars(parser.parse_args(words))
+    except (Exception, SystemExit) as failure:
+        rehearsal.failure = failure
+
+
+def rehearse(rehearsal: Rehearsal) -> None:
+    """Let sd-scripts train with the options as far as its first step.
+
+    What it raises becomes the rehearsal's failure.
+    """
+    if not hasattr(rehearsal.script, "SdxlNetworkTrainer"):
+        rehearsal.missing = f'"{rehearsal.script.__file__}" does not train a LoRA of SDXL'
+        return
+    try:
+        train(rehearsal)
+    except (Exception, SystemExit) as failure:
+        rehearsal.failure = failure

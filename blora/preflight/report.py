@@ -1,21 +1,22 @@
-"""What pre-flight has to say of a training: sentences, the plan, and how they are printed.
-
-files.py, rehearsal.py and their siblings write into it, blora_preflight.py prints it.
-"""
+"""What pre-flight has to say of a training: sentences, the plan, and how they are printed."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blora.text import BloraError, printable, say
 
+LONGEST = 400  # letters of somebody else's words
+
 
 @dataclass
 class Report:
-    """Sentences in the order they were found, the plan line by line, the modules by name."""
+    """Sentences in the order of the checks, the plan line by line, the modules by name."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -24,17 +25,30 @@ class Report:
     modules: list[str] = field(default_factory=list)
 
 
-def attempt(report: Report, otherwise: str, step: Callable[..., Any], *args: Any) -> Any:
-    """What a step hands back that asks the trainer; None, with a note, where its release differs.
+def one_line(text: str) -> str:
+    """A text on one line, cut to a readable length."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
-    The trainer judges a training by itself, so what we cannot ask it stops nothing.
+
+def cause(error: BaseException) -> str:
+    """An exception in words, with the place where it was raised: it may be anybody's fault."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name} line {frame.lineno}"
+    return f"{type(error).__name__}: {one_line(str(error))}, in {place}"
+
+
+def attempt(report: Report, what: str, step: Callable[..., Any], *args: Any) -> Any:
+    """Run a step that queries the trainer; None, with a warning, where it cannot be done.
+
+    The trainer judges a training by itself, so what cannot be asked of it stops nothing.
     """
     try:
         return step(*args)
     except BloraError:
         raise
     except Exception as error:
-        report.notes.append(f"{otherwise} ({error!r})")
+        report.warnings.append(f"could not {what} ({cause(error)})")
         return None
 
 

@@ -650,8 +650,13 @@ def plan(run: Run) -> str:
     )
 
 
+def setup_parser() -> argparse.ArgumentParser:
+    """The options, as pre-flight asks sd-scripts for them."""
+    return build_parser(__doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser(__doc__).parse_args(argv)
+    args = setup_parser().parse_args(argv)
     try:
         check_options(args)
         run = prepare(args)

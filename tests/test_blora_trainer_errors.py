@@ -105,11 +105,11 @@ OPTIMIZERS = {
     "an argument of another": (
         ["foo=1"],
         "--optimizer_type=prodigy does not take foo: give it --optimizer_args of its own, or "
-        "--optimizer_args with nothing behind it (",
+        "--optimizer_args left empty (",
     ),
-    "no =": (["decouple"], "--optimizer_args holds decouple: write each one as NAME=VALUE, "),
-    "split at a blank": (["betas=(0.9,"], "--optimizer_args holds betas=(0.9,: write each one as "),
-    "a word": (["betas=high"], "--optimizer_args holds betas=high: write each one as NAME=VALUE, "),
+    "no =": (["decouple"], "--optimizer_args has decouple: write each one as NAME=VALUE, "),
+    "split at a blank": (["betas=(0.9,"], "--optimizer_args has betas=(0.9,: write each one as "),
+    "a word": (["betas=high"], "--optimizer_args has betas=high: write each one as NAME=VALUE, "),
     "a value that it refuses": (
         ["eps=-1"],
         "--optimizer_type=prodigy refuses --optimizer_args eps=-1, or its learning rate: correct "
@@ -126,19 +126,19 @@ def test_what_an_optimizer_refuses_is_told_by_its_argument(case):
 
 def test_a_scheduler_that_is_none_is_told_with_those_there_are():
     text = said(get_scheduler_fix, "cosin")
-    assert text.startswith("there is no --lr_scheduler=constant: use one of those in brackets (")
+    assert text.startswith("--lr_scheduler=constant cannot be created: correct it (")
     assert "'linear', 'cosine'" in text
 
 
 NETWORKS = {
     "an algo that is none": (
         {"algo": "dora"},
-        "--network_args holds algo=dora, which LyCORIS does not know: correct it ('dora')",
+        "--network_args has algo=dora, which LyCORIS does not know: correct it ('dora')",
     ),
     "a word for a number": (
         {"conv_dim": "x"},
-        "lycoris.kohya makes no network with --network_args preset=my.toml: correct them (invalid "
-        "literal for int() with base 10: 'x')",
+        "lycoris.kohya cannot build a network from --network_args preset=my.toml: correct them "
+        "(invalid literal for int() with base 10: 'x')",
     ),
 }
 
@@ -175,14 +175,14 @@ def test_a_preset_that_lycoris_refuses_is_told_by_what_it_prints(case, tmp_path,
 
 def test_a_network_argument_without_a_value_is_named():
     assert said(train, ["preset=x", "dora_wd"]).startswith(
-        "--network_args holds dora_wd: write each one as NAME=VALUE ("
+        "--network_args has dora_wd: write each one as NAME=VALUE ("
     )
 
 
 def test_workers_that_stay_need_workers():
     assert said(loader) == (
-        "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: leave "
-        "one of the two out (persistent_workers option needs num_workers > 0)"
+        "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: "
+        "remove one of the two (persistent_workers option needs num_workers > 0)"
     )
 
 
@@ -202,15 +202,15 @@ SCHEMA = voluptuous.Schema(
 )
 FOLDER = {"image_dir": "a"}
 CONFIGS = {
-    "a key that is none": ({"datasets": [{"foo": 1}]}, "there is no setting foo in [[datasets]] 1"),
+    "a key that is none": ({"datasets": [{"foo": 1}]}, "unknown setting foo in [[datasets]] 1"),
     "in the wrong table": (
         {"general": {"image_dir": "a"}},
-        "there is no setting image_dir in [general]",
+        "unknown setting image_dir in [general]",
     ),
-    "a table that is none": ({"dataset": []}, "there is no setting dataset"),
+    "a table that is none": ({"dataset": []}, "unknown setting dataset"),
     "a key that is missing": (
         {"datasets": [{"subsets": [FOLDER, {}]}]},
-        "there must be image_dir in [[datasets.subsets]] 2",
+        "missing image_dir in [[datasets.subsets]] 2",
     ),
     "a wrong value": (
         {"datasets": [{}, {"resolution": "512,512"}]},
@@ -218,7 +218,7 @@ CONFIGS = {
     ),
     "two mistakes": (
         {"datasets": [{"subsets": [FOLDER | {"num_repeats": 1.5}], "foo": 1}]},
-        "there is no setting foo in [[datasets]] 1, and num_repeats in [[datasets.subsets]] 1 has "
+        "unknown setting foo in [[datasets]] 1, and num_repeats in [[datasets.subsets]] 1 has "
         "a value of the wrong kind (expected int)",
     ),
 }
@@ -240,8 +240,11 @@ def test_the_place_of_a_setting_outside_of_all_tables_is_its_name():
 
 @pytest.mark.parametrize("reader", [toml.loads, json.loads])
 def test_a_dataset_config_that_cannot_be_read_is_named(reader):
+    def load_user_config() -> None:
+        reader("x = = 1")
+
     sentence = 'the dataset config "my/config.toml" cannot be read: correct it ('
-    assert said(reader, "x = = 1").startswith(sentence)
+    assert said(load_user_config).startswith(sentence)
 
 
 # ---- What sd-scripts itself says, in its own words -----------------------------------------------
@@ -265,17 +268,6 @@ def test_a_caption_that_cannot_be_read_is_named(text):
     assert said(read_caption, "a.txt", text).startswith(CAPTIONS[text])
 
 
-def make_buckets(resolution: tuple[int, int], min_bucket_reso: int) -> None:
-    assert min(resolution) >= min_bucket_reso, "min_bucket_reso must be equal or less / は最小"
-
-
-def test_sizes_that_do_not_fit_are_those_of_the_dataset():
-    assert said(make_buckets, (64, 64), 512) == (
-        "the resolution, (64, 64), is below min_bucket_reso, 512: raise resolution in the dataset "
-        "config, or add --min_bucket_reso (min_bucket_reso must be equal or less)"
-    )
-
-
 WORDS = {
     "No data / 画像がありません": "No data",
     "a path / with a slash": "a path / with a slash",
@@ -293,15 +285,15 @@ def test_variables_of_another_name_leave_the_trainers_own_words():
         _key, _value = "decouple".split("=")
 
     assert said(get_optimizer).startswith(
-        "the training would stop: correct what the trainer names (ValueError: not enough values"
+        "the training would stop: fix the cause given (ValueError: not enough values"
     )
 
 
 def test_an_optimizer_that_fails_at_its_step_is_told_as_one():
-    def try_optimizer() -> None:
+    def state_per_byte() -> None:
         torch.optim.LBFGS([MATRIX]).step()
 
-    assert said(try_optimizer).startswith(
+    assert said(state_per_byte).startswith(
         "--optimizer_type=prodigy refuses --optimizer_args eps=-1"
     )
 
@@ -328,7 +320,7 @@ def load_tokenizers() -> None:
 
 def test_tokenizers_that_are_not_there_need_the_internet_once():
     assert said(load_tokenizers) == (
-        "the tokenizers of SDXL are not on this machine and cannot be fetched: let it reach "
+        "SDXL's tokenizers are not on this machine and cannot be downloaded: connect to "
         "huggingface.co once, or give their folder as --tokenizer_cache_dir (Can't load tokenizer "
         "for 'openai/clip-vit-large-patch14'.)"
     )
@@ -366,8 +358,8 @@ def test_without_what_sd_scripts_imports_kohyas_requirements_are_missing():
 NETWORK_MODULES = {
     "blora_network": "Python does not find blora_network.py: copy it beside sdxl_train_network.py, "
     "or put its folder on PYTHONPATH, as the launchers do",
-    "nope": "there is no --network_module=nope.kohya: correct it",
-    "lycoris.koyha": "there is no --network_module=lycoris.koyha: correct it",
+    "nope": "unknown --network_module=nope.kohya: correct it",
+    "lycoris.koyha": "unknown --network_module=lycoris.koyha: correct it",
 }
 
 
@@ -389,9 +381,16 @@ def test_an_option_that_is_none_is_told_in_argparses_words(capsys):
     )
 
 
-def test_an_end_without_words_is_told_by_the_last_of_what_was_printed():
-    assert refusal(SystemExit(1), None, "reading\ngui.toml not found.\n") == (
-        "sd-scripts refuses the options: correct them (reading gui.toml not found.)"
+def test_an_end_without_words_is_told_by_the_last_line_that_was_printed():
+    def read_config_from_file() -> None:
+        sys.exit(1)
+
+    printed = "reading\ngui.toml not found.\n"
+    assert refusal(raised(read_config_from_file), None, printed) == (
+        "--config_file cannot be read: correct its path or its text (gui.toml not found.)"
+    )
+    assert refusal(SystemExit(1), ARGS, printed) == (
+        "the training would stop: fix the cause given (SystemExit: gui.toml not found.)"
     )
 
 
@@ -403,7 +402,7 @@ def test_what_blora_network_ends_with_is_a_sentence_already():
 
 def test_what_nobody_foresaw_is_told_in_the_trainers_words():
     assert said(int, "abc") == (
-        "the training would stop: correct what the trainer names (ValueError: invalid "
+        "the training would stop: fix the cause given (ValueError: invalid "
         "literal for int() with base 10: 'abc')"
     )
 
@@ -422,5 +421,5 @@ def test_a_training_without_pictures_ends_without_a_word_that_is_seen():
         "into subfolders, or correct image_dir there"
     )
     assert ended_sentence("") == (
-        "the trainer ends before its first step: leave out the option that asks for that"
+        "the trainer ends before its first step: remove the option that ends it early"
     )

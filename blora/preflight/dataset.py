@@ -1,0 +1,207 @@
+"""sd-scripts' datasets in plain words: folders, pictures, captions, and what an epoch holds.
+
+Known to work with sd-scripts 0.9.0, 0.9.1 and 0.10.1. Datasets are left as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as the trainer holds it."""
+
+    path: Path
+    size: tuple[int, int]  # width and height that the trainer sorts it by
+    bucket: tuple[int, int]  # width and height that it is trained in
+    repeats: int
+    caption: str  # what the trainer has read
+    prompt: str  # what it trains: with prefix and suffix, one line of several
+    tokens: int = 0
+    kept: int = 0  # letters of the prompt that are within the limit of tokens
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One subset of a dataset, with the settings that decide on its captions."""
+
+    path: Path
+    pictures: tuple[Picture, ...]
+    seen: frozenset[Path]  # every file that the trainer takes for a picture
+    repeats: int = 1
+    class_tokens: str = ""
+    caption_extension: str = ""  # empty where a metadata_file lists pictures and captions
+    has_wildcards: bool = False
+    has_affix: bool = False  # caption_prefix or caption_suffix
+    is_reg: bool = False
+    loss_weight: float = 1.0  # prior_loss_weight, where is_reg
+    most_tokens: int = 0  # 0 where it is unknown
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of the training is made of; of all datasets together."""
+
+    images: int
+    captions: int
+    repeated: int  # images with their repeats
+    batches: int
+    largest_batch: int  # pixels
+
+
+# ---- Captions ------------------------------------------------------------------------------------
+
+
+def caption_path(picture: Path, extension: str) -> Path:
+    """The caption file of a picture; the extension is put behind its name as it is."""
+    return picture.with_name(picture.stem + extension)
+
+
+def has_caption(picture: Picture, folder: Folder) -> bool:
+    """Whether a picture has a caption of its own."""
+    if folder.caption_extension and caption_path(picture.path, folder.caption_extension).is_file():
+        return True
+    return picture.caption != folder.class_tokens
+
+
+def letters_kept(text: str, count: Callable[[str], int], most: int) -> int:
+    """How many letters of a text make no more than `most` tokens, by halving."""
+    if count(text) <= most:
+        return len(text)
+    low, high = 0, len(text)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(text[:middle]) <= most else (low, middle)
+    return low
+
+
+# ---- As sd-scripts holds them --------------------------------------------------------------------
+
+
+def module_of(dataset: Any) -> ModuleType:
+    """The module of sd-scripts that a dataset is from, and that reads its pictures."""
+    return inspect.getmodule(type(dataset))
+
+
+def without_augmentation(subset: Any) -> Any:
+    """A copy of a subset whose captions and pictures are the same at each step."""
+    subset = copy.copy(subset)
+    subset.flip_aug = subset.shuffle_caption = False
+    subset.caption_dropout_rate = subset.caption_tag_dropout_rate = 0
+    subset.caption_dropout_every_n_epochs = subset.token_warmup_step = 0
+    return subset
+
+
+def token_counter(dataset: Any) -> tuple[Callable[[str], int], int] | None:
+    """A function that counts a prompt's tokens as the trainer does, and the trainer's limit."""
+    strategy = getattr(dataset, "tokenize_strategy", None)
+    if strategy is not None:  # 0.10
+        tokenizer, most = strategy.tokenizer1, strategy.max_length
+    elif hasattr(dataset, "tokenizers"):  # 0.9
+        tokenizer, most = dataset.tokenizers[0], dataset.tokenizer_max_length
+    else:
+        return None
+    # Without the tokens that begin and end each prompt.
+    return lambda text: len(tokenizer(text, verbose=False).input_ids) - 2, most - 2
+
+
+def read_folders(datasets: Iterable[Any], caches_text: bool) -> list[Folder]:
+    """The folders of sd-scripts' datasets with their pictures, in the order of the config."""
+    return [
+        read_folder(dataset, subset, caches_text)
+        for dataset in datasets
+        for subset in dataset.subsets
+    ]
+
+
+def with_strategies(dataset: Any) -> Any:
+    """A copy of a dataset that has the tokenizer, which 0.10 sets later."""
+    dataset = copy.copy(dataset)
+    if hasattr(dataset, "set_current_strategies"):
+        dataset.set_current_strategies()
+    return dataset
+
+
+def read_folder(dataset: Any, subset: Any, caches_text: bool) -> Folder:
+    """One subset; captions that are cached are trained as they are read."""
+    counter = token_counter(dataset)
+    keys = [key for key, owner in dataset.image_to_subset.items() if owner is subset]
+    pictures = []
+    for info in (dataset.image_data[key] for key in keys):
+        prompt = info.caption
+        if not caches_text:
+            prompt = dataset.process_caption(without_augmentation(subset), info.caption)
+        count, most = counter or (lambda _: 0, 0)
+        pictures.append(
+            Picture(
+                Path(info.absolute_path),
+                tuple(info.image_size),
+                tuple(info.bucket_reso),
+                info.num_repeats,
+                info.caption,
+                prompt,
+                count(prompt),
+                letters_kept(prompt, count, most),
+            )
+        )
+    return Folder(
+        Path(subset.image_dir or ""),
+        tuple(pictures),
+        seen_files(dataset, subset) | {picture.path for picture in pictures},
+        subset.num_repeats,
+        getattr(subset, "class_tokens", None) or "",
+        getattr(subset, "caption_extension", None) or "",
+        subset.enable_wildcard,
+        bool(subset.caption_prefix or subset.caption_suffix),
+        getattr(subset, "is_reg", False),
+        getattr(dataset, "prior_loss_weight", 1.0),
+        counter[1] if counter else 0,
+    )
+
+
+def seen_files(dataset: Any, subset: Any) -> frozenset[Path]:
+    """The files that sd-scripts takes for pictures, also those that it keeps for validation."""
+    glob_images = getattr(module_of(dataset), "glob_images", None)
+    if not glob_images or not subset.image_dir or getattr(subset, "cache_info", False):
+        return frozenset()
+    return frozenset(map(Path, glob_images(subset.image_dir, "*")))
+
+
+def read_epoch(datasets: Iterable[Any], folders: Iterable[Folder]) -> Epoch:
+    """Images, captions and batches, counted in sd-scripts' own buckets."""
+    datasets = list(datasets)
+    buckets = [
+        (len(keys), width * height * min(len(keys), dataset.batch_size), dataset)
+        for dataset in datasets
+        for keys, (width, height) in zip(
+            dataset.bucket_manager.buckets, dataset.bucket_manager.resos, strict=True
+        )
+    ]
+    pictures = [(folder, picture) for folder in folders for picture in folder.pictures]
+    return Epoch(
+        len(pictures),
+        sum(has_caption(picture, folder) for folder, picture in pictures),
+        sum(count for count, _, _ in buckets),
+        sum(len(dataset) for dataset in datasets),
+        max((pixels for _, pixels, _ in buckets), default=0),
+    )
+
+
+# ---- In words ------------------------------------------------------------------------------------
+
+
+def list_folders(folders: Iterable[Folder]) -> str:
+    """The folders in words: `12 in "cats" (x3), 5 in "dogs"`."""
+    return ", ".join(
+        f'{len(folder.pictures)} in "{folder.path}"'
+        + (f" (x{folder.repeats})" if folder.repeats != 1 else "")
+        + (" (is_reg)" if folder.is_reg else "")
+        for folder in folders
+    )

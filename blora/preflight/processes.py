@@ -1,0 +1,113 @@
+"""The processes that accelerate will start for a training, and on what they compute."""
+
+from __future__ import annotations
+
+import io
+from argparse import Namespace
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+
+from blora.preflight.report import Report
+from blora.text import BloraError
+
+OPTIONS = "accelerate's options (BLORA_ACCELERATE_ARGS in the launcher)"
+
+
+@dataclass(frozen=True)
+class Started:
+    """The processes that accelerate will start, on all machines; machine 0 saves the LoRA."""
+
+    processes: int = 1
+    machines: int = 1
+    machine: int = 0  # this one
+    is_chosen: bool = True  # False where accelerate takes all cards by itself
+    lacks_multi_gpu: bool = False  # more were wanted
+
+
+def processes(accelerate: list[str], script: str) -> Started:
+    """The processes that accelerate will start, by its own sum.
+
+    `accelerate` is what stands between "accelerate" and the script: "launch", "--multi_gpu".
+    BloraError where accelerate refuses that, or waits for machines that cannot find each other.
+    """
+    from accelerate.commands import launch
+
+    parser = launch.launch_command_parser()
+    words = accelerate[accelerate.index("launch") + 1 :] if "launch" in accelerate else accelerate
+    printed = io.StringIO()  # it lists its defaults, as it will again
+    try:
+        with redirect_stderr(printed):
+            args = parser.parse_args([*words, script])
+            is_chosen = args.num_processes is not None or args.multi_gpu
+            args, defaults, _ = launch._validate_launch_command(args)
+    except (SystemExit, ValueError, OSError) as error:
+        usage = printed.getvalue().rpartition(": error: ")[2].strip()
+        raise BloraError(
+            f"accelerate refuses its options: correct {OPTIONS} ({usage or error})"
+        ) from error
+    return started(args, is_chosen or defaults is not None)
+
+
+def started(args: Namespace, is_chosen: bool) -> Started:
+    """The processes by accelerate's options, once it has filled in its defaults."""
+    machines, wanted = args.num_machines or 1, max(1, args.num_processes or 1)
+    # As its launch_command chooses: anything else starts one process, whatever number is given.
+    several = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm
+    is_lone = args.cpu or not several
+    if machines > 1 and not args.use_deepspeed:  # which may have a file of its machines
+        check_meeting(args, is_lone)
+    return Started(
+        1 if is_lone else max(1, wanted // machines) * machines,
+        1 if is_lone else machines,
+        0 if is_lone or machines == 1 else args.machine_rank or 0,
+        is_chosen,
+        lacks_multi_gpu=is_lone and not (args.cpu or args.tpu) and max(wanted, machines) > 1,
+    )
+
+
+def check_meeting(args: Namespace, is_lone: bool) -> None:
+    """BloraError where several machines would end, or wait for each other for ten minutes."""
+    needed = {"main_process_ip": "the address of the first machine"}
+    if is_lone:
+        needed["main_process_port"] = "a port that is free on the first machine"
+    else:
+        needed["machine_rank"] = "0 on the first machine, 1 on the next"
+    for name, what in needed.items():
+        if getattr(args, name) is None:
+            raise BloraError(
+                f"--num_machines={args.num_machines} needs --{name}, {what}: add it to {OPTIONS}"
+            )
+    if not is_lone and args.num_processes < args.num_machines:
+        raise BloraError(
+            f"--num_processes={args.num_processes} is too few for --num_machines="
+            f"{args.num_machines}: give the number of all machines together"
+        )
+    if not is_lone and args.machine_rank >= args.num_machines:
+        raise BloraError(
+            f"--machine_rank={args.machine_rank} is beyond --num_machines={args.num_machines}: "
+            "count the machines from 0"
+        )
+
+
+def check_processes(started: Started, report: Report) -> None:
+    """More processes than were chosen, or fewer."""
+    number = started.processes
+    if number > 1 and not started.is_chosen:
+        report.warnings.append(
+            f"accelerate finds {number} graphics cards and will train on all of them, which takes "
+            f"{number} times the pictures a step: for one, add --num_processes=1 to {OPTIONS}"
+        )
+    if started.lacks_multi_gpu:
+        report.warnings.append(
+            "without --multi_gpu accelerate starts one process on each machine, and each trains a "
+            f"LoRA of its own: add it to {OPTIONS}"
+        )
+
+
+def check_device(device: str, accelerate: list[str], report: Report) -> None:
+    """A training on the processor that was not chosen; `device` is accelerate's."""
+    if device == "cpu" and "--cpu" not in accelerate:
+        report.warnings.append(
+            "torch finds no graphics card, so the training would run on the processor: "
+            "install torch with CUDA"
+        )

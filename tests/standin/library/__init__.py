@@ -1,0 +1,1 @@
+"""What the stand-in has in place of sd-scripts' library."""
