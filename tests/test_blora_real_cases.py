@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,16 +198,35 @@ class Answers:
 @pytest.fixture(scope="module")
 def answers(bench, request) -> Answers:
     """Both, about all cases that were chosen and those whose output they need."""
-    chosen = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    }
+    items = [item for item in request.session.items if item.path == request.path]
+    given = [getattr(item, "callspec", None) for item in items]
+    chosen = {spec.params["name"] for spec in given if spec and "name" in spec.params}
     first = {CASES[name].after for name in chosen} - {""}
     first |= {f"the {recipe} recipe" for recipe in RECIPES}
     cases = [[CASES[n] for n in ALL if n in first], [CASES[n] for n in ALL if n in chosen - first]]
     trainer = {name: told for part in cases for name, told in ask_trainer(bench, part).items()}
     return Answers(trainer, ask_preflight(bench, [case for part in cases for case in part]))
+
+
+# ---- The brakes ----------------------------------------------------------------------------------
+
+HOOK, TRACKERS = "accelerator.register_load_state_pre_hook(", "accelerator.init_trackers("
+
+
+@pytest.mark.parametrize("dropped", [(HOOK,), (HOOK, TRACKERS)], ids=["the hook", "both"])
+def test_a_release_that_drops_a_brake_is_stopped_by_the_next(bench, answers, tmp_path, dropped):
+    kohya = tmp_path / "sd-scripts"
+    shutil.copytree(bench.kohya, kohya)
+    for name in ("train_network.py", "library/train_util.py"):
+        text = (kohya / name).read_text(encoding="utf-8")
+        for call in dropped:
+            text = text.replace(call, "(lambda *_, **__: None)(")
+        (kohya / name).write_text(text, encoding="utf-8")
+    case = CASES["the fast recipe"]
+    report = ask_preflight(replace(bench, root=tmp_path, kohya=kohya), [case])[case.name]
+    expected = answers.preflight[case.name]
+    assert report["plan"].keys() == expected["plan"].keys()
+    assert {**report, "plan": None} == {**expected, "plan": None}
 
 
 # ---- What they say -------------------------------------------------------------------------------

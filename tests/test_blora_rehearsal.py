@@ -8,9 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
-from itertools import combinations
 from pathlib import Path
 
 import lycoris.kohya
@@ -19,10 +16,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from blora.preflight import rehearsal
 from blora.preflight.rehearsal import (
     BRAKES,
+    FIRST_BATCH,
     Ready,
     as_started,
     disable_side_effects,
@@ -194,33 +193,28 @@ def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch
     assert not is_safetensors("models")
 
 
-# ---- The brakes ----------------------------------------------------------------------------------
+# ---- The brakes: test_blora_real_cases.py takes them out of sd-scripts itself --------------------
 
 
-def steps_of(accelerator: Accelerator, matrix: nn.Parameter, calls: Iterable[str]) -> None:
-    """A training that makes these calls, in sd-scripts' order, before it computes a gradient."""
-    optimizer = torch.optim.SGD([matrix], lr=1.0)
-    if "register_load_state_pre_hook" in calls:
-        accelerator.register_load_state_pre_hook(lambda *_: None)
-    if "init_trackers" in calls:
-        accelerator.init_trackers("it")
-    accumulating = accelerator.accumulate() if "accumulate" in calls else nullcontext()
-    with accumulating:
-        accelerator.backward(matrix.sum())
-        optimizer.step()
-
-
-@pytest.mark.parametrize("dropped", [(), *combinations(BRAKES, 1), *combinations(BRAKES, 2)])
-def test_a_release_that_drops_a_brake_is_stopped_by_the_next_before_it_trains(dropped):
-    matrix = nn.Parameter(torch.ones(2))
+def train(dropped: tuple[str, ...]) -> None:
+    """What sd-scripts calls before its first step, less some of it."""
     accelerator = Accelerator(cpu=True)
-    brakes = dict.fromkeys(BRAKES, rehearsal.raise_ready)
-    with replaced(Accelerator, **brakes), pytest.raises(Ready):
-        steps_of(accelerator, matrix, set(BRAKES) - set(dropped))
-    assert matrix.grad is None
+    calls = {
+        "register_load_state_pre_hook": lambda: accelerator.register_load_state_pre_hook(print),
+        "init_trackers": lambda: accelerator.init_trackers("it"),
+        FIRST_BATCH: lambda: next(iter(accelerator.prepare(DataLoader([1.0])))),
+    }
+    for name, call in calls.items():
+        if name not in dropped:
+            call()
 
 
-def test_without_any_brake_it_would_train():
-    matrix = nn.Parameter(torch.ones(2))
-    steps_of(Accelerator(cpu=True), matrix, BRAKES)
-    assert matrix.tolist() == [0, 0]
+@pytest.mark.parametrize("dropped", [(), BRAKES[:1], BRAKES[1:], BRAKES])
+def test_what_a_release_drops_of_the_brakes_leaves_the_next(dropped):
+    train(dropped)  # goes through without any
+    with (
+        replaced(Accelerator, **dict.fromkeys(BRAKES, rehearsal.raise_ready)),
+        replaced(DataLoader, **{FIRST_BATCH: rehearsal.raise_ready}),
+        pytest.raises(Ready),
+    ):
+        train(dropped)

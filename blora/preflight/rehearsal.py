@@ -32,9 +32,10 @@ class Ready(BaseException):
     """The trainer is about to train. A BaseException, so `except Exception` misses it."""
 
 
-# What train() calls of accelerate's Accelerator one after the other before it computes a gradient:
-# a release that drops one of them is stopped at the next.
-BRAKES = ("register_load_state_pre_hook", "init_trackers", "accumulate")
+# What train() calls of accelerate's Accelerator before it reads the first batch, and the batch: a
+# release that drops one of them is stopped at the next.
+BRAKES = ("register_load_state_pre_hook", "init_trackers")
+FIRST_BATCH = "__iter__"  # of torch's DataLoader
 
 
 @dataclass
@@ -163,7 +164,7 @@ def open_to_read(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
 
 
 def raise_ready(*_args: Any, **_options: Any) -> None:
-    """In place of each of BRAKES."""
+    """In place of each of BRAKES, and of FIRST_BATCH."""
     raise Ready
 
 
@@ -245,6 +246,7 @@ def train(rehearsal: Rehearsal) -> None:
     import safetensors.torch
     from accelerate import Accelerator
     from library import model_util, sdxl_model_util, sdxl_train_util, train_util
+    from torch.utils.data import DataLoader
 
     args = rehearsal.args
     dataset_module = inspect.getmodule(train_util.DreamBoothDataset)
@@ -254,6 +256,7 @@ def train(rehearsal: Rehearsal) -> None:
         )
         for owner, values in (
             (Accelerator, dict.fromkeys(BRAKES, raise_ready)),
+            (DataLoader, {FIRST_BATCH: raise_ready}),
             (safetensors.torch, {"load_file": header_tensors}),
             (sdxl_model_util, {"load_file": header_tensors}),
             (model_util, {"load_file": header_tensors}),
