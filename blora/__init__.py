@@ -1,6 +1,6 @@
 """What blora_slicer.py and blora_preflight.py are made of: a ground floor and two halls.
 
-text, sdxl and tensorfile are the ground floor. slicer/ is the slicer's hall, preflight/ is
+text, sdxl, tensorfile and sheet are the ground floor. slicer/ is the slicer's hall, preflight/ is
 pre-flight's, and neither imports the other.
 """
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from cmd_runner import Cmd, MissingToolsError, cmd_session, find_tools
@@ -17,6 +17,7 @@ from kohya_folder import ROOT, install
 # The asserts of this helper tell what they saw, as a test's own do.
 pytest.register_assert_rewrite("readme_commands")
 if TYPE_CHECKING:
+    from browser import Browser
     from slicing import Slicer
 
 # No test has anything on the hub; diffusers and transformers read this when they are imported.
@@ -54,14 +55,29 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "slice.safetensors"
 
 
+def give_up(why: str) -> NoReturn:
+    """Skip a test that this machine cannot run; in CI fail it, or nobody would run it."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A browser without a window; where there is none its tests are skipped, save in CI."""
+    from browser import NoBrowserError, open_browser  # here, as not every Python has selenium
+
+    try:
+        with open_browser() as opened:
+            yield opened
+    except NoBrowserError as missing:
+        give_up(str(missing))
+
+
 @pytest.fixture(scope="session")
 def cmd() -> Iterator[Cmd]:
     """A cmd.exe that runs .bat files; where there is none its tests are skipped, save in CI."""
     try:
         tools = find_tools()
     except MissingToolsError as missing:
-        # A test that CI skips is one that nobody runs.
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
         give_up(str(missing))
     with cmd_session(tools) as session:
         yield session

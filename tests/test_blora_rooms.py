@@ -18,7 +18,9 @@ PROGRAMS = ("blora_slicer.py", "blora_preflight.py")
 ROOMS = [path.relative_to(ROOT) for path in sorted((ROOT / "blora").rglob("*.py"))]
 # What a program loads only where it is asked for it.
 LATE = {
-    "blora_slicer.py": {"blora/slicer/strength.py", "blora/slicer/inspection.py"},
+    "blora_slicer.py": {
+        "blora/sheet.py", "blora/slicer/strength.py", "blora/slicer/inspection.py",
+    },
     "blora_preflight.py": {
         f"blora/preflight/{name}.py"
         for name in (

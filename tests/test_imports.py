@@ -19,7 +19,7 @@ FILES = {
     for path in [*ROOT.glob("*.py"), *(ROOT / "blora").rglob("*.py")]
 }
 BUNDLE = {name: imported_modules(path) for name, path in FILES.items()}
-GROUND_FLOOR = {"blora", "blora.text", "blora.sdxl", "blora.tensorfile"}
+GROUND_FLOOR = {"blora", "blora.text", "blora.sdxl", "blora.tensorfile", "blora.sheet"}
 
 
 def importing(modules: set[str]) -> dict[str, set[str]]:

@@ -1,0 +1,76 @@
+"""A real browser that tests open a page in: Chrome or Chromium without a window, and its driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+ARGUMENTS = """
+--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-quic
+--disable-background-networking --disable-component-update --disable-sync
+""".split()
+
+
+class NoBrowserError(Exception):
+    """This machine has no chromedriver; the message says what to install."""
+
+
+class Browser:
+    """Opens one page after the other."""
+
+    def __init__(self, driver: webdriver.Chrome):
+        self.driver = driver
+
+    def open(self, page: Path, width: int = 1100, scheme: str = "light", scale: float = 1) -> None:
+        """Load a page in a window so many CSS pixels wide, on a screen that is light or dark."""
+        wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        window = {"width": width, "height": 900, "deviceScaleFactor": scale, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wanted)
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
+        self.driver.get_log("performance")  # that of the page before
+        self.driver.get(page.resolve().as_uri())
+
+    def ask(self, expression: str, *values: Any) -> Any:
+        """What a JavaScript expression gives, or a promise comes to; arguments[0] is a value."""
+        return self.driver.execute_script(f"return {expression}", *values)
+
+    def requests(self) -> list[str]:
+        """The addresses that were asked for since the page was opened."""
+        messages = (json.loads(entry["message"]) for entry in self.driver.get_log("performance"))
+        events = [message["message"] for message in messages]
+        sent = [event for event in events if event["method"] == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+    def picture(self) -> str:
+        """The whole page as PNG, in base64."""
+        height = self.ask("document.documentElement.scrollHeight")
+        clip = {"x": 0, "y": 0, "width": self.ask("innerWidth"), "height": height, "scale": 1}
+        options = {"captureBeyondViewport": True, "clip": clip}
+        return self.driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """A browser until the tests are over."""
+    # GitHub's machines name the driver's folder.
+    folders = [os.environ.get("PATH", os.defpath), os.environ.get("CHROMEWEBDRIVER", "")]
+    program = shutil.which("chromedriver", path=os.pathsep.join(folders))
+    if not program:
+        raise NoBrowserError("NOT RUN: no chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    for argument in ARGUMENTS:
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(program))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
