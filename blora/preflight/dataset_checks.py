@@ -36,12 +36,12 @@ class Dataset:
 def check_dataset(
     rehearsal: Rehearsal,
     terminal: TextIO | None,
-    side_for: Callable[[int], int] | None,
+    limit_for: Callable[[int], int] | None,
     report: Report,
 ) -> Dataset:
     """Check all of it, once the trainer has built its datasets.
 
-    A progress bar goes to `terminal`; `side_for` gives the thumbnails' side in pixels, by their
+    A progress bar goes to `terminal`; `limit_for` gives the bytes of a thumbnail, by their
     number. Pictures for validation are opened too.
     """
     args, result = rehearsal.args, Dataset()
@@ -59,8 +59,8 @@ def check_dataset(
     ask("check the folders", check_folders, result.folders, report)
     trained = {folder.path for folder in result.folders}
     ask("check the dataset config", check_skipped, args, trained, report)
-    side = side_for(sum(len(folder.pictures) for folder in result.folders)) if side_for else 0
-    result.opened = ask("open the pictures", open_pictures, every, cached, terminal, side) or []
+    limit = limit_for(sum(len(folder.pictures) for folder in result.folders)) if limit_for else 0
+    result.opened = ask("open the pictures", open_pictures, every, cached, terminal, limit) or []
     ask("check the opened pictures", check_opened, args, every, result, report)
     return result
 

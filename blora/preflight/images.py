@@ -27,6 +27,7 @@ from tqdm import tqdm
 from blora.preflight.dataset import Folder, module_of, without_augmentation
 from blora.preflight.report import Report
 from blora.preflight.trainer_errors import frames, in_english
+from blora.sheet import make_thumbnail
 from blora.text import NAMED, first_few
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 are sideways
@@ -44,20 +45,20 @@ class Opened:
     error: str = ""  # why it cannot be trained, in the words of whoever refused it
     needs_bucket: bool = False  # its size is wrong, and there are no buckets
     is_api_mismatch: bool = False  # not the picture's fault, but how sd-scripts was called
-    thumbnail: Image.Image | None = None  # where a side was asked for
+    thumbnail: bytes | None = None  # WebP, where one was asked for
 
 
 # ---- Every picture, opened once ------------------------------------------------------------------
 
 
 def open_pictures(
-    datasets: Iterable[Any], cached: bool, stream: TextIO | None, side: int = 0
+    datasets: Iterable[Any], cached: bool, stream: TextIO | None, limit: int = 0
 ) -> list[Opened]:
     """Every picture as sd-scripts opens it, in the order of the datasets.
 
     `cached` as with --cache_latents, where sd-scripts resizes whatever it finds; else as its
     DataLoader does. A progress bar goes to `stream` where it takes more than a second. With a
-    `side` each has a thumbnail of at most so many pixels a side.
+    `limit` each has a thumbnail of at most so many bytes.
     """
     jobs = [job for dataset in datasets for job in openers(dataset, cached)]
     with (
@@ -65,7 +66,7 @@ def open_pictures(
         ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool,
     ):
         warnings.simplefilter("ignore")  # PIL's on large pictures and odd EXIF
-        opened = pool.map(lambda job: open_one(*job, side), jobs)
+        opened = pool.map(lambda job: open_one(*job, limit), jobs)
         bar = tqdm(
             opened,
             "opening pictures",
@@ -169,11 +170,10 @@ def open_one(info: Any, has_buckets: bool, opener: Callable[[], np.ndarray], sid
             needs_bucket=isinstance(refusal, AssertionError) and not has_buckets,
             is_api_mismatch=isinstance(refusal, TypeError | AttributeError),
         )
-    if not side:
+    if not limit:
         return opened
-    thumbnail = Image.fromarray(np.ascontiguousarray(array))
-    thumbnail.thumbnail((side, side))
-    return replace(opened, thumbnail=thumbnail)
+    image = Image.fromarray(np.ascontiguousarray(array))
+    return replace(opened, thumbnail=make_thumbnail(image, limit))
 
 
 def read_size(path: Path) -> tuple[tuple[int, int], int]:
