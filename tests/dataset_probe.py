@@ -45,9 +45,10 @@ def main() -> int:
     from blora.preflight.dataset_checks import check_dataset
     from blora.preflight.dataset_config import check_config
     from blora.preflight.images import stumbled_over
-    from blora.preflight.preview import thumbnail_side, write_preview
+    from blora.preflight.preview import write_preview
     from blora.preflight.rehearsal import read_options, trainer_environment
     from blora.preflight.report import Report
+    from blora.sheet import thumbnail_limit
 
     report = Report()
     script = ours.kohya / "sdxl_train_network.py"
@@ -60,9 +61,9 @@ def main() -> int:
             answer = {"errors": stumbled_over(error), "warnings": [], "notes": []}
             print(json.dumps(answer), file=sys.__stdout__)
             return 1
-        dataset = check_dataset(rehearsal, None, thumbnail_side, report)
+        dataset = check_dataset(rehearsal, None, thumbnail_limit, report)
     if ours.sheet:
-        write_preview(ours.sheet, dataset.folders, dataset.opened)
+        write_preview(ours.sheet, dataset.folders, dataset.opened, report)
     answer = {
         "errors": report.errors,
         "warnings": report.warnings,

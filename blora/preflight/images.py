@@ -156,7 +156,7 @@ def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
     return locked
 
 
-def open_one(info: Any, has_buckets: bool, opener: Callable[[], np.ndarray], side: int) -> Opened:
+def open_one(info: Any, has_buckets: bool, opener: Callable[[], np.ndarray], limit: int) -> Opened:
     """Open a picture; whatever is wrong with it becomes its error."""
     path = Path(info.absolute_path)
     size, orientation = read_size(path)
