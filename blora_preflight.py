@@ -11,8 +11,8 @@
       and the output are checked. Then it rehearses: it runs the trainer's own code up to its
       first step, without the weights, and opens every picture as the trainer does. Nothing is
       written
-  blora_preflight.py --preview sheet.jpg sdxl_train_network.py ...
-      draws the pictures as the trainer will see them
+  blora_preflight.py --preview sheet.html sdxl_train_network.py ...
+      writes a web page that shows the pictures as the trainer will see them
   blora_preflight.py --json sdxl_train_network.py ...
       prints the same as JSON
 
@@ -61,7 +61,8 @@ try:
     )
     from blora.preflight.report import Report, attempt, cause, print_report
     from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, refusal
-    from blora.text import BloraError, counted
+    from blora.sheet import check_page, thumbnail_limit
+    from blora.text import BloraError, counted, printable
 except ImportError as error:
     sys.exit(f"error: {cannot_load(error)}")
 
@@ -112,10 +113,10 @@ def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> 
     """Everything that the dataset shows; returns the pixels of the training's largest batch."""
     from blora.preflight.dataset import list_folders
     from blora.preflight.dataset_checks import check_dataset
-    from blora.preflight.preview import thumbnail_side, write_preview
+    from blora.preflight.preview import write_preview
 
-    side_for = thumbnail_side if training.preview else None
-    dataset = check_dataset(rehearsal, training.terminal, side_for, report)
+    limit_for = thumbnail_limit if training.preview else None
+    dataset = check_dataset(rehearsal, training.terminal, limit_for, report)
     report.plan["images"] = list_folders(dataset.folders)
     if epoch := dataset.epoch:
         report.plan["epoch"] = (
@@ -123,11 +124,7 @@ def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> 
             f"{epoch.repeated} with repeats, {counted(epoch.batches, 'batch', 'batches')}"
         )
     if training.preview:
-        try:
-            write_preview(training.preview, dataset.folders, dataset.opened)
-            report.notes.append(f'"{training.preview}" shows the pictures as they will be trained')
-        except BloraError as error:  # the training does without
-            report.warnings.append(str(error))
+        write_preview(training.preview, dataset.folders, dataset.opened, report)
     return dataset.epoch.largest_batch if dataset.epoch else 0
 
 
@@ -147,7 +144,12 @@ def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) ->
     """Everything that the trainer's own code says of the training, and what it does not say."""
     rehearse(rehearsal)
     conclude(rehearsal, report)
-    pixels = check_pictures(training, rehearsal, report) if rehearsal.group else 0
+    pixels = 0
+    if rehearsal.group:
+        pixels = check_pictures(training, rehearsal, report)
+    elif training.preview and not report.errors:
+        why = rehearsal.missing or "the rehearsal ended before the trainer built its datasets"
+        report.errors.append(f"cannot draw the pictures ({why}): remove --preview (BLORA_PREVIEW)")
     if rehearsal.ready:
         count_state(rehearsal, report)
         line = training.accelerate, str(training.script)
@@ -204,8 +206,6 @@ def check(training: Training) -> Report:
     except ImportError as error:  # of what only the pictures need
         is_ours = (error.name or "").startswith("blora")
         report.errors.append(cannot_load(error) if is_ours else refusal(error, None, ""))
-    if training.preview and not training.rehearses:
-        report.notes.append("there is no preview without the rehearsal")
     return report
 
 
@@ -234,14 +234,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--preview",
-        type=Path,
-        metavar="SHEET.jpg",
-        default=setting("BLORA_PREVIEW") or None,
-        help="draw the pictures as the trainer will see them (or set BLORA_PREVIEW)",
+        type=lambda path: Path(path).expanduser(),
+        metavar="SHEET.html",
+        default=setting("BLORA_PREVIEW") if os.environ.get("BLORA_PREVIEW") else None,
+        help="show the pictures as the trainer will see them (or set BLORA_PREVIEW)",
     )
     parser.add_argument("script", help="the training script")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="the options it will get")
     return parser
+
+
+def check_preview(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse, with exit code 2, a sheet that could not be written."""
+    if args.preview and args.no_rehearsal:
+        parser.error("--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)")
+    try:
+        if args.preview:
+            check_page(args.preview, "--preview")
+    except BloraError as error:
+        parser.error(printable(str(error)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -249,7 +260,9 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_preview(args, parser)
     words = [args.script, *args.options]
     # The whole line may stand here, with accelerate and its options before the script.
     start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
@@ -258,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         words[start + 1 :],
         words[:start],
         rehearses=not args.no_rehearsal,
-        preview=args.preview.expanduser() if args.preview else None,
+        preview=args.preview,
         terminal=None if args.json else sys.stderr,
     )
     try:

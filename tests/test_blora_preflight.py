@@ -219,8 +219,11 @@ def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
     monkeypatch.setenv("BLORA_PREVIEW", "other.html")
     assert preview() == Path("other.html")
     assert preview("--preview=sheet.html") == Path("sheet.html")
+    assert preview("--preview=~/sheet.html") == Path.home() / "sheet.html"
     monkeypatch.setenv("BLORA_PREVIEW", "")
     assert preview() is None
+    monkeypatch.setenv("BLORA_PREVIEW", '""')  # set, to a launcher: so it is refused
+    assert preview() == Path()
 
 
 NAMES = [*OPTIONS, "network_args", "network_module", "config_file", "resume", "vae", "output_nam"]
@@ -246,9 +249,42 @@ def test_cmd_leaves_quote_marks_and_blanks_in_a_setting(monkeypatch):
     assert (args.preview, args.no_rehearsal) == (Path("D:/my sheet.html"), True)
 
 
-def test_there_is_no_preview_without_the_rehearsal(capsys):
-    report = asked(capsys, "--no_rehearsal", "--preview=sheet.html", SCRIPT, *LINE)
-    assert report["notes"] == ["there is no preview without the rehearsal"]
+REFUSED_SHEETS = {
+    "another ending": (
+        ["--preview=sheet.jpg"],
+        '--preview writes a web page, not "sheet.jpg": end its name in .html',
+    ),
+    "another page": (
+        ["--preview=page.html"],
+        '"page.html" is not an earlier sheet: give --preview another name',
+    ),
+    "no rehearsal": (
+        ["--preview=sheet.html", "--no_rehearsal"],
+        "--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_SHEETS)
+def test_a_sheet_that_could_not_be_written_is_refused_before_anything_else(capsys, case):
+    Path("page.html").write_text("mine")
+    words, sentence = REFUSED_SHEETS[case]
+    with pytest.raises(SystemExit) as refusal:
+        blora_preflight.main([*words, "no such script.py"])
+    assert refusal.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[-1] == f"blora_preflight.py: error: {sentence}"
+    assert Path("page.html").read_text() == "mine"
+
+
+def test_where_the_trainer_makes_no_dataset_there_is_no_sheet_and_that_is_an_error(kohya, capsys):
+    """A launcher says that the sheet is drawn where pre-flight ends well."""
+    assert asked(capsys, "--preview=sheet.html", SCRIPT, *LINE)["errors"] == [
+        f"cannot draw the pictures ({not_rehearsed(kohya).partition(',')[0]}): remove --preview "
+        "(BLORA_PREVIEW)"
+    ]
+    assert not Path("sheet.html").exists()
 
 
 def test_who_stops_it_sees_no_traceback(capsys, monkeypatch):
