@@ -118,6 +118,10 @@ set OPTIONS=^
 "%PYTHON%" blora_preflight.py launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRIPT%" %OPTIONS% %*
 set "RC=%ERRORLEVEL%"
 if not "%RC%"=="0" goto finish
+if defined BLORA_PREVIEW (
+  echo The sheet is ready. To train, run this again without BLORA_PREVIEW.
+  goto finish
+)
 "%ACCELERATE%" launch --num_cpu_threads_per_process=8 %BLORA_ACCELERATE_ARGS% "%SCRIPT%" %OPTIONS% %*
 set "RC=%ERRORLEVEL%"
 

@@ -116,4 +116,8 @@ OPTIONS=(
 
 read -r -a ACCELERATE_ARGS <<<"$BLORA_ACCELERATE_ARGS"
 "$PYTHON" blora_preflight.py launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"
+if [[ -n "${BLORA_PREVIEW:-}" ]]; then
+  echo "The sheet is ready. To train, run this again without BLORA_PREVIEW."
+  exit 0
+fi
 "$ACCELERATE" launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"

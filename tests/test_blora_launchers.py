@@ -312,13 +312,33 @@ def test_a_path_arrives_whole_however_it_was_pasted(kohya, name, setting):
         remove_files(kohya.log.parent, kohya.log.name)
 
 
-@pytest.mark.parametrize("setting", ["BLORA_REHEARSAL", "BLORA_PREVIEW"])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_preflight_reads_from_the_environment_reaches_it(kohya, name, setting):
-    kohya.env[setting] = ODD
+def test_whether_preflight_rehearses_reaches_it_from_the_environment(kohya, name):
+    kohya.env["BLORA_REHEARSAL"] = ODD
     _, [preflight, _] = kohya.launch(name)
     assert preflight.argv[1] == "blora_preflight.py"
-    assert preflight.env[setting] == ODD
+    assert preflight.env["BLORA_REHEARSAL"] == ODD
+
+
+SHEET_IS_READY = "The sheet is ready. To train, run this again without BLORA_PREVIEW.\n"
+
+
+@pytest.mark.parametrize(("code", "printed"), [(0, SHEET_IS_READY), (1, ""), (2, "")])
+@pytest.mark.parametrize("name", NAMES)
+def test_with_a_preview_preflight_runs_and_nothing_is_trained(kohya, name, code, printed):
+    kohya.env |= {"BLORA_PREVIEW": f"{ODD}.html", "RECORDER_EXIT_python": str(code)}
+    done, [preflight] = kohya.launch(name)
+    assert preflight.argv[1] == "blora_preflight.py"
+    assert preflight.env["BLORA_PREVIEW"] == f"{ODD}.html"
+    assert (done.returncode, done.stdout, done.stderr) == (code, printed, "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_preview_is_none_to_a_sh(bash, tmp_path, name):
+    """In cmd, set "BLORA_PREVIEW=" takes it away."""
+    path = make_kohya(tmp_path / "kohya")
+    bash.make_venv(path / "venv")
+    assert Kohya(bash, path, tmp_path / "log", SETTINGS | {"BLORA_PREVIEW": ""}).argv(name)
 
 
 # ---- Where things are ----------------------------------------------------------------------------

@@ -59,14 +59,18 @@ def test_a_launcher_gets_in_cmd_what_its_twin_gets_in_bash(bat, tmp_path, block)
             program, env, args = kohya / launcher.replace(".bat", ".sh"), block.settings, options
         log = tmp_path / f"log{shell.suffix}"
         done, calls = shell.run(program, args, kohya, log, env)
-        assert (done.returncode, done.output) == (0, "")
+        assert (done.returncode, done.stderr) == (0, "")
         given = [{name: call.env.get(name) for name in block.settings} for call in calls]
-        told[shell.suffix] = [call.argv[1:] for call in calls], given
+        told[shell.suffix] = done.stdout, [call.argv[1:] for call in calls], given
     assert told[".bat"] == told[".sh"]
-    [preflight, training], given = told[".bat"]
-    assert given == [block.settings] * 2
-    assert (preflight[0], training[0]) == ("blora_preflight.py", "launch")
-    assert training[len(training) - len(options) :] == options
+    printed, [preflight, *training], given = told[".bat"]
+    assert given == [block.settings] * (1 + len(training))
+    assert preflight[0] == "blora_preflight.py"
+    assert preflight[len(preflight) - len(options) :] == options
+    # A preview is drawn in place of the training.
+    draws = "BLORA_PREVIEW" in block.settings
+    assert (len(training), bool(printed)) == (0 if draws else 1, draws)
+    assert all(argv == preflight[1:] for argv in training)
 
 
 @pytest.mark.parametrize("block", LAUNCHING, ids=str)
