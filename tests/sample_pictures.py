@@ -2,18 +2,19 @@
 
   python sample_pictures.py FOLDER
 
-Writes FOLDER/config.toml, and FOLDER/sample with eight pictures that are trained, of which two have
-a caption that is cut and one is stored turned, and two that are not.
+Writes FOLDER/config.toml, and FOLDER/sample with five landscapes that are trained, of which two
+have a caption that is cut and one is stored turned, and two that are not.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from make_dataset import BACKGROUNDS, caption, describe, draw
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 CONFIG = """\
 [general]
@@ -27,33 +28,66 @@ max_bucket_reso = 2048
   image_dir = "sample"
   num_repeats = 3
 """
-SIZES = {
-    "circle.png": (1024, 1024),
-    "square_wide.png": (1600, 900),
-    "triangle_tall.png": (800, 1400),
-    "circle_panorama.png": (2400, 900),
-    "square_lines.png": (1024, 1024),
-    "triangle_photo.jpg": (1200, 1600),
-    "circle_long.png": (1152, 896),
-    "square_small.png": (640, 640),
-    "triangle.tiff": (1024, 1024),
-    "circle_half.jpg": (1024, 1024),
-}
 LONG = (
-    ", drawn with a round brush on rough paper, seen from the front, in the middle of the sheet, "
-    "with an even line all around it and no shadow, the colour laid on thick and without a gap, "
-    "light falling from the left, nothing else in the picture, the edges of the paper not to be "
-    "seen, in the manner of a poster of the nineteen twenties, simple, calm and clear, high "
-    "quality, best quality, masterpiece, highly detailed"
+    ", painted in oil on rough canvas, seen from a hill, with a low sun behind a thin haze and one "
+    "range of hills behind the other, each paler than the one before it, the colour laid on thick "
+    "and without a gap, light falling from the left, nobody to be seen, a wide and quiet sky, in "
+    "the manner of a poster of the nineteen twenties, high quality, best quality, masterpiece, "
+    "highly detailed"
 )
 
 
-def drawing(number: int, size: tuple[int, int]) -> Image.Image:
-    """A drawing of make_dataset.py in the middle of a sheet of any shape."""
-    side = min(size)
-    sheet = Image.new("RGB", size, BACKGROUNDS[describe(number)[2]])
-    sheet.paste(draw(number, side), ((size[0] - side) // 2, (size[1] - side) // 2))
-    return sheet
+@dataclass(frozen=True)
+class Landscape:
+    """The sun over hills."""
+
+    size: tuple[int, int]
+    words: str
+    sky: tuple[str, str]  # colours from top to bottom
+    sun: str
+    hills: str  # the colour of the nearest
+
+
+LANDSCAPES = {
+    "dawn.png": Landscape((1152, 896), "dawn", ("#6f86c9", "#ffd3b0"), "#fff3d6", "#33415c"),
+    "dusk_panorama.png": Landscape(
+        (2400, 900), "dusk", ("#3b2a5f", "#ff8f6b"), "#ffd27a", "#2a1a3a"
+    ),
+    "night.png": Landscape((1024, 1024), "night", ("#0b1230", "#31507f"), "#e9eefc", "#060a18"),
+    "noon_photo.jpg": Landscape((1200, 1600), "noon", ("#2f7fc4", "#cfeaf7"), "#fffbe0", "#2f5b3a"),
+    "winter_tall.png": Landscape(
+        (800, 1400), "winter", ("#9fb4c7", "#f3f1ee"), "#ffffff", "#5a6f82"
+    ),
+    "autumn_half.jpg": Landscape(
+        (1024, 1024), "autumn", ("#c98a4b", "#f6e3bf"), "#fff0c2", "#6b2f1a"
+    ),
+    "spring.tiff": Landscape((1024, 1024), "spring", ("#7cc0d8", "#f4f7d9"), "#fffde0", "#4b7a35"),
+}
+
+
+def paint(landscape: Landscape) -> Image.Image:
+    """A landscape in its size."""
+    (width, height), side = landscape.size, min(landscape.size)
+    slope = Image.linear_gradient("L").resize(landscape.size)
+    image = ImageOps.colorize(slope, *landscape.sky)
+    pen = ImageDraw.Draw(image)
+    x, y, radius = width * 0.62, height * 0.42, side * 0.11
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), landscape.sun)
+    near, far = (ImageColor.getrgb(colour) for colour in (landscape.hills, landscape.sky[1]))
+    for row in range(5):
+        share = 0.25 + 0.75 * row / 4
+        colour = tuple(round(share * a + (1 - share) * b) for a, b in zip(near, far, strict=True))
+        ridge = [
+            (x, height * (0.55 + 0.1 * row) - side * 0.07 * wave(x / side, row))
+            for x in range(0, width + 8, 8)
+        ]
+        pen.polygon([*ridge, (width, height), (0, height)], colour)
+    return image
+
+
+def wave(x: float, row: int) -> float:
+    """How high a ridge is, from -1 to 1."""
+    return 0.6 * math.sin(4.1 * x + 2.3 * row) + 0.4 * math.sin(9.7 * x + 1.1 * row * row)
 
 
 def make_sample(folder: Path) -> None:
@@ -61,21 +95,17 @@ def make_sample(folder: Path) -> None:
     images = folder / "sample"
     images.mkdir(parents=True)
     (folder / "config.toml").write_text(CONFIG, encoding="utf-8")
-    for number, (name, size) in enumerate(SIZES.items()):
-        text = caption(number)
-        if "long" in name:
-            text += LONG
-        if "lines" in name:
-            text += "\nthis line is not read\n"
+    for name, landscape in LANDSCAPES.items():
+        text = f"the sun over hills, {landscape.words}"
+        text += {"dawn.png": LONG, "night.png": "\nthis line is not read"}.get(name, "")
         (images / name).with_suffix(".txt").write_text(text, encoding="utf-8")
-        drawing(number, size).save(images / name)
-    photo, exif = images / "triangle_photo.jpg", Image.Exif()
+        paint(landscape).save(images / name)
+    photo, exif = images / "noon_photo.jpg", Image.Exif()
     exif[0x0112] = 6  # a camera that was held upright stores it like this
-    upright = drawing(5, SIZES[photo.name])
-    upright.transpose(Image.Transpose.ROTATE_90).save(photo, exif=exif)
+    paint(LANDSCAPES[photo.name]).transpose(Image.Transpose.ROTATE_90).save(photo, exif=exif)
     half = io.BytesIO()
-    drawing(9, (1024, 1024)).save(half, "JPEG")
-    (images / "circle_half.jpg").write_bytes(half.getvalue()[: len(half.getvalue()) // 2])
+    paint(LANDSCAPES["autumn_half.jpg"]).save(half, "JPEG")
+    (images / "autumn_half.jpg").write_bytes(half.getvalue()[: len(half.getvalue()) // 2])
 
 
 if __name__ == "__main__":

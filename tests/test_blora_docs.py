@@ -131,7 +131,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", NAMES)
 def test_its_links_within_the_repository_lead_somewhere(page):
-    for target in re.findall(r"(?:\]\(|src=\")(?!https?://)([^)\"]+)", PAGES[page]):
+    for target in re.findall(r"(?:\]\(|src(?:set)?=\")(?!https?://)([^)\"]+)", PAGES[page]):
         path, _, anchor = target.partition("#")
         file = ROOT / "docs" / path
         assert file.is_file()

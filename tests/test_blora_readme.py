@@ -201,7 +201,7 @@ def test_the_table_of_classic_against_fast_is_the_difference_between_them():
 
 def test_its_links_within_the_repository_lead_somewhere():
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    for target in targets + re.findall(r'src="([^"]+)"', README):
+    for target in targets + re.findall(r'src(?:set)?="([^"]+)"', README):
         assert (ROOT / target).exists()
 
 
