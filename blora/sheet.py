@@ -82,15 +82,15 @@ class Line:
     """Words under a picture; `cut` follows `text`, struck out."""
 
     text: str
-    kind: str = ""  # "name", "detail", "alarm", "note"
+    kind: str = ""  # "name", which a picture has by itself, "detail", "alarm" or "note"
     cut: str = ""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A thumbnail with the words under it."""
+    """A thumbnail with its name and other words under it."""
 
-    name: str  # read in its place where it cannot be seen
+    name: str
     thumbnail: bytes | None  # WebP; None draws an empty frame
     lines: tuple[Line, ...] = ()
     is_out: bool = False  # drawn grey
@@ -150,7 +150,7 @@ def picture_html(picture: Picture) -> str:
         image = f'<img alt="{words(picture.name)}" decoding="async" src="{source}">'
     link = f' href="{quote(picture.link)}"' if picture.link else ""
     out = ' class="out"' if picture.is_out else ""
-    lines = "".join(map(line_html, picture.lines))
+    lines = "".join(map(line_html, (Line(picture.name, "name"), *picture.lines)))
     # In which language a caption is written is not known.
     return (
         f'<figure{out}><a class="mat"{link}>{image}</a>\n'

@@ -43,17 +43,13 @@ def test_a_picture_stands_there_with_its_name_bucket_repeats_and_caption(dogs):
     trained = replace(folder.pictures[0], size=(640, 480), repeats=3)
     picture = trained_picture(trained, folder, opened)
     assert (picture.name, picture.thumbnail) == ("0.png", THUMBNAIL)
-    assert picture.lines == (
-        Line("0.png", "name"),
-        Line("1024x1024 of 640x480, x3", "detail"),
-        Line("a dog"),
-    )
+    assert picture.lines == (Line("1024x1024 of 640x480, x3", "detail"), Line("a dog"))
 
 
 def test_what_is_trained_as_it_is_and_once_says_no_more_than_its_size(dogs):
     folder, [opened, _] = dogs
     trained = replace(folder.pictures[0], size=(1024, 1024))
-    assert trained_picture(trained, folder, opened).lines[1] == Line("1024x1024", "detail")
+    assert trained_picture(trained, folder, opened).lines[0] == Line("1024x1024", "detail")
 
 
 @pytest.mark.parametrize(
@@ -69,13 +65,13 @@ def test_what_is_cut_off_a_caption_is_struck_out(dogs, prompt, kept, file, shown
     folder, [opened, _] = dogs
     (folder.path / "0.txt").write_text(file)
     trained = replace(folder.pictures[0], prompt=prompt, kept=kept)
-    assert list(trained_picture(trained, folder, opened).lines[2:]) == shown
+    assert list(trained_picture(trained, folder, opened).lines[1:]) == shown
 
 
 def test_a_photo_that_is_stored_turned_says_so(dogs):
     folder, [opened, _] = dogs
     lines = trained_picture(folder.pictures[0], folder, replace(opened, orientation=6)).lines
-    assert lines[2:] == (Line("stored turned (EXIF)", "alarm"), Line("a dog"))
+    assert lines[1:] == (Line("stored turned (EXIF)", "alarm"), Line("a dog"))
 
 
 def test_what_is_left_out_comes_last_grey_with_its_reason(dogs):
@@ -87,7 +83,7 @@ def test_what_is_left_out_comes_last_grey_with_its_reason(dogs):
     assert (trained.title, lost.title) == (str(folder.path), "Left out")
     assert [(picture.name, picture.is_out) for picture in trained.pictures] == [("0.png", False)]
     assert all(picture.is_out for picture in lost.pictures)
-    drawn = {p.name: (p.lines[1], p.thumbnail is not None) for p in lost.pictures}
+    drawn = {p.name: (*p.lines, p.thumbnail is not None) for p in lost.pictures}
     assert drawn == {
         "1.png": (Line("the file is empty", "alarm"), True),
         "z.gif": (Line(".gif is not read", "alarm"), True),
@@ -105,7 +101,7 @@ def test_pictures_that_the_trainer_knows_and_does_not_take_are_left_out(dogs, is
     )
     assert trained.title == f"{folder.path}{' (is_reg)' if is_reg else ''}"
     [picture] = lost.pictures
-    assert picture.lines == (Line("1.png", "name"), Line(reason, "alarm"))
+    assert (picture.name, picture.lines) == ("1.png", (Line(reason, "alarm"),))
 
 
 def test_one_picture_in_two_folders_is_drawn_in_each_as_it_is_trained_there(dogs):

@@ -60,13 +60,13 @@ def test_words_are_escaped_and_every_script_stays_as_it_is(text):
 
 def test_words_are_escaped_wherever_they_stand(tmp_path):
     odd = "<i>\"'"
-    line = Line(odd, "name", odd)
+    line = Line(odd, "detail", odd)
     section = Section(odd, (Picture(odd, b"", (line,)),), (odd,))
     write_page(tmp_path / "a.html", odd, line, [section, section])
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
-    # The title twice; of the introduction text and cut; of each section its link, heading, column,
-    # alternative text, text and cut.
-    assert page.count(words(odd)) == 2 + 2 + 2 * 6
+    # The title twice; of the introduction text and cut; of each section link, heading and column;
+    # of its picture the name twice, text and cut.
+    assert page.count(words(odd)) == 2 + 2 + 2 * (3 + 4)
     assert odd not in page
 
 
@@ -74,7 +74,7 @@ def test_words_are_escaped_wherever_they_stand(tmp_path):
     ("line", "html"),
     [
         (Line("a dog"), '<p dir="auto">a dog</p>'),
-        (Line("a.png", "name"), '<p class="name" dir="auto">a.png</p>'),
+        (Line("it is empty", "alarm"), '<p class="alarm" dir="auto">it is empty</p>'),
         (Line("a dog", cut=" and"), '<p dir="auto">a dog<del> and</del></p>'),
     ],
 )
@@ -84,6 +84,7 @@ def test_a_line_finds_its_own_direction_and_its_cut_is_deleted_text(line, html):
 
 def test_a_thumbnail_is_in_the_page_and_named():
     html = picture_html(Picture("a.png", b"RIFF"))
+    assert '<figcaption lang="">\n<p class="name" dir="auto">a.png</p>\n</figcaption>' in html
     assert html.startswith('<figure><a class="mat"><img alt="a.png" decoding="async" src="data:')
     assert 'src="data:image/webp;base64,UklGRg=="' in html
 

@@ -33,13 +33,12 @@ def trained_picture(picture: Trained, folder: Folder, opened: Opened | None) -> 
     stored = f" of {in_size(picture.size)}" if picture.size != picture.bucket else ""
     repeats = f", x{picture.repeats}" if picture.repeats != 1 else ""
     lines = [
-        Line(picture.path.name, "name"),
         Line(f"{in_size(picture.bucket)}{stored}{repeats}", "detail"),
         Line(kept, cut=cut) if kept.strip() else Line("(no words) ", "note", cut),
         *(Line("", cut=line) for line in unread_lines(picture, folder)),
     ]
     if opened and opened.orientation != 1:
-        lines.insert(2, Line("stored turned (EXIF)", "alarm"))
+        lines.insert(1, Line("stored turned (EXIF)", "alarm"))
     return Picture(picture.path.name, opened.thumbnail if opened else None, tuple(lines))
 
 
@@ -48,8 +47,7 @@ def left_out_picture(path: Path, reason: str, limit: int) -> Picture:
     thumbnail = None
     with suppress(Exception), Image.open(path) as image:  # PIL raises all kinds for a broken file
         thumbnail = make_thumbnail(image, limit)
-    lines = (Line(path.name, "name"), Line(reason, "alarm"))
-    return Picture(path.name, thumbnail, lines, is_out=True)
+    return Picture(path.name, thumbnail, (Line(reason, "alarm"),), is_out=True)
 
 
 def reasons(folder: Folder) -> Iterator[tuple[Path, str]]:
