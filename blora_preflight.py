@@ -250,7 +250,7 @@ def check_preview(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         parser.error("--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)")
     try:
         if args.preview:
-            check_page(args.preview, "--preview")
+            check_page(args.preview, "--preview (BLORA_PREVIEW)")
     except BloraError as error:
         parser.error(printable(str(error)))
 

@@ -252,11 +252,11 @@ def test_cmd_leaves_quote_marks_and_blanks_in_a_setting(monkeypatch):
 REFUSED_SHEETS = {
     "another ending": (
         ["--preview=sheet.jpg"],
-        '--preview writes a web page, not "sheet.jpg": end its name in .html',
+        '--preview (BLORA_PREVIEW) writes a web page, not "sheet.jpg": end its name in .html',
     ),
     "another page": (
         ["--preview=page.html"],
-        '"page.html" is not an earlier sheet: give --preview another name',
+        '"page.html" is not an earlier sheet: give --preview (BLORA_PREVIEW) another name',
     ),
     "no rehearsal": (
         ["--preview=sheet.html", "--no_rehearsal"],

@@ -126,12 +126,14 @@ def preview(sheet: Path, folders: list[Folder], opened: list[Opened]) -> Report:
 def test_the_sheet_shows_the_sections_and_the_report_says_so(dogs, tmp_path):
     folder, opened = dogs
     sheet = tmp_path / "sheet.html"
+    (folder.path / "z.heic").write_bytes(b"")  # is left out, and cannot be drawn
     assert preview(sheet, [folder], opened) == Report(
         notes=[f'"{sheet}" shows the pictures as the trainer will see them']
     )
     page = sheet.read_text(encoding="utf-8")
     assert re.findall(r"<h2.*?>(.*) <small>(.*)</small>", page) == [
-        (html.escape(str(folder.path)), "2")
+        (html.escape(str(folder.path)), "2"),
+        ("Left out", "1"),
     ]
     assert page.count("data:image/webp;base64,UklGRg==") == 2
 
