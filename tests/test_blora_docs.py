@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import sdxl_train_network
+import toml
 import torch
 from accelerate.commands.launch import launch_command_parser
 from kohya_folder import BASH, ROOT, install
@@ -432,7 +433,9 @@ def bare(message: str) -> str:
     return re.sub(r"^(error|warning|note): ", "", message)
 
 
+ROWS = toml.load(ROOT / "blora/preflight/trainer_errors.toml")["row"]
 TEXTS = map(bare, templates(*ROOT.glob("blora_*.py"), *ROOT.glob("blora/**/*.py")))
+TEXTS = [*TEXTS, *(re.sub(r"\{[\w.]+\}", "...", row["sentence"]) for row in ROWS)]
 OURS = [
     # What a text is added to comes behind its colon.
     ".+".join(map(re.escape, re.sub(": $", ": ...", text).split("...")))

@@ -1,7 +1,7 @@
 """What a trainer's exception means to the one who started the training, in one sentence.
 
-The sentence names the setting and says what to do; the trainer's own words follow in brackets. An
-exception of no row here gets those words alone.
+The sentences are in trainer_errors.toml: each names the setting and says what to do, and the
+trainer's own words follow in brackets. Any other exception gets those words alone.
 """
 
 from __future__ import annotations
@@ -11,139 +11,13 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from blora.preflight.report import one_line
 
-# An exception as the functions that it came through, its class and its words:
-# "train > get_optimizer > __init__: TypeError: ...". The first row that is found in it counts.
-# Names in {} are groups of the row, the trainer's options, or local variables of its functions.
-REFUSALS = (
-    # ---- The options
-    (
-        r"read_config_from_file.*: ",
-        "--config_file cannot be read: correct its path or its text",
-    ),
-    # ---- The optimizer and its scheduler
-    (
-        r"get_optimizer.*: (ValueError: optimizer got an empty parameter list|IndexError)",
-        "the network has nothing to train by --network_args {network_args} and "
-        "--network_dim={args.network_dim}: correct the names in the preset, or the rank",
-    ),
-    (
-        r"get_optimizer.*: TypeError: .*unexpected keyword argument '(?P<name>\w+)'",
-        "--optimizer_type={args.optimizer_type} does not take {name}: give it --optimizer_args of "
-        "its own, or --optimizer_args left empty",
-    ),
-    (
-        r"get_optimizer[^:]*: (SyntaxError|ValueError: (not enough values|malformed node))",
-        "--optimizer_args has {arg}: write each one as NAME=VALUE, without spaces",
-    ),
-    (
-        r"get_optimizer.*: AttributeError",
-        "unknown --optimizer_type={args.optimizer_type}: correct it",
-    ),
-    (
-        r"(get_optimizer|state_per_byte).*:",
-        "--optimizer_type={args.optimizer_type} refuses --optimizer_args {optimizer_args}, or its "
-        "learning rate: correct them",
-    ),
-    (
-        r"get_scheduler_fix.*: ValueError: .*does not require `num_warmup_steps`",
-        "--lr_scheduler={args.lr_scheduler} has no warm-up: add --lr_warmup_steps=0",
-    ),
-    (
-        r"get_scheduler_fix.*: AttributeError",
-        "unknown --lr_scheduler_type={args.lr_scheduler_type}: correct it",
-    ),
-    (r"get_scheduler_fix.*:", "--lr_scheduler={args.lr_scheduler} cannot be created: correct it"),
-    # ---- The network
-    (
-        r"create_network.*: KeyError: '(?P<name>[^']*)'",
-        "--network_args has algo={name}, which LyCORIS does not know: correct it",
-    ),
-    (
-        r"create_network.*: AssertionError: Error: cannot read preset file",
-        "LyCORIS cannot read the preset of --network_args {network_args}: correct its path or its "
-        "text",
-    ),
-    (
-        r"create_network.*: AssertionError: Error: invalid preset content",
-        "the preset of --network_args {network_args} has keys that LyCORIS refuses: remove them; "
-        "dora_wd and the like are --network_args",
-    ),
-    (
-        r"create_network_from_weights.*: TypeError: expected str, bytes or os.PathLike object",
-        "--dim_from_weights takes the ranks from --network_weights: add it",
-    ),
-    (
-        r"create_network.*:",
-        "{args.network_module} cannot build a network from --network_args {network_args}: correct "
-        "them",
-    ),
-    (
-        r"load_weights.*: (SafetensorError|FileNotFoundError|UnpicklingError)",
-        "--network_weights={args.network_weights} cannot be read: correct it",
-    ),
-    (
-        r"load_weights.*:",
-        "--network_weights={args.network_weights} does not fit the network: use the "
-        "--network_args and --network_dim that it was trained with, or add --dim_from_weights",
-    ),
-    (
-        r"import_module: AttributeError",
-        "no --network_module is given: add --network_module=lycoris.kohya",
-    ),
-    (
-        r"> train: ValueError: (not enough|too many) values to unpack",
-        "--network_args has {net_arg}: write each one as NAME=VALUE",
-    ),
-    # ---- The dataset
-    (
-        r"make_bucket_resolutions: ZeroDivisionError",
-        "max_bucket_reso is below bucket_reso_steps: raise it in the dataset config",
-    ),
-    (r"make_buckets: ZeroDivisionError", "batch_size is 0: give 1 in the dataset config"),
-    (
-        r"load_user_config.*: (TomlDecodeError|JSONDecodeError|UnicodeDecodeError): ",
-        'the dataset config "{args.dataset_config}" cannot be read: correct it',
-    ),
-    (
-        r"(load_user_config|load).*: ValueError: .*not supported config file format",
-        'the dataset config "{args.dataset_config}" is neither .toml nor .json: rename it',
-    ),
-    (
-        r"read_caption.*: UnicodeDecodeError",
-        'the caption "{cap_path}" is not UTF-8: save it as UTF-8',
-    ),
-    (
-        r"read_caption.*: AssertionError: caption file is empty",
-        'the caption "{cap_path}" is empty: write its words, or delete it',
-    ),
-    (
-        r"AssertionError: bucket_reso_steps is \d+\. it must be divisible by (?P<by>\d+)",
-        "this sd-scripts wants --bucket_reso_steps to be divisible by {by}: add "
-        "--bucket_reso_steps={by}, or update it",
-    ),
-    # ---- The rest
-    (
-        r"load_tokenizers?\b.*:",
-        "SDXL's tokenizers are not on this machine and cannot be downloaded: connect to "
-        "huggingface.co once, or give their folder as --tokenizer_cache_dir",
-    ),
-    (
-        r": ValueError: persistent_workers option needs num_workers > 0",
-        "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: "
-        "remove one of the two",
-    ),
-    (r"load_vae.*:", "--vae={args.vae} cannot be loaded: correct it"),
-    (
-        r"load_models_from_sdxl_checkpoint.*: (RuntimeError|KeyError|ValueError): ",
-        '"{args.pretrained_model_name_or_path}" is not a whole SDXL checkpoint: download it again, '
-        "or give another",
-    ),
-)
+ROWS = Path(__file__).with_suffix(".toml")
 OTHERS = "the training would stop: fix the cause given"
 INSTALLED_AS = {"lycoris": "lycoris_lora"}
 
@@ -164,7 +38,7 @@ def own_words(failure: BaseException) -> str:
 
 
 def described(failure: BaseException, words: str) -> str:
-    """An exception as the rows of REFUSALS know it."""
+    """An exception as the rows describe it."""
     way = " > ".join(frame.f_code.co_name for frame in frames(failure))
     return f"{way}: {type(failure).__name__}: {words}"
 
@@ -250,11 +124,13 @@ def last_error(printed: str) -> str:
 
 def row_sentence(failure: BaseException, words: str, args: Namespace | None) -> str:
     """The sentence of the first row that fits; `words` are the trainer's own."""
-    for pattern, sentence in REFUSALS:
-        if match := re.search(pattern, described(failure, words)):
+    import toml  # sd-scripts has it
+
+    for row in toml.loads(ROWS.read_text(encoding="utf-8"))["row"]:
+        if match := re.search(row["pattern"], described(failure, words)):
             names = local_names(failure) | joined(args) | match.groupdict()
             try:
-                return f"{sentence.format_map(names)} ({words})"
+                return f"{row['sentence'].format_map(names)} ({words})"
             except (KeyError, AttributeError):  # another release has other variables
                 break
     return f"{OTHERS} ({type(failure).__name__}: {words})"
