@@ -182,7 +182,7 @@ def check_trainer(training: Training, rehearsal: Rehearsal, report: Report) -> N
         return
     check_files(rehearsal.args, report)
     if rehearsal.args.dataset_config and not report.errors:
-        from blora.preflight.dataset_config import check_config
+        from blora.preflight.folders import check_config
 
         given = rehearsal.given
         attempt(report, "check the dataset config", check_config, rehearsal.args, given, report)

@@ -43,38 +43,7 @@ HEAD = f"""\
 <meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark">
 """
-STYLE = """\
-<style>
-:root { --paper: #fbfaf7; --mat: #eeece5; --ink: #26262a; --faint: #73706a; --rule: #dcd9d2;
-  --alarm: #b3261e; --edge: #0003 }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16161a; --mat: #26262c; --ink: #e8e6e1; --faint: #9c9991; --rule: #3a3a41;
-    --alarm: #ff8f85; --edge: #fff3 }
-}
-body { max-width: 120rem; margin: auto; padding: 2rem; background: var(--paper); color: var(--ink);
-  font: 0.875rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
-h1, h2, h3, p, figure { margin: 0 }
-h1 { font-size: 1.6rem; line-height: 1.3; margin-bottom: 0.3rem }
-h2 { font-size: 1.05rem; margin: 2.25rem 0 1.25rem; padding-bottom: 0.5rem;
-  border-bottom: 1px solid var(--rule) }
-h3 { position: sticky; top: 0; z-index: 1; padding: 0.5rem 0; background: var(--paper) }
-nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; margin-top: 0.75rem }
-a { color: inherit }
-small, del, .detail, .note { color: var(--faint); font-size: inherit; font-weight: normal }
-.grid { display: grid; gap: 2rem 1.25rem;
-  grid-template-columns: repeat(var(--columns, auto-fill), minmax(var(--least, 14rem), 1fr)) }
-figure { min-width: 0; content-visibility: auto; contain-intrinsic-size: auto 22rem }
-.mat { display: block; aspect-ratio: 1; padding: 6%; margin-bottom: 0.6rem; border-radius: 0.5rem;
-  box-sizing: border-box; background: var(--mat) }
-img { display: block; width: 100%; height: 100%; object-fit: contain;
-  filter: drop-shadow(0 0 1px var(--edge)) }
-.out img { filter: grayscale(1) opacity(0.5) }
-.name { font-weight: 600 }
-.detail { font-variant-numeric: tabular-nums; margin-bottom: 0.3rem }
-.alarm { color: var(--alarm) }
-.note { font-style: italic }
-</style>
-"""
+STYLE = Path(__file__).with_suffix(".css")
 
 
 @dataclass(frozen=True)
@@ -175,7 +144,9 @@ def titled(section: Section) -> str:
 
 def page_html(title: str, intro: Line, sections: list[Section]) -> Iterator[str]:
     """The page from top to bottom; several sections are listed first."""
-    yield f"{HEAD}<title>{words(title)}</title>\n{STYLE}</head>\n<body>\n<h1>{words(title)}</h1>\n"
+    style = STYLE.read_text(encoding="utf-8")
+    yield f"{HEAD}<title>{words(title)}</title>\n<style>\n{style}</style>\n</head>\n"
+    yield f"<body>\n<h1>{words(title)}</h1>\n"
     yield line_html(intro)
     if len(sections) > 1:
         links = (f'<a href="#s{i}">{titled(section)}</a>' for i, section in enumerate(sections))

@@ -43,7 +43,7 @@ def main() -> int:
     sys.path[:0] = [str(ours.kohya), str(ours.bundle)]
     from blora.preflight.dataset import list_folders
     from blora.preflight.dataset_checks import check_dataset
-    from blora.preflight.dataset_config import check_config
+    from blora.preflight.folders import check_config
     from blora.preflight.images import stumbled_over
     from blora.preflight.preview import write_preview
     from blora.preflight.rehearsal import read_options, trainer_environment

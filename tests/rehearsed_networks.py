@@ -12,9 +12,7 @@ from lycoris_modules import SDXL, make_tree
 from sdxl_train_network_options import build_parser
 from torch import nn
 
-from blora.preflight.memory import backward_pass, plan_memory
-from blora.preflight.network import Built, built
-from blora.preflight.plan import OUR_NETWORK
+from blora.preflight.plan import OUR_NETWORK, Built, backward_pass, built, plan_memory
 from blora.preflight.rehearsal import on_meta
 from blora.preflight.report import Report
 

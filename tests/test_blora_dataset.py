@@ -10,14 +10,14 @@ from PIL import Image
 
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
-from blora.preflight.dataset_config import (
+from blora.preflight.folders import (
     RECIPE,
+    check_folders,
     config_subsets,
     overridden,
     passed_over,
     unnumbered,
 )
-from blora.preflight.folders import check_folders
 from blora.preflight.report import Report
 
 

@@ -37,8 +37,8 @@ from sdxl_train_network_options import build_parser
 
 import blora_preflight
 import blora_slicer
-from blora.preflight import memory, plan
-from blora.preflight.dataset_config import check_config
+from blora.preflight import plan
+from blora.preflight.folders import check_config
 from blora.preflight.report import Report
 from blora.preflight.trainer_errors import refusal
 from blora.sdxl import layers_by_module, load_traits, sdxl_layers
@@ -386,8 +386,8 @@ def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
     small, large = gigabytes(64, 2 / 4), gigabytes(1024, prodigy_state())
     text = re.sub(r"\s+", " ", PAGES["recipes"])
     assert f"take {small:.2f} GB at rank 64 with AdamW8bit" in text
-    kept, _ = memory.FROM_BLOCK["output_blocks.0.1"]
-    assert f"takes {small + (2 * memory.UNET + kept) / 1e9:.2f} GB of the card's" in text
+    kept, _ = plan.FROM_BLOCK["output_blocks.0.1"]
+    assert f"takes {small + (2 * plan.UNET + kept) / 1e9:.2f} GB of the card's" in text
     assert f"{large:.1f} GB at rank 1024 with Prodigy" in text
     assert f"takes {large:.1f} GB" in PAGES["when_something_fails"]
 

@@ -12,13 +12,13 @@ from kohya_folder import ROOT
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 from sdxl_train_network_options import build_parser
 
-from blora.preflight.dataset_config import (
+from blora.preflight.files import check_files
+from blora.preflight.folders import (
     check_missing,
     config_subsets,
     image_folders,
     other_project,
 )
-from blora.preflight.files import check_files
 from blora.preflight.report import Report
 
 CORRECT = "correct --pretrained_model_name_or_path (BLORA_CHECKPOINT in the launcher)"

@@ -20,13 +20,13 @@ from rehearsed_networks import CONTENT_STYLE, made, network, options
 from rehearsed_networks import told_memory as told_memory_of
 from torch.utils.data import ConcatDataset, TensorDataset
 
-from blora.preflight import memory, plan
+from blora.preflight import plan
 from blora.preflight.plan import Length, length, saves
 from blora.preflight.processes import Started
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 
-CARD_MEMORY = memory.card_memory
+CARD_MEMORY = plan.card_memory
 PRODIGY = 4.0  # bytes that it keeps for each byte of a parameter
 MEGAPIXEL = 1024 * 1024
 told_memory = partial(told_memory_of, state=PRODIGY)
@@ -36,7 +36,7 @@ told_memory = partial(told_memory_of, state=PRODIGY)
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty working directory, on a machine without a graphics card."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "card_memory", lambda: None)
+    monkeypatch.setattr(plan, "card_memory", lambda: None)
     return tmp_path
 
 
@@ -222,7 +222,7 @@ def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(rank, given
 
 
 def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
-    assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == memory.UNET
+    assert sum(p.numel() for p in sdxl_unet_without_weights().parameters()) == plan.UNET
 
 
 def test_the_cards_memory_is_a_sum_of_parts():
@@ -306,7 +306,7 @@ def put_card(monkeypatch: pytest.MonkeyPatch, folder: Path, prints: str) -> None
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{prints}'\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(memory, "card_memory", CARD_MEMORY)
+    monkeypatch.setattr(plan, "card_memory", CARD_MEMORY)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")

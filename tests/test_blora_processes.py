@@ -111,41 +111,6 @@ def test_accelerate_says_how_many_processes_it_will_start(
 
 
 @pytest.mark.parametrize(
-    ("accelerate", "sentence"),
-    [
-        (
-            [*TWO, "--num_machines=2", "--machine_rank=0"],
-            "--num_machines=2 needs --main_process_ip, the address of the first machine: add it to "
-            f"{OPTIONS}",
-        ),
-        (
-            [*TWO, *MEET],
-            "--num_machines=2 needs --machine_rank, 0 on the first machine, 1 on the next: add it "
-            f"to {OPTIONS}",
-        ),
-        (
-            [*LONE, *MEET],
-            "--num_machines=2 needs --main_process_port, a port that is free on the first machine: "
-            f"add it to {OPTIONS}",
-        ),
-        (
-            [*TWO, "--num_machines=2", "--main_process_ip=10.0.0.1", "--machine_rank=2"],
-            "--machine_rank=2 is beyond --num_machines=2: count the machines from 0",
-        ),
-        (
-            [*TWO, "--num_machines=3", "--main_process_ip=10.0.0.1", "--machine_rank=2"],
-            "--num_processes=2 is too few for --num_machines=3: give the number of all machines "
-            "together",
-        ),
-    ],
-)
-def test_machines_that_would_not_find_each_other_are_an_error(accelerate, sentence):
-    with pytest.raises(BloraError) as raised:
-        processes(accelerate, SCRIPT)
-    assert str(raised.value) == sentence
-
-
-@pytest.mark.parametrize(
     ("accelerate", "words"),
     [
         (["launch", "--num_processes=many"], "invalid int value: 'many'"),

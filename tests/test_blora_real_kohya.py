@@ -34,7 +34,7 @@ from real_kohya import BEFORE_0_10, KOHYA_PYTHON, KOHYA_ROOT, make_copy, tokeniz
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from blora.preflight import memory
+from blora.preflight import plan
 
 pytestmark = pytest.mark.slow
 
@@ -320,7 +320,7 @@ def test_the_gradients_of_sd_scripts_own_unet_are_those_of_lycoris_bit_for_bit(s
     assert ours["log"][0].startswith("early stop: the backward pass ends at ")
 
 
-# ---- The figures of memory.py --------------------------------------------------------------------
+# ---- The figures of plan.py --------------------------------------------------------------------
 
 
 def test_the_models_have_as_many_parameters_as_preflight_says(kohya):
@@ -331,7 +331,7 @@ def test_the_models_have_as_many_parameters_as_preflight_says(kohya):
     )
     done = kohya.python("-c", code, kohya.path, env=os.environ | {"PYTHONPATH": str(TESTS)})
     first, second, vae, unet = map(int, done.stdout.splitlines()[-1].split())
-    told = (memory.TEXT_ENCODERS, memory.VAE, memory.UNET)
+    told = (plan.TEXT_ENCODERS, plan.VAE, plan.UNET)
     assert told == (first + second, vae, unet)
 
 
@@ -343,9 +343,9 @@ def test_the_activations_are_those_that_the_benchmark_counts(kohya):
     assert all(line in page for line in printed if " TF, " in line)
     rows = [line.strip("| ").split(" | ") for line in printed]
     counted = {row[0]: tuple(map(float, row[1:])) for row in rows if "_block" in row[0]}
-    assert set(counted) == set(memory.FROM_BLOCK)
+    assert set(counted) == set(plan.FROM_BLOCK)
     for block, figures in counted.items():
-        told = [size / 1e9 for size in memory.ALL + memory.FROM_BLOCK[block]]
+        told = [size / 1e9 for size in plan.ALL + plan.FROM_BLOCK[block]]
         assert figures == pytest.approx(told, abs=0.006)
 
 

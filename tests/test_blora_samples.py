@@ -8,8 +8,8 @@ import pytest
 from kohya_folder import ROOT
 from sdxl_train_network_options import build_parser
 
+from blora.preflight.files import check_samples, read_prompts
 from blora.preflight.report import Report
-from blora.preflight.samples import check_samples, read_prompts
 from blora.text import BloraError
 
 

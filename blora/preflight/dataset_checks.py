@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from blora.preflight.caches import check_cached_captions, check_cached_latents
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import Epoch, Folder, read_epoch, read_folders, with_strategies
-from blora.preflight.dataset_config import check_skipped
-from blora.preflight.folders import check_folders
+from blora.preflight.folders import check_folders, check_skipped
 from blora.preflight.images import (
     Opened,
     broken_pictures,
+    check_cached_captions,
+    check_cached_latents,
     check_sizes,
     check_upright,
     open_pictures,

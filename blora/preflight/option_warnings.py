@@ -6,7 +6,7 @@ import re
 from argparse import Namespace
 from typing import Any
 
-from blora.preflight.network import MANY_BLOCKS, Built, built
+from blora.preflight.plan import MANY_BLOCKS, Built, built
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 

@@ -28,7 +28,7 @@ def processes(accelerate: list[str], script: str) -> Started:
     """The processes that accelerate will start, by its own sum.
 
     `accelerate` is what stands between "accelerate" and the script: "launch", "--multi_gpu".
-    BloraError where accelerate refuses that, or waits for machines that cannot find each other.
+    BloraError where accelerate refuses that.
     """
     from accelerate.commands import launch
 
@@ -54,8 +54,6 @@ def started(args: Namespace, is_chosen: bool) -> Started:
     # As its launch_command chooses: anything else starts one process, whatever number is given.
     several = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm
     is_lone = args.cpu or not several
-    if machines > 1 and not args.use_deepspeed:  # which may have a file of its machines
-        check_meeting(args, is_lone)
     return Started(
         1 if is_lone else max(1, wanted // machines) * machines,
         1 if is_lone else machines,
@@ -63,30 +61,6 @@ def started(args: Namespace, is_chosen: bool) -> Started:
         is_chosen,
         lacks_multi_gpu=is_lone and not (args.cpu or args.tpu) and max(wanted, machines) > 1,
     )
-
-
-def check_meeting(args: Namespace, is_lone: bool) -> None:
-    """BloraError where several machines would end, or wait for each other for ten minutes."""
-    needed = {"main_process_ip": "the address of the first machine"}
-    if is_lone:
-        needed["main_process_port"] = "a port that is free on the first machine"
-    else:
-        needed["machine_rank"] = "0 on the first machine, 1 on the next"
-    for name, what in needed.items():
-        if getattr(args, name) is None:
-            raise BloraError(
-                f"--num_machines={args.num_machines} needs --{name}, {what}: add it to {OPTIONS}"
-            )
-    if not is_lone and args.num_processes < args.num_machines:
-        raise BloraError(
-            f"--num_processes={args.num_processes} is too few for --num_machines="
-            f"{args.num_machines}: give the number of all machines together"
-        )
-    if not is_lone and args.machine_rank >= args.num_machines:
-        raise BloraError(
-            f"--machine_rank={args.machine_rank} is beyond --num_machines={args.num_machines}: "
-            "count the machines from 0"
-        )
 
 
 def check_processes(started: Started, report: Report) -> None:
