@@ -93,20 +93,14 @@ def conclude(rehearsal: Rehearsal, report: Report) -> None:
         report.notes.append(
             f"without weights the rehearsal goes no further than the network ({failure})"
         )
+    elif isinstance(failure, ImportError):
+        report.errors.append(refusal(failure, rehearsal.args, printed))
     elif failure:
-        report.errors += named_pictures(failure) or [refusal(failure, rehearsal.args, printed)]
+        from blora.preflight.images import stumbled_over
+
+        report.errors += stumbled_over(failure) or [refusal(failure, rehearsal.args, printed)]
     elif rehearsal.args and not rehearsal.ready and not report.errors:
         report.errors.append(ended_sentence(printed))
-
-
-def named_pictures(failure: BaseException) -> list[str]:
-    """A sentence for each picture at which the trainer failed."""
-    try:
-        # It needs numpy and Pillow, which the trainer may lack.
-        from blora.preflight.images import stumbled_over
-    except ImportError:
-        return []
-    return stumbled_over(failure)
 
 
 def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> int:

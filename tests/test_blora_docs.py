@@ -303,7 +303,7 @@ def own_plan() -> dict[str, str]:
     args = build_parser().parse_args(shlex.split(own_commands()[0])[3:])
     report, traits = Report(), load_traits(Path("blora_traits.json"))
     found = network(args.network_dim, "my_middle.toml")
-    plan.plan_modules(found, traits, report)
+    report.plan["modules"] = plan.count_by_trait(list(found.modules), traits)
     plan.plan_rank(found, args, report)
     return report.plan
 

@@ -312,13 +312,14 @@ def test_a_training_that_saves_nowhere_is_an_error(given):
 # the folders above.
 AS_NOBODY = """
 import os, sys
+from argparse import Namespace
 from blora.preflight.files import check_folder
 from blora.text import BloraError
 if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 try:
-    check_folder(sys.argv[1], "output_dir")
+    check_folder(Namespace(output_dir=sys.argv[1]), "output_dir")
 except BloraError as error:
     print(error)
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +73,10 @@ def has_caption(picture: Picture, folder: Folder) -> bool:
 
 
 def letters_kept(text: str, count: Callable[[str], int], most: int) -> int:
-    """How many letters of a text make no more than `most` tokens, by halving."""
+    """How many letters of a text make no more than `most` tokens."""
     if count(text) <= most:
         return len(text)
-    low, high = 0, len(text)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(text[:middle]) <= most else (low, middle)
-    return low
+    return bisect_right(range(len(text)), most, key=lambda letters: count(text[:letters])) - 1
 
 
 # ---- As sd-scripts holds them --------------------------------------------------------------------
@@ -114,11 +111,7 @@ def token_counter(dataset: Any) -> tuple[Callable[[str], int], int] | None:
 
 def read_folders(datasets: Iterable[Any], caches_text: bool) -> list[Folder]:
     """The folders of sd-scripts' datasets with their pictures, in the order of the config."""
-    return [
-        read_folder(dataset, subset, caches_text)
-        for dataset in datasets
-        for subset in dataset.subsets
-    ]
+    return [read_folder(data, subset, caches_text) for data in datasets for subset in data.subsets]
 
 
 def with_strategies(dataset: Any) -> Any:

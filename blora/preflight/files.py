@@ -36,18 +36,13 @@ def check_vae(args: Namespace, report: Report) -> None:
         raise BloraError(f'no VAE at "{args.vae}": correct --vae')
 
 
-def check_base_weights(args: Namespace, report: Report) -> None:
-    """Whether the LoRAs are there that are merged before the training."""
-    for file in args.base_weights or ():
-        if not Path(file).is_file():
-            raise BloraError(f'no network weights at "{file}": correct --base_weights')
-
-
-def check_tracker_config(args: Namespace, report: Report) -> None:
-    """Whether the file is there that is opened when the trackers start."""
-    file = args.log_tracker_config
-    if file and not Path(file).is_file():
-        raise BloraError(f'no tracker config at "{file}": correct --log_tracker_config')
+def check_late_files(args: Namespace, report: Report) -> None:
+    """Whether the files are there that sd-scripts opens late: LoRAs to merge, a tracker config."""
+    late = [("network weights", "base_weights", file) for file in args.base_weights or ()]
+    late.append(("tracker config", "log_tracker_config", args.log_tracker_config))
+    for what, option, file in late:
+        if file and not Path(file).is_file():
+            report.errors.append(f'no {what} at "{file}": correct --{option}')
 
 
 def check_images(args: Namespace, report: Report) -> None:
@@ -181,8 +176,9 @@ DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9]) *(\..*)?", re.IGNOREC
 CORRECT_NAME = "correct --output_name (BLORA_NAME in the launcher)"
 
 
-def check_folder(text: str, option: str) -> None:
+def check_folder(args: Namespace, option: str) -> None:
     """Whether a folder can be created and written to, by the nearest one that exists."""
+    text = getattr(args, option)
     path = Path(text)
     # On Windows there may be none, where the drive is missing.
     nearest = next((folder for folder in (path, *path.parents) if os.path.lexists(folder)), path)
@@ -201,13 +197,13 @@ def check_output_folder(args: Namespace, report: Report) -> None:
     """Whether the LoRA can be saved."""
     if not args.output_dir:
         raise BloraError("there is no folder to save to: add --output_dir")
-    check_folder(args.output_dir, "output_dir")
+    check_folder(args, "output_dir")
 
 
 def check_logs_folder(args: Namespace, report: Report) -> None:
     """Whether logs can be saved, where they are wanted."""
     if args.logging_dir:
-        check_folder(args.logging_dir, "logging_dir")
+        check_folder(args, "logging_dir")
 
 
 def check_output_name(args: Namespace, report: Report) -> None:
@@ -265,7 +261,7 @@ def check_divisors(args: Namespace, report: Report) -> None:
 # ---- All of it -----------------------------------------------------------------------------------
 
 CHECKS: tuple[Callable[[Namespace, Report], Any], ...] = (
-    check_base, check_base_weights, check_tracker_config, check_vae, check_resume, check_samples,
+    check_base, check_late_files, check_vae, check_resume, check_samples,
     check_output_folder, check_logs_folder, check_output_name, check_overwriting, check_divisors,
     check_images,
 )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import math
 import shutil
-import subprocess
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -123,12 +122,6 @@ def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
     return f"{len(modules)}: {', '.join(counted)}"
 
 
-def plan_modules(network: Built, known: dict[str, Trait], report: Report) -> None:
-    """Which modules are trained."""
-    report.modules = list(network.modules)
-    report.plan["modules"] = count_by_trait(report.modules, known)
-
-
 # ---- Its size ------------------------------------------------------------------------------------
 
 
@@ -218,17 +211,12 @@ def activations(backward: Backward) -> int:
     return size * backward.pixels // PIXELS + copies
 
 
-def card_memory() -> int | None:
-    """Bytes of the largest card's memory by nvidia-smi; None where there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        return max(int(line) for line in done.stdout.split()) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+def card_memory() -> int:
+    """Bytes of the largest card's memory; 0 where torch finds none."""
+    import torch
+
+    cards = range(torch.cuda.device_count())
+    return max((torch.cuda.get_device_properties(card).total_memory for card in cards), default=0)
 
 
 def model_parts(args: Namespace) -> dict[str, float]:
@@ -296,7 +284,7 @@ def check_card(
 ) -> None:
     """A warning where the card has less memory than the sum."""
     memory, total = card_memory(), sum(parts.values())
-    if memory is not None and total > memory:
+    if memory and total > memory:
         room = memory - total + parts.get("activations", 0)
         report.warnings.append(
             f"the card has {file_size(memory)} of memory, and this training takes at least "
@@ -393,7 +381,8 @@ def plan(rehearsal: Rehearsal, started: Started, pixels: int, report: Report) ->
         return
     network = built(rehearsal.network)
     report.plan["network"] = args.network_module
-    plan_modules(network, known_traits(report), report)
+    report.modules = list(network.modules)
+    report.plan["modules"] = count_by_trait(report.modules, known_traits(report))
     plan_rank(network, args, report)
     backward = backward_pass(network, args, pixels, args.network_module == OUR_NETWORK)
     plan_memory(network, rehearsal.optimizer_state, backward, args, report)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from blora import ROOT
 from blora.preflight.checkpoint import target_of
@@ -140,20 +141,9 @@ def as_started(script: Path, words: list[str]) -> Iterator[None]:
         sys.argv, sys.path[:] = argv, path
 
 
-@contextlib.contextmanager
-def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of a module or class, and restore them at the end."""
-    kept = {name: owner.__dict__[name] for name in values if name in owner.__dict__}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name in values:
-            if name in kept:
-                setattr(owner, name, kept[name])
-            else:
-                delattr(owner, name)
+def replaced(owner: Any, **values: Any) -> Any:
+    """A context in which attributes of a module or class have other values."""
+    return mock.patch.multiple(owner, create=True, **values)
 
 
 def open_to_read(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:

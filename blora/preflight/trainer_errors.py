@@ -43,18 +43,11 @@ def described(failure: BaseException, words: str) -> str:
     return f"{way}: {type(failure).__name__}: {words}"
 
 
-def local_names(failure: BaseException) -> dict[str, Any]:
-    """The local variables of the functions it came through; those of the innermost count."""
-    names: dict[str, Any] = {}
-    for frame in frames(failure):
-        names |= frame.f_locals
-    return names
-
-
-def joined(args: Namespace | None) -> dict[str, Any]:
-    """The options, and the NAME=VALUE items among them as they are typed."""
-    items = ("network_args", "optimizer_args")
-    return {"args": args} | {name: " ".join(getattr(args, name, None) or []) for name in items}
+def names_of(failure: BaseException, args: Namespace | None) -> dict[str, Any]:
+    """What a sentence can name: local variables, the innermost counting, and the options."""
+    names = {name: v for frame in frames(failure) for name, v in frame.f_locals.items()}
+    items = ("network_args", "optimizer_args")  # as they are typed
+    return names | {"args": args} | {n: " ".join(getattr(args, n, None) or []) for n in items}
 
 
 def missing_packages(failure: BaseException) -> Iterator[str]:
@@ -82,53 +75,13 @@ def package_sentence(name: str, args: Namespace | None) -> str:
     return f"{lacks}: pip install {INSTALLED_AS.get(name, name)}"
 
 
-def place(path: list[str | int]) -> str:
-    """Where in a dataset config a setting is: "image_dir in [[datasets.subsets]] 2"."""
-    *tables, name = path
-    names = ".".join(str(part) for part in tables if isinstance(part, str))
-    numbers = [part + 1 for part in tables if isinstance(part, int)]
-    if not names:
-        return f"{name}"
-    return f"{name} in " + (f"[[{names}]] {numbers[-1]}" if numbers else f"[{names}]")
-
-
-def config_sentence(failure: Any, args: Namespace) -> str:
-    """What sd-scripts' schema refuses in a dataset config; `failure` is voluptuous' own."""
-    mistakes = []
-    for error in failure.errors:
-        where = place([getattr(part, "schema", part) for part in error.path])
-        words = str(error.msg)
-        if words.startswith("extra keys"):
-            mistakes.append(f"unknown setting {where}")
-        elif words.startswith("required key"):
-            mistakes.append(f"missing {where}")
-        else:
-            mistakes.append(f"{where} has a value of the wrong kind ({words})")
-    return (
-        f'the dataset config "{args.dataset_config}" is not valid for sd-scripts: '
-        f"{', and '.join(mistakes)}: correct it"
-    )
-
-
-def usage_sentence(printed: str) -> str:
-    """argparse's own words, of the last line that it printed."""
-    text = printed.rpartition(": error: ")[2].splitlines()[0]
-    return f"sd-scripts refuses the options: correct them ({text})"
-
-
-def last_error(printed: str) -> str:
-    """What LyCORIS prints of a preset before it raises an AssertionError without words."""
-    lines = [line.strip() for line in printed.splitlines()]
-    return next((line for line in reversed(lines) if line.startswith("Error")), "")
-
-
 def row_sentence(failure: BaseException, words: str, args: Namespace | None) -> str:
     """The sentence of the first row that fits; `words` are the trainer's own."""
     import toml  # sd-scripts has it
 
     for row in toml.loads(ROWS.read_text(encoding="utf-8"))["row"]:
         if match := re.search(row["pattern"], described(failure, words)):
-            names = local_names(failure) | joined(args) | match.groupdict()
+            names = names_of(failure, args) | match.groupdict()
             try:
                 return f"{row['sentence'].format_map(names)} ({words})"
             except (KeyError, AttributeError):  # another release has other variables
@@ -140,8 +93,9 @@ def exit_sentence(failure: SystemExit, args: Namespace | None, printed: str) -> 
     """The sentence for a trainer that ended Python: the reason is what it printed last."""
     if isinstance(failure.code, str):
         return failure.code.removeprefix("error: ")  # as blora_network ends
-    if args is None and ": error: " in printed:
-        return usage_sentence(printed)
+    if args is None and ": error: " in printed:  # argparse's
+        words = printed.rpartition(": error: ")[2].splitlines()[0]
+        return f"sd-scripts refuses the options: correct them ({words})"
     return row_sentence(failure, one_line(printed.strip().rpartition("\n")[2]), args)
 
 
@@ -152,9 +106,9 @@ def refusal(failure: BaseException, args: Namespace | None, printed: str) -> str
     packages = list(missing_packages(failure))
     if isinstance(failure, ImportError) and packages:
         return package_sentence(packages[-1], args)
-    if type(failure).__name__ == "MultipleInvalid":
-        return config_sentence(failure, args)
-    return row_sentence(failure, own_words(failure) or last_error(printed), args)
+    # LyCORIS prints what it has against a preset, and raises an AssertionError without words.
+    errors = [line.strip() for line in printed.splitlines() if line.strip().startswith("Error")]
+    return row_sentence(failure, own_words(failure) or "".join(errors[-1:]), args)
 
 
 def is_of_the_rehearsal(failure: BaseException) -> bool:
