@@ -190,7 +190,7 @@ def test_a_picture_that_cannot_be_opened_is_named(training, case, options):
     [error] = training.ask(*options)["errors"]
     assert error.startswith(f'cannot open the picture "images/{name}" (')
     assert reason in error
-    assert error.endswith("): save it anew, or take it out")
+    assert error.endswith("): re-save or remove it")
 
 
 def test_many_broken_pictures_are_summed_up(training):

@@ -288,7 +288,7 @@ def test_a_dora_keeps_its_scale_and_gets_the_best_factors(resized):
     assert apart < best
 
 
-# ---- Go on training a slice ----------------------------------------------------------------------
+# ---- Continue training a slice -------------------------------------------------------------------
 
 SLICE_RANK, SLICE_ALPHA = 4, 2.0
 WITH_PRESET = [

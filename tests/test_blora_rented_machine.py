@@ -131,7 +131,7 @@ def test_the_page_leads_from_nothing_to_slices_at_home(tmp_path):
 
 
 # The short test has left a LoRA of the name.
-OVERWRITTEN = f'warning: "{LORA}" is there and will be written over'
+OVERWRITTEN = f'warning: "{LORA}" exists and will be overwritten'
 
 
 def test_a_training_that_fails_says_so_in_the_log(tmp_path):
