@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import lycoris.kohya
 import pytest
@@ -29,7 +30,6 @@ from blora.preflight.rehearsal import (
     is_safetensors,
     on_meta,
     open_to_read,
-    replaced,
 )
 
 # ---- Tensors without numbers ---------------------------------------------------------------------
@@ -158,16 +158,6 @@ def test_our_folder_stays_where_pythonpath_has_it(tmp_path, monkeypatch):
         assert sys.path == [str(tmp_path), ours, "/elsewhere"]
 
 
-def test_what_is_replaced_comes_back():
-    class Owner:
-        there = 1
-
-    with replaced(Owner, there=2, new=3):
-        assert (Owner.there, Owner.new) == (2, 3)
-    assert Owner.there == 1
-    assert not hasattr(Owner, "new")
-
-
 def test_files_are_read_and_never_written(tmp_path):
     path = tmp_path / "metadata_cache.json"
     for mode in ("w", "a", "x", "wb"):
@@ -213,8 +203,8 @@ def train(dropped: tuple[str, ...]) -> None:
 def test_what_a_release_drops_of_the_brakes_leaves_the_next(dropped):
     train(dropped)  # goes through without any
     with (
-        replaced(Accelerator, **dict.fromkeys(BRAKES, rehearsal.raise_ready)),
-        replaced(DataLoader, **{FIRST_BATCH: rehearsal.raise_ready}),
+        mock.patch.multiple(Accelerator, **dict.fromkeys(BRAKES, rehearsal.raise_ready)),
+        mock.patch.multiple(DataLoader, **{FIRST_BATCH: rehearsal.raise_ready}),
         pytest.raises(Ready),
     ):
         train(dropped)

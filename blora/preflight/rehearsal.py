@@ -123,27 +123,16 @@ def on_meta() -> contextlib.ExitStack:
 # ---- The trainer's own modules -------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def as_started(script: Path, words: list[str]) -> Iterator[None]:
-    """sys.argv and sys.path as in accelerate's process, which runs the script as a file."""
-    argv, path = sys.argv, list(sys.path)
+def as_started(script: Path, words: list[str]) -> Any:
+    """A context with sys.argv and sys.path as in accelerate's process, which runs the script."""
+    folder, path = script.resolve().parent, list(sys.path)
     entries = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     # The kohya_ss GUI puts its own folder there.
-    is_on_path = ROOT in (script.resolve().parent.parent, *(Path(e).resolve() for e in entries))
-    sys.argv = [str(script), *words]
+    is_on_path = ROOT in (folder.parent, *(Path(entry).resolve() for entry in entries))
     # Python puts the folder of this program first, where the training may not look.
-    if sys.path and Path(sys.path[0]).resolve() == ROOT and not is_on_path:
-        del sys.path[0]
-    sys.path.insert(0, str(script.resolve().parent))
-    try:
-        yield
-    finally:
-        sys.argv, sys.path[:] = argv, path
-
-
-def replaced(owner: Any, **values: Any) -> Any:
-    """A context in which attributes of a module or class have other values."""
-    return mock.patch.multiple(owner, create=True, **values)
+    if path and Path(path[0]).resolve() == ROOT and not is_on_path:
+        del path[0]
+    return mock.patch.multiple(sys, argv=[str(script), *words], path=[str(folder), *path])
 
 
 def open_to_read(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
@@ -166,20 +155,18 @@ def blank_models(sdxl: ModuleType) -> Callable[..., Any]:
     """sd-scripts' loader for a checkpoint that is no .safetensors file: weights stay empty."""
 
     def load(name: str, vae: Any, version: str, *_args: Any, **_options: Any) -> tuple[Any, ...]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                replaced(
-                    sdxl,
-                    load_file=lambda *_args, **_options: {},
-                    _load_state_dict_on_device=nothing,
-                    convert_sdxl_text_encoder_2_checkpoint=lambda *_args, **_options: ({}, None),
-                )
+        with (
+            mock.patch.multiple(
+                sdxl,
+                load_file=lambda *_args, **_options: {},
+                _load_state_dict_on_device=nothing,
+                convert_sdxl_text_encoder_2_checkpoint=lambda *_args, **_options: ({}, None),
+            ),
+            mock.patch.object(sdxl.model_util, "convert_ldm_vae_checkpoint", lambda *_args: {}),
+        ):
+            return True, *sdxl.load_models_from_sdxl_checkpoint(
+                version, "blank.safetensors", "meta"
             )
-            stack.enter_context(
-                replaced(sdxl.model_util, convert_ldm_vae_checkpoint=lambda *_args: {})
-            )
-            models = sdxl.load_models_from_sdxl_checkpoint(version, "blank.safetensors", "meta")
-        return (True, *models)
 
     return load
 
@@ -252,10 +239,10 @@ def train(rehearsal: Rehearsal) -> None:
             (model_util, {"load_file": header_tensors}),
             (dataset_module, {"open": open_to_read}),
         ):
-            stack.enter_context(replaced(owner, **values))
+            stack.enter_context(mock.patch.multiple(owner, create=True, **values))
         if not is_safetensors(args.pretrained_model_name_or_path or ""):
             loader = blank_models(sdxl_model_util)
-            stack.enter_context(replaced(sdxl_train_util, _load_target_model=loader))
+            stack.enter_context(mock.patch.object(sdxl_train_util, "_load_target_model", loader))
         try:
             rehearsing(rehearsal, stack).train(args)
             return  # it came back without training
