@@ -1,7 +1,6 @@
-"""What blora_slicer.py and blora_preflight.py are made of: a ground floor and two halls.
+"""The code of blora_slicer.py (slicer/) and blora_preflight.py (preflight/).
 
-text, sdxl, tensorfile and sheet are the ground floor. slicer/ is the slicer's hall, preflight/ is
-pre-flight's, and neither imports the other.
+Both use text, sdxl, tensorfile and sheet. Neither imports from the other's folder.
 """
 
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 VERSION = "2.0.0"
 ROOT = Path(__file__).resolve().parent.parent  # the programs, blora_traits.json, blora_network.py
 
-# What 1.x kept beside the programs, and nothing imports since 2.0.
+# Version 1 had these beside the programs. Nothing imports them any more.
 FLAT_FILES = tuple(
     f"blora_{name}.py"
     for name in (
@@ -20,6 +19,7 @@ FLAT_FILES = tuple(
 
 
 def leftovers() -> str:
-    """A sentence on the files of 1.x that still lie beside the programs; empty where none does."""
-    left = [name for name in FLAT_FILES if (ROOT / name).exists()]
-    return f"left over from version 1 and no longer used: {', '.join(left)}: delete" if left else ""
+    """A sentence on files of version 1 that still lie beside the programs; empty if none do."""
+    names = ", ".join(name for name in FLAT_FILES if (ROOT / name).exists())
+    unused = "version 1 left files beside blora_slicer.py that nothing uses any more"
+    return f"{unused}: {names}: delete them" if names else ""

@@ -2,8 +2,6 @@
 
 Layers are built from SDXL's architecture (arXiv 2307.01952); a test checks them against diffusers'
 and transformers' own models.
-keys.py asks it which layer a key means, checkpoint.py which tensors there are,
-plan.py in which block a module lies, and strength.py where a checkpoint holds a weight.
 
 A layer of the U-Net has two names, sgm's (input_blocks.4.1.proj_in), which checkpoints and kohya
 use, and diffusers' (down_blocks.1.attentions.0.proj_in). A layer of a text encoder is called as
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from blora.text import BloraError, printable
+from blora.text import BloraError
 
 # ---- Layers --------------------------------------------------------------------------------------
 
@@ -305,33 +303,29 @@ class Trait:
 def parse_trait(name: str, entry: object, source: Path) -> Trait:
     """The trait `name` from its JSON object; a missing blacklist excludes nothing."""
     lists = entry if isinstance(entry, dict) else {}
-    whitelist, blacklist = lists.get("whitelist"), lists.get("blacklist", [])
-    for part in (whitelist, blacklist):
+    parts = [lists.get("whitelist"), lists.get("blacklist", [])]
+    for part in parts:
         if not isinstance(part, list) or not all(isinstance(item, str) for item in part):
             raise BloraError(
-                f'trait "{printable(name)}" in {source} is not of the form '
+                f'trait "{name}" in {source} is not of the form '
                 '{"whitelist": ["..."], "blacklist": ["..."]}: correct it there'
             )
-    return Trait(name, tuple(whitelist), tuple(blacklist))
-
-
-def parse_traits(text: str, source: Path) -> dict[str, Trait]:
-    """All traits of a traits file, by name; BloraError where it is of another form."""
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BloraError(f"{source} is not valid JSON ({error}): correct it there") from error
-    if not isinstance(entries, dict):
-        raise BloraError(f"{source} holds no traits: its JSON must be one object of traits by name")
-    return {name: parse_trait(name, entry, source) for name, entry in entries.items()}
+    return Trait(name, *map(tuple, parts))
 
 
 def load_traits(path: Path) -> dict[str, Trait]:
-    """Read a traits file; Notepad's byte order mark is accepted. BloraError where it cannot be."""
+    """All traits of a traits file, by name; BloraError where it cannot be read as such.
+
+    Notepad's byte order mark is accepted.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise BloraError(f"no traits file at {path}: copy blora_traits.json there") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BloraError(f"cannot read the traits file {path} ({error})") from error
-    return parse_traits(text, path)
+    except (ValueError, RecursionError) as error:
+        raise BloraError(f"{path} is not valid JSON ({error}): correct it there") from error
+    if not isinstance(entries, dict):
+        raise BloraError(f"{path} holds no traits: its JSON must be an object of traits by name")
+    return {name: parse_trait(name, entry, path) for name, entry in entries.items()}

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
-import queue
 import re
 import struct
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +41,6 @@ FORMATS = {
     "U16": "<H", "I32": "<i", "U32": "<I", "I64": "<q", "U64": "<Q",
 }  # fmt: skip
 UPPER_HALVES = {"BF16": "<f", "F8_E5M2": "<e"}
-NUMBERS = {*FORMATS, *UPPER_HALVES, "F8_E4M3"}  # the types that number() reads
 
 
 def number(dtype: str, data: bytes) -> float:
@@ -82,163 +80,117 @@ CHUNK = 1 << 20  # bytes read, hashed and written at a time
 
 
 @dataclass(frozen=True)
-class Span:
-    """Bytes of a file, from `start` to before `stop`."""
+class Tensor(ABC):
+    """A tensor to read or write: its type, its shape, and, by subclass, where its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Its length in bytes."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Its bytes, some at a time."""
+
+    def read(self) -> bytes:
+        """All of its bytes."""
+        return b"".join(self.chunks())
+
+
+@dataclass(frozen=True)
+class Constant(Tensor):
+    """A tensor whose bytes are in memory."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        yield self.data
+
+
+@dataclass(frozen=True)
+class Stored(Tensor):
+    """A tensor in a file: the bytes from `start` to before `stop`."""
 
     path: Path
     start: int
     stop: int
 
-
-class Files:
-    """The files that a LoRA is written from, each opened once; a context that closes them."""
-
-    def __init__(self) -> None:
-        self.opened: dict[Path, BinaryIO] = {}
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self.opened.values():
-            file.close()
-
-    def chunks(self, span: Span, size: int = CHUNK) -> Iterator[bytes]:
-        """The span's bytes, `size` at a time; BloraError where the file has become shorter."""
-        if span.path not in self.opened:
-            self.opened[span.path] = span.path.open("rb")
-        file, left = self.opened[span.path], span.stop - span.start
-        file.seek(span.start)
-        while left:
-            chunk = file.read(min(left, size))
-            if len(chunk) < min(left, size):
-                raise BloraError(f"{span.path} became shorter while it was read: try again")
-            left -= len(chunk)
-            yield chunk
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor as it is stored: its type, its shape, and its bytes, in a file or at hand."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    source: Span | bytes
-
     @property
     def size(self) -> int:
-        """Bytes that chunks() gives in all."""
-        if isinstance(self.source, bytes):
-            return len(self.source)
-        return self.source.stop - self.source.start
+        return self.stop - self.start
 
-    def read(self) -> bytes:
-        """All of its bytes."""
-        with Files() as files:
-            return b"".join(self.chunks(files))
-
-    def chunks(self, files: Files) -> Iterator[bytes]:
-        """The bytes to write."""
-        if isinstance(self.source, bytes):
-            yield self.source
-        else:
-            yield from files.chunks(self.source)
+    def chunks(self, length: int = CHUNK) -> Iterator[bytes | memoryview]:
+        """The bytes, `length` at a time; BloraError where the file cannot be read any more."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                for position in range(self.start, self.stop, length):
+                    chunk = file.read(min(length, self.stop - position))
+                    if len(chunk) < min(length, self.stop - position):
+                        raise BloraError(f"{self.path} became shorter while it was read: try again")
+                    yield chunk
+        except OSError as error:
+            raise BloraError(f"cannot read {self.path} ({error})") from error
 
 
 # ---- The header ----------------------------------------------------------------------------------
 
-LONGEST = 100_000_000  # bytes of a header; safetensors reads no longer one
-DEEPEST = 125  # lists in lists in a field; safetensors reads no deeper ones
-FIELDS = ("dtype", "shape", "data_offsets")
-
-
-def finite(text: str) -> float:
-    """A number of the header's JSON; NaN and inf are none, as for safetensors."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is not a JSON number")
-    return value
-
-
-def whole(text: str) -> float:
-    """A number without a fraction; safetensors reads -0 as a float."""
-    value = finite(text)
-    return value if text == "-0" else int(text)
-
-
-def parse_json(text: bytes) -> tuple[tuple[str, Any], ...]:
-    """The header's JSON by the rules of safetensors' own parser; ValueError where it has none.
-
-    Objects are tuples of their pairs, so that duplicate keys are noticed.
-    """
-    header = json.loads(
-        text.decode("utf-8"),
-        object_pairs_hook=tuple,
-        parse_int=whole,
-        parse_float=finite,
-        parse_constant=finite,
-    )
-    if b"\\u" in text:  # an escape may be half of a letter, which no UTF-8 can hold
-        json.dumps(header, ensure_ascii=False).encode("utf-8")
-    if not isinstance(header, tuple):
-        raise ValueError("its header is not a JSON object")
-    return header
-
-
-def depth(value: object) -> int:
-    """How many lists and objects lie in each other."""
-    return 1 + max(map(depth, value), default=0) if isinstance(value, list | tuple) else 0
+LONGEST = 100_000_000  # bytes of a header: safetensors refuses a longer one
+DTYPE = re.compile("[A-Z][A-Z0-9_]*")  # of releases to come too
 
 
 def is_counts(value: object) -> bool:
-    """Whether it is a list of numbers that 64 bits hold, none of them negative."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in value)
+    """Whether it is a list of whole numbers, none of them negative."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def parse_tensor(key: str, value: object, path: Path, data: int) -> Tensor:
-    """A tensor of the header; `data` is where the tensors begin. ValueError where it is none."""
-    # safetensors also takes the three fields as a list.
-    pairs = tuple(zip(FIELDS, value, strict=True)) if isinstance(value, list) else value
-    names = [name for name, _ in pairs] if isinstance(pairs, tuple) else []
-    if any(names.count(field) != 1 for field in FIELDS):
-        raise ValueError(f"{key} is not a tensor")
-    if len(names) > len(FIELDS) and depth(pairs) > DEEPEST + 2:
-        raise ValueError(f"{key} is nested too deep")
-    dtype, shape, offsets = (dict(pairs)[field] for field in FIELDS)
-    fine = isinstance(dtype, str) and re.fullmatch("[A-Z][A-Z0-9_]*", dtype)
-    fine = fine and is_counts(shape) and is_counts(offsets) and len(offsets) == 2
-    if not fine or offsets[0] > offsets[1]:
+def parse_tensor(key: str, value: Any, path: Path, data: int) -> Stored:
+    """A tensor of the header; `data` is where the tensors begin. ValueError where it is not one."""
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = map(fields.get, ("dtype", "shape", "data_offsets"))
+    is_typed = isinstance(dtype, str) and DTYPE.fullmatch(dtype)
+    if not (is_typed and is_counts(shape) and is_counts(offsets) and len(offsets) == 2):
         raise ValueError(f"{key} has no type, shape or offsets")
-    return Tensor(dtype, tuple(shape), Span(path, data + offsets[0], data + offsets[1]))
+    return Stored(dtype, tuple(shape), path, data + offsets[0], data + offsets[1])
 
 
 def has_its_size(tensor: Tensor) -> bool:
-    """Whether a tensor is as large as its shape and type say; of a type not known here, any is."""
+    """Whether a tensor is as large as its shape and type say; of an unknown type, any size will do.
+
+    No shape may overflow 63 bits, not even with a 0 in it: numpy refuses it.
+    """
     bits = DTYPES.get(tensor.dtype)
-    elements = list(accumulate(tensor.shape, operator.mul, initial=1))
-    if max(elements) * (bits or 1) >= 1 << 64:
-        return False
-    return bits is None or elements[-1] * bits == 8 * tensor.size
+    numbers = bits or 1
+    for length in tensor.shape:
+        numbers *= max(length, 1)
+        if numbers >= 1 << 63:
+            return False
+    return bits is None or 8 * tensor.size == (0 if 0 in tensor.shape else numbers)
 
 
-def check_layout(tensors: dict[str, Tensor], data: int, size: int) -> None:
+def check_layout(tensors: dict[str, Stored], data: int, size: int) -> None:
     """Refuse wrong sizes, gaps, overlaps, and a file that is shorter or longer (ValueError)."""
     end = data
-    for key, tensor in sorted(
-        tensors.items(), key=lambda item: (item[1].source.start, item[1].source.stop)
-    ):
-        if tensor.source.start != end:
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end or tensor.stop < end:
             raise ValueError(f"{key} does not begin where the tensor before it ends")
         if not has_its_size(tensor):
             raise ValueError(f"{key} is not as large as its shape and type say")
-        end = tensor.source.stop
+        end = tensor.stop
     if end != size:
-        count = f"{abs(end - size):,} byte{'' if abs(end - size) == 1 else 's'}"
         than = "shorter" if end > size else "longer"
-        raise ValueError(f"it is {count} {than} than its header says")
+        difference = f"{abs(end - size):,} byte{'' if abs(end - size) == 1 else 's'}"
+        raise ValueError(f"it is {difference} {than} than its header says")
 
 
-def parse_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def parse_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """A file's tensors and metadata from its header; ValueError where it is not whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -247,25 +199,24 @@ def parse_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError("it ends before its header does")
         if length > LONGEST:
             raise ValueError("its header is too long")
-        header = parse_json(file.read(length))
-    [metadata, *more] = [value for key, value in header if key == "__metadata__"] or [None]
-    pairs = () if metadata is None else metadata
-    if more or not isinstance(pairs, tuple) or not all(isinstance(v, str) for _, v in pairs):
+        header = json.loads(file.read(length).decode("utf-8"))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata has values that are not text")
     data = 8 + length
-    tensors = {
-        key: parse_tensor(key, value, path, data) for key, value in header if key != "__metadata__"
-    }
+    tensors = {key: parse_tensor(key, value, path, data) for key, value in header.items()}
     check_layout(tensors, data, size)
-    return tensors, dict(pairs)
+    return tensors, metadata
 
 
-def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file and its metadata; the tensors' bytes are not read.
 
-    It accepts every file that the safetensors library accepts, and types newer than the library; a
-    type that is written as an object is refused. BloraError where the file cannot be read or is
-    not whole.
+    It accepts every tensor that the safetensors library accepts, written as an object, and types
+    newer than the library. BloraError where the file cannot be read or is not whole.
     """
     try:
         return parse_file(path)
@@ -275,7 +226,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "download it again, or save it as safetensors"
         ) from error
     except OSError as error:
-        raise BloraError(f"cannot read {path} ({printable(str(error))})") from error
+        raise BloraError(f"cannot read {path} ({error})") from error
 
 
 def json_object(text: str | None) -> dict[str, Any]:
@@ -290,7 +241,6 @@ def json_object(text: str | None) -> dict[str, Any]:
 # ---- Writing -------------------------------------------------------------------------------------
 
 HASHES = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}  # hex digits
-LEGACY_HASH = (0x100000, 0x110000)  # the bytes of a file that kohya's older hash is of
 # ComfyUI shows no header that is longer.
 LONGEST_HEADER = 1 << 20
 SHOW_PROGRESS = 200_000_000  # bytes; less is written within a second
@@ -331,73 +281,23 @@ def shorten_metadata(
     return {key: value for key, value in metadata.items() if key not in left_out}, dropped
 
 
-def file_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes]:
-    """The bytes of all tensors; copies that stand one behind the other are read as one."""
-    run: Span | None = None
-    with Files() as files:
-        for tensor in tensors.values():
-            span = tensor.source if type(tensor) is Tensor else None
-            if run and isinstance(span, Span) and (span.path, span.start) == (run.path, run.stop):
-                run = replace(run, stop=span.stop)
-                continue
-            if run:
-                yield from files.chunks(run)
-            run = span if isinstance(span, Span) else None
-            if run is None:
-                yield from tensor.chunks(files)
-        if run:
-            yield from files.chunks(run)
+def file_chunks(tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of all tensors; those that follow each other in a file are read as one."""
+    runs: list[Tensor] = []
+    for tensor in tensors:
+        last = runs[-1] if runs else None
+        if (
+            isinstance(tensor, Stored)
+            and isinstance(last, Stored)
+            and (tensor.path, tensor.start) == (last.path, last.stop)
+        ):
+            runs[-1] = Stored(last.dtype, last.shape, last.path, last.start, tensor.stop)
+        else:
+            runs.append(tensor)
+    return chain.from_iterable(run.chunks() for run in runs)
 
 
-WAITING = 2  # chunks in memory that are still to be hashed
-
-
-class Hashes:
-    """kohya's two hashes, computed in a thread beside the writing: hashlib needs no GIL.
-
-    As precalculate_safetensors_hashes in kohya's sd-scripts does: the model hash is of all bytes
-    after the header, the legacy hash of 64 KiB of a file that carries the ss_ metadata alone.
-    """
-
-    def __init__(self, shift: int) -> None:
-        """`shift` is the length of the header with the ss_ metadata alone, in bytes."""
-        self.start, self.stop = (at - shift for at in LEGACY_HASH)
-        self.model, self.legacy = hashlib.sha256(), hashlib.sha256()
-        self.chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.room: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(WAITING):
-            self.room.put(None)
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def run(self) -> None:
-        """Hash what add() hands over, until there is no more."""
-        position = 0
-        while (chunk := self.chunks.get()) is not None:
-            self.model.update(chunk)
-            self.legacy.update(chunk[max(0, self.start - position) : max(0, self.stop - position)])
-            position += len(chunk)
-            self.room.put(None)
-
-    def add(self, chunk: bytes) -> None:
-        """Hand a chunk over; waits while too many are in memory."""
-        self.room.get()
-        self.chunks.put(chunk)
-
-    def __enter__(self) -> Hashes:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.chunks.put(None)
-        self.thread.join()
-
-    def digests(self) -> dict[str, str]:
-        """Both as metadata, once all is added."""
-        both = zip(HASHES.items(), (self.model, self.legacy), strict=True)
-        return {key: digest.hexdigest()[:digits] for (key, digits), digest in both}
-
-
-def with_progress(chunks: Iterator[bytes], total: int) -> Iterator[bytes]:
+def with_progress(chunks: Iterable[bytes | memoryview], total: int) -> Iterator[bytes | memoryview]:
     """The chunks, behind a bar on stderr once that takes more than a second."""
     if total < SHOW_PROGRESS:
         yield from chunks
@@ -413,21 +313,43 @@ def with_progress(chunks: Iterator[bytes], total: int) -> Iterator[bytes]:
             bar.update(len(chunk))
 
 
-def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a whole file; its hashes go into the room that the metadata has for them."""
-    total = sum(tensor.size for tensor in tensors.values())
-    file.write(header_bytes(tensors, metadata))
-    if not HASHES.keys() & metadata.keys():
-        file.writelines(with_progress(file_chunks(tensors), total))
-        return
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    with Hashes(len(header_bytes(tensors, training))) as hashes:
-        for chunk in with_progress(file_chunks(tensors), total):
-            hashes.add(chunk)
+def write_hashed(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> str:
+    """Write all chunks; their sha256, computed in a thread beside the writing: it needs no GIL.
+
+    At most two chunks are in memory. An error of the thread is raised here.
+    """
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        hashed = worker.submit(digest.update, b"")
+        for chunk in chunks:
+            hashed.result()
+            hashed = worker.submit(digest.update, chunk)
             file.write(chunk)
-    digests = {key: digest for key, digest in hashes.digests().items() if key in metadata}
+        hashed.result()
+    return digest.hexdigest()
+
+
+def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a whole file, with kohya's two hashes where the metadata has room for them.
+
+    As precalculate_safetensors_hashes in kohya's sd-scripts: the model hash is of all bytes after
+    the header, the legacy hash of 64 KiB of a file that has the ss_ metadata alone.
+    """
+    total = sum(tensor.size for tensor in tensors.values())
+    start = file.write(header_bytes(tensors, metadata))
+    chunks = with_progress(file_chunks(tensors.values()), total)
+    if not HASHES.keys() & metadata.keys():
+        file.writelines(chunks)
+        return
+    model = write_hashed(file, chunks)
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    file.seek(start - len(header_bytes(tensors, training)) + 0x100000)
+    legacy = hashlib.sha256(file.read(0x10000)).hexdigest()
+    digests = {"sshs_model_hash": model, "sshs_legacy_hash": legacy[: HASHES["sshs_legacy_hash"]]}
     file.seek(0)
-    file.write(header_bytes(tensors, metadata | digests))
+    file.write(
+        header_bytes(tensors, metadata | {k: v for k, v in digests.items() if k in metadata})
+    )
 
 
 def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:
@@ -435,5 +357,5 @@ def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Pat
 
     Tensors stand in it as safetensors orders them. BloraError where it cannot be written.
     """
-    with written_whole(output) as part, part.open("wb") as file:
+    with written_whole(output) as part, part.open("w+b") as file:
         write_tensors(file, in_order(tensors), metadata)

@@ -1,19 +1,20 @@
-"""What all programs of the bundle do alike: the one error type, escaped text, numbers in words, and
-a file that is written whole or not at all.
+"""What every program needs: the one error type, escaped text, numbers as text, and a file that is
+written whole or not at all.
 
-The lowest room: every other blora file may import it, and it imports none of them.
+Bottom layer: every other file of blora may import it, and it imports none of them.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-NAMED = 3  # how many of many keys a message names
-LONGEST_NAME = 200  # letters of each
+MAX_LISTED = 3  # keys that a message lists, of any number
+LONGEST_NAME = 200  # characters of each
 
 
 class BloraError(Exception):
@@ -29,36 +30,44 @@ def first_few(keys: Iterable[str]) -> str:
     """Some of many keys, escaped: "a, b, c and 7 more"."""
     keys = [key if len(key) <= LONGEST_NAME else f"{key[:LONGEST_NAME]}..." for key in keys]
     keys = [printable(key) for key in keys]
-    more = len(keys) - NAMED
-    return ", ".join(keys[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(keys) - MAX_LISTED
+    return ", ".join(keys[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def listed(keys: Collection[str]) -> str:
+    """Keys at the end of a sentence, counted: "(10): a, b, c and 7 more"."""
+    return f"({len(keys)}): {first_few(keys)}"
 
 
 def span(values: Iterable[float | None]) -> str:
-    """Numbers in words: "4", or "4 to 8" where they differ, "-" where there are none."""
+    """Numbers as text: "4", or "4 to 8" where they differ, "-" where there are none."""
     known = sorted({value for value in values if value is not None})
     return " to ".join(f"{value:g}" for value in dict.fromkeys(known[:1] + known[-1:])) or "-"
 
 
 def counted(number: int, one: str, more: str = "") -> str:
-    """A number of things in words: "1 batch", "2 epochs"."""
+    """A number of things: "1 batch", "2 epochs"."""
     return f"{number} {one}" if number == 1 else f"{number} {more or one + 's'}"
 
 
 def file_size(size: float) -> str:
-    """Bytes in words: "56.4 MB", "1.80 GB"."""
+    """Bytes as text: "56.4 MB", "1.80 GB"."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @contextmanager
 def written_whole(output: Path) -> Iterator[Path]:
-    """The file to write, beside its final name, to which it is then moved: no half file is there.
+    """A temporary file to write, which is then renamed to `output`; on an error it is removed.
 
-    BloraError where it cannot be written.
+    Where `output` is a link, its target is replaced. BloraError where it cannot be written.
     """
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    target = Path(os.path.realpath(output)) if output.is_symlink() else output
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
-        part.replace(output)
+        with part.open("rb+") as file:  # the bytes before the name, whatever the system is doing
+            os.fsync(file.fileno())
+        part.replace(target)
     except OSError as error:
         raise BloraError(f"cannot write {output} ({error})") from error
     finally:
@@ -66,6 +75,16 @@ def written_whole(output: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def escape_unencodable() -> None:
+    """Let stdout and stderr escape what their encoding lacks: a console may lack a path's letter.
+
+    Whatever else took their place, such as None under pythonw, stays as it is.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(sentence: str) -> None:
-    """Print what is not a result: it goes to stderr, on one line, escaped."""
+    """Print a message to stderr, on one line, escaped."""
     print(printable(sentence), file=sys.stderr)

@@ -50,8 +50,8 @@ NUMBERS = [
 ]  # fmt: skip
 OTHERS = [
     None, True, False, "", "4", "F32", [], [0], [[0]], Pairs(), Pairs([("a", "b")]),
-    *(Token("[" * depth + "]" * depth) for depth in (100, 124, 125, 126, 127, 200)),
-    *map(Token, ('"\\ud800"', '"\\udc00"', '"\\ud83d\\ude00"', '"\\x41"', '"a\nb"', "'a'", "nul")),
+    *(Token("[" * depth + "]" * depth) for depth in (100, 200)),
+    *map(Token, ('"\\ud83d\\ude00"', '"\\x41"', '"a\nb"', "'a'", "nul")),
     *map(Token, ("//", "{,}", "[1,]", '{"a" 1}', '{"a": 1,}', "{1: 2}", '"')),
 ]  # fmt: skip
 FIELDS = ["dtype", "shape", "data_offsets"]
@@ -132,16 +132,6 @@ def other_layout(draw, pairs: Pairs) -> None:
             offsets[:] = [n + by if isinstance(n, int) else n for n in offsets]
 
 
-def listed(draw, pairs: Pairs) -> None:
-    """A tensor's fields as a list of their values."""
-    at = a_pair(draw, pairs)
-    key, value = pairs[at]
-    if isinstance(value, Pairs):
-        fields = dict(value)
-        order = FIELDS if draw(st.integers(0, 3)) else draw(st.permutations(FIELDS))
-        pairs[at] = (key, [fields[name] for name in order if name in fields])
-
-
 def spoil(draw, text: bytes) -> bytes:
     """The header's text with something in it that is no part of JSON, or no harm to it."""
     at = draw(st.integers(0, len(text)))
@@ -154,7 +144,7 @@ def spoil(draw, text: bytes) -> bytes:
     )
 
 
-MUTATIONS: list[Callable] = [other_value, other_value, other_fields, other_layout, listed]
+MUTATIONS: list[Callable] = [other_value, other_value, other_fields, other_layout]
 
 
 @st.composite

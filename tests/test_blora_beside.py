@@ -217,8 +217,8 @@ def test_a_tucker_core_of_a_resized_file_is_warned_of(tmp_path, capsys, form, is
     lora = write_modules(tmp_path / "in.safetensors", {name: module}, comment)
     assert slice_lora("--loras", lora, *everything(tmp_path)) == 0
     assert capsys.readouterr().err == is_wrong * (
-        "warning: in.safetensors was resized, and sd-scripts' tool leaves tucker cores as they "
-        f"were, so these modules are wrong (1): {name}\n"
+        "warning: in.safetensors was resized, and sd-scripts' tool does not resize tucker "
+        f"cores, so these modules are wrong (1): {name}\n"
     )
 
 

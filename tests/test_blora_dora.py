@@ -320,7 +320,7 @@ def test_a_dora_with_a_bias_among_its_factors_is_refused(tmp_path, capsys, suffi
     args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
     args += ("--output_path", tmp_path / "out.safetensors", "--base_model", base)
     assert refusal(capsys, "--loras", lora, *args) == (
-        f"the strength of {ATTENTION} in {lora} cannot go into the file, because it is DoRA and "
+        f"cannot rescale {ATTENTION} in {lora}, because it is DoRA and "
         "has a bias among its factors: cut it at 1.0 and set the strength where the LoRA is used"
     )
 

@@ -160,7 +160,9 @@ def test_an_alpha_that_is_no_number_is_refused(tmp_path, capsys, alpha):
     b = write(tmp_path / "b.safetensors", loras(OUTPUT, [8.0], torch.float32))
     output = tmp_path / "out.safetensors"
     args = ("--loras", a, b, *both_traits(tmp_path), "--output_path", output)
-    assert refusal(capsys, *args) == f"{name} has an alpha that fp32 cannot hold"
+    assert refusal(capsys, *args) == (
+        f"the alpha of {name} is not a finite fp32 number: write separate files with --not_combined"
+    )
     assert not output.exists()
 
 

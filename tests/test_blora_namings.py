@@ -93,7 +93,7 @@ def test_what_cannot_be_halved_is_refused_by_its_kohya_name_in_every_naming(
     for name in names:
         args = ("--traits", name, "--traits_file", traits, "--alphas", "0.5")
         sentence = refusal(capsys, "--loras", lora, *args, "--output_path", output)
-        assert sentence.startswith(f"the strength of {name} in ")
+        assert sentence.startswith(f"cannot rescale {name} in ")
     assert not output.exists()
 
 

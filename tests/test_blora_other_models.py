@@ -95,7 +95,7 @@ def test_equal_copies_are_shown_once(tmp_path, capsys, alias):
 def test_a_module_that_differs_under_two_names_can_be_looked_at(tmp_path, capsys, alias, way):
     lora = under_two_names(tmp_path / "twice.safetensors", alias, different())
     assert slice_lora("--loras", lora, *way) == 0
-    assert NAME in capsys.readouterr().out.split("more than once")[-1].split("doubled")[-1]
+    assert NAME in capsys.readouterr().out.split("duplicate modules")[-1].split("doubled")[-1]
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -116,8 +116,8 @@ def test_a_module_that_differs_under_two_names_is_refused_where_it_would_be_kept
     output = tmp_path / "out.safetensors"
     args = ("--alphas", strength, "--output_path", output)
     assert refusal(capsys, "--loras", lora, *args) == (
-        f"{lora} holds {NAME} twice, under two names and with different values: delete one of the "
-        "two from it, or leave the module out by a trait's blacklist"
+        f"{lora} holds {NAME} twice, under two names and with different values: delete one of "
+        "them, or exclude the module with a trait's blacklist"
     )
     assert not output.exists()
 
@@ -213,7 +213,7 @@ SD_V1 = {"ss_base_model_version": "sd_v1"}
 FLUX = {"modelspec.architecture": "flux-1-dev/lora"}
 TEXT_ENCODER = "it has lora_te_, the one text encoder of Stable Diffusion 1 and 2"
 BLOCK = "it has down_blocks_0_attentions_0, a block that SDXL does not have"
-WIDTH = "its attn2 reads text of 768 numbers, SDXL's of 2048"
+WIDTH = "its attn2 has a text width of 768, not 2048"
 # LoRAs of which a part, or all, would fit layers of SDXL: tensors, metadata, what gives them away.
 STRANGERS: dict[str, tuple[dict[str, Tensor], dict[str, str] | None, str]] = {
     "SD 1.5": (sd_15(), SD_V1, 'its ss_base_model_version is "sd_v1"'),
@@ -297,7 +297,7 @@ def test_a_lora_of_another_model_is_refused_as_that_whatever_the_trait(
         for trait in json.loads(traits_file.read_text())
     }
     # It is about the file: not that this trait is not in it, nor that one module does not fit.
-    assert sentences == {f"{lora} is a LoRA for another model than SDXL: {sign}"}
+    assert sentences == {f"{lora} is a LoRA for a different model, not SDXL: {sign}"}
     assert not output.exists()
 
 
@@ -310,7 +310,7 @@ def test_a_lora_of_another_model_is_refused_as_the_second_of_a_join(
     output = tmp_path / "out.safetensors"
     args = ("--traits", "style", "self_attention", "--traits_file", traits_file)
     sentence = refusal(capsys, "--loras", own, lora, *args, "--output_path", output)
-    assert sentence == f"{lora} is a LoRA for another model than SDXL: {sign}"
+    assert sentence == f"{lora} is a LoRA for a different model, not SDXL: {sign}"
     assert not output.exists()
 
 
@@ -414,7 +414,7 @@ def test_the_own_weight_of_a_layer_beside_its_factors_stops_no_cut(tmp_path, cap
     assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 0
     assert set(load_file(output)) == set(factors)
     assert capsys.readouterr().err == (
-        "note: layers' own weights in a.safetensors, which are no LoRA's, were skipped (1): "
+        "note: skipped plain layer weights in a.safetensors, not part of a LoRA (1): "
         f"{layer}.{suffix}\n"
     )
 
@@ -425,6 +425,6 @@ def test_the_own_weights_of_layers_beside_a_lora_are_skipped_and_named(tmp_path,
     assert slice_lora("--loras", lora, "--output_path", output) == 0
     assert set(load_file(output)) == set(blora_modules(CONTENT))
     assert capsys.readouterr().err == (
-        "note: layers' own weights in own.safetensors, which are no LoRA's, were skipped (2): "
+        "note: skipped plain layer weights in own.safetensors, not part of a LoRA (2): "
         "unet.conv_in.bias, unet.conv_in.weight\n"
     )

@@ -95,9 +95,9 @@ def test_an_adapter_without_its_settings_is_cut_at_alpha_equal_to_its_rank_with_
     for name, merge in merged.items():
         assert_near(weight_change(modules[name]), merge.change / merge.scaling)
     assert capsys.readouterr().err == (
-        "warning: nothing says the alpha of alone.safetensors, whose names are PEFT's: it is taken "
-        "as the rank; if it was trained with another, put its adapter_config.json beside it and "
-        "cut it again\n"
+        "warning: no alpha is stored for alone.safetensors, whose names are PEFT's: alpha = rank "
+        "is assumed; if it was trained with another alpha, put its adapter_config.json beside it "
+        "and cut it again\n"
     )
 
 
@@ -217,7 +217,7 @@ def test_a_scale_of_two_axes_beside_pefts_factors_stays_by_row_or_by_column(
     [module] = read_modules(slice_all(lora, 1.0)).values()
     assert module["dora_scale"].shape == shape
     # The factors are PEFT's, whatever stands beside them.
-    assert capsys.readouterr().err.startswith("warning: nothing says the alpha of ")
+    assert capsys.readouterr().err.startswith("warning: no alpha is stored for ")
 
 
 def test_what_needs_no_alpha_is_not_warned_of(tmp_path, capsys):
@@ -254,7 +254,7 @@ def test_the_settings_of_a_lora_of_another_rank_are_not_taken(tmp_path, capsys):
     modules = read_modules(slice_all(lora, 1.0))
     for name, merge in merged.items():
         assert_near(weight_change(modules[name]), merge.change / merge.scaling)
-    assert capsys.readouterr().err.startswith("warning: nothing says the alpha of ")
+    assert capsys.readouterr().err.startswith("warning: no alpha is stored for ")
 
 
 def test_somebodys_settings_beside_a_file_in_kohyas_names_are_not_for_it(tmp_path, capsys):
@@ -572,7 +572,7 @@ def test_a_rotation_of_another_layout_is_refused_at_a_strength(tmp_path, capsys,
     args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
     output = tmp_path / "out.safetensors"
     sentence = refusal(capsys, "--loras", lora, *args, "--output_path", output)
-    assert any(sentence.startswith(f"the strength of {name} in ") for name in modules)
+    assert any(sentence.startswith(f"cannot rescale {name} in ") for name in modules)
     assert not output.exists()
 
 
@@ -599,7 +599,7 @@ def test_the_magnitude_of_ai_toolkit_makes_a_dora_that_no_strength_goes_into(tmp
     args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
     output = tmp_path / "out.safetensors"
     sentence = refusal(capsys, "--loras", lora, *args, "--output_path", output)
-    assert sentence.startswith(f"the strength of {Q} in {lora} cannot go into the file")
+    assert sentence.startswith(f"cannot rescale {Q} in {lora}, because ")
     assert "DoRA" in sentence
 
 

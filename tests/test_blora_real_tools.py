@@ -257,7 +257,7 @@ def test_the_slicer_refuses_such_a_core(resized, tmp_path, capsys):
     options = "--traits", "all", "--traits_file", all_traits(tmp_path)
     place = "--output_path", tmp_path / "slice.safetensors"
     sentence = refusal(capsys, "--loras", after, *options, *place)
-    assert sentence.startswith(f'all that {after} holds of the trait "all" lacks a factor, or has ')
+    assert sentence.startswith(f'every "all" module in {after} is incomplete (')
 
 
 def test_nor_does_a_tucker_core_fit_where_the_rank_stays_the_same(resized):

@@ -19,12 +19,13 @@ ROOMS = [path.relative_to(ROOT) for path in sorted((ROOT / "blora").rglob("*.py"
 # What a program loads only where it is asked for it.
 LATE = {
     "blora_slicer.py": {
-        "blora/sheet.py", "blora/slicer/strength.py", "blora/slicer/inspection.py",
+        "blora/sheet.py", "blora/slicer/inspection.py", "blora/slicer/strength.py",
+        "blora/slicer/values.py",
     },
     "blora_preflight.py": {
         f"blora/preflight/{name}.py"
         for name in (
-            "caches", "captions", "dataset", "dataset_checks", "dataset_config", "folders",
+            "captions", "dataset", "dataset_checks", "folders",
             "images", "preview",
         )
     },

@@ -171,7 +171,7 @@ def test_a_dora_is_kept_at_1_and_refused_at_another_strength(tmp_path, output, c
     capsys.readouterr()
     assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 1
     assert capsys.readouterr().err == (
-        f"error: the strength of {name} in {lora} cannot go into the file, because it is DoRA and "
+        f"error: cannot rescale {name} in {lora}, because it is DoRA and "
         "it needs the weights it was trained on: give the checkpoint as --base_model, or cut it "
         "at 1.0 and set the strength where the LoRA is used\n"
     )
@@ -268,14 +268,14 @@ def test_debug_names_each_kept_module_on_stderr(lora, output, capsys):
 def test_an_unknown_trait_lists_the_known_ones(lora, output, capsys):
     args = ("--loras", lora, "--traits", "colour", "--output_path", output)
     assert refusal(capsys, *args) == (
-        'unknown trait "colour": the traits are content, style, layout, clip_2_content'
+        'unknown trait "colour": choose one of content, style, layout, clip_2_content'
     )
 
 
 def test_a_trait_the_lora_does_not_hold_is_refused_with_the_blocks_it_has(lora, output, capsys):
     args = ("--loras", lora, "--traits", "layout", "--output_path", output)
     assert refusal(capsys, *args) == (
-        f'{lora} holds nothing of the trait "layout": its blocks are '
+        f'{lora} has no modules for the trait "layout": its blocks are '
         "output_blocks.0.1, output_blocks.1.1"
     )
     assert not output.exists()
@@ -287,7 +287,7 @@ def test_the_same_module_from_two_loras_is_refused(tmp_path, output, capsys):
     b = write_lora(tmp_path / "b.safetensors", lora_module(name))
     assert refusal(capsys, "--loras", a, b, "--output_path", output) == (
         f"{name} would come from both content of a.safetensors and content of b.safetensors: "
-        "leave one out, or write them apart with --not_combined"
+        "leave one out, or write separate files with --not_combined"
     )
     assert not output.exists()
 
@@ -347,7 +347,7 @@ def test_not_combined_never_writes_over_an_input(tmp_path, capsys):
         ("slice.pt", "the output {path} must end in .safetensors: change --output_path"),
         (
             "gone/slice.safetensors",
-            "no folder {path.parent} to write to: make it or change --output_path",
+            "no folder {path.parent}: create it, or change --output_path",
         ),
         (
             "folder.safetensors",
@@ -364,7 +364,7 @@ def test_an_output_that_cannot_be_written_is_refused(lora, tmp_path, capsys, out
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[1]", "{path} holds no traits: its JSON must be one object of traits by name"),
+        ("[1]", "{path} holds no traits: its JSON must be an object of traits by name"),
         (
             '{"content": ["a"]}',
             'trait "content" in {path} is not of the form '
@@ -421,7 +421,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_part(lora, outpu
         ([], "the following arguments are required: --loras"),
         (
             ["--loras", "a", "--alphas", "1", "1"],
-            "--alphas: 2 values for 1 slice(s), leave some out",
+            "--alphas: 2 values for 1 slice, leave some out",
         ),
         (
             ["--loras", "a", "--alphas", "nan"],
@@ -480,7 +480,7 @@ def test_every_option_is_for_a_slice_or_goes_with_inspect(capsys):
     with pytest.raises(SystemExit):
         slice_lora("--help")
     options = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
-    assert options == {*WRITING, "--loras", "--traits_file", "--inspect", "--json"}
+    assert options == {*WRITING, "--loras", "--traits_file", "--inspect", "--json", "--version"}
 
 
 # ---- As a program --------------------------------------------------------------------------------

@@ -52,10 +52,7 @@ MISFIT = (
     f"{NAME} does not fit its weight in {{base}}: give the checkpoint that the LoRA was trained "
     "on, or cut it at 1.0"
 )
-HALF = (
-    'all that {lora} holds of the trait "all" lacks a factor, or has a tucker core that does not '
-    "fit"
-)
+HALF = 'every "all" module in {lora} is incomplete'
 CANNOT = f"{NAME} is a DoRA that cannot be cut at 0.5: use 1.0"
 BASES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     # how it is made, and what a sound DoRA is refused with on it

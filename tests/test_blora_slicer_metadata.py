@@ -164,7 +164,7 @@ def test_the_longest_entries_go_where_the_header_would_pass_1_mib(tmp_path, outp
     assert metadata["ss_seed"] == "1"
     assert int.from_bytes(output.read_bytes()[:8], "little") < 1 << 20
     err = capsys.readouterr().err
-    assert err == "note: left out, as the header would be too long: ss_tag_frequency\n"
+    assert err == ("note: left out metadata that makes the header too long (1): ss_tag_frequency\n")
 
 
 def kohya_hashes(path: Path) -> tuple[str, str]:

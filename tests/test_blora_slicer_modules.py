@@ -40,9 +40,7 @@ USE_1 = "cut it at 1.0 and set the strength where the LoRA is used"
 
 
 def no_strength(because: str, advice: str = USE_1) -> str:
-    return (
-        f"the strength of {NAME} in {{lora}} cannot go into the file, because {because}: {advice}"
-    )
+    return f"cannot rescale {NAME} in {{lora}}, because {because}: {advice}"
 
 
 def stored_as(dtype: str) -> str:
@@ -51,10 +49,7 @@ def stored_as(dtype: str) -> str:
 
 
 def cannot_hold(suffix: str, dtype: str) -> str:
-    return (
-        f"{NAME}.{suffix} has values that {dtype} cannot hold: lower --alphas, or use "
-        "--save_precision float"
-    )
+    return f"{NAME}.{suffix} overflows {dtype}: lower --alphas, or use --save_precision float"
 
 
 UNKNOWN = no_strength("it is unknown and its tensors are of an unknown kind")
@@ -65,19 +60,21 @@ DORA = no_strength(
     f"give the checkpoint as --base_model, or {USE_1}",
 )
 INCOMPLETE = (
-    'all that {lora} holds of the trait "content" lacks a factor, or has a tucker core that does '
-    f"not fit ({NAME}): save it again with the program that trained it"
+    'every "content" module in {lora} is incomplete '
+    f"({NAME}): save it again with the program that trained it"
 )
 PARTS = ", ".join(f"{NAME}.{suffix}" for suffix in ("hada_w1_a", "lambda_layer", "lokr_w1"))
 PARTS = f"what {PARTS} does is unknown"
 OTHER_PARTS = no_strength(PARTS)
 NO_OTHER_ALPHA = (
-    f"{NAME} cannot take the alpha of the others, because {PARTS}: write the slices apart with "
+    f"{NAME} cannot take the alpha of the others, because {PARTS}: write separate files with "
     "--not_combined"
 )
-NO_FP32 = f"{NAME} has an alpha that fp32 cannot hold"
+NO_FP32 = (
+    f"the alpha of {NAME} is not a finite fp32 number: write separate files with --not_combined"
+)
 NO_FACTOR = (
-    f"{OTHER} would be multiplied by 1.42725e+45, which fp32 cannot hold: correct "
+    f"{OTHER} would be multiplied by 1.42725e+45, which overflows fp32: correct "
     "--alphas, or the LoRA's alpha"
 )
 
@@ -326,9 +323,7 @@ def test_at_strength_1_a_strange_module_is_copied_to_the_byte(slicer, what):
 def test_an_alpha_that_is_no_number_is_warned_of(slicer, what):
     lora = strange(slicer, what)
     assert slicer(lora) == 0
-    assert slicer.err == (
-        f"warning: modules of {lora.name} have an alpha that is NaN or inf (1): {NAME}\n"
-    )
+    assert slicer.err == (f"warning: alpha is NaN or inf in modules of {lora.name} (1): {NAME}\n")
     with safe_open(slicer.output, "pt") as file:
         assert "ss_network_alpha" not in file.metadata() or CASES[what].scaled == OFT
 
@@ -347,10 +342,7 @@ def test_half_a_module_is_named_and_left_out_where_others_are_kept(slicer, what,
     write(lora, load_file(lora) | sound)
     assert slicer(lora, "--alphas", strength) == 0
     assert set(stored(slicer.output)) == set(sound)
-    assert slicer.err == (
-        f"note: modules of {lora.name} that lack a factor, or have a tucker core that does not "
-        f"fit, were left out (1): {NAME}\n"
-    )
+    assert slicer.err == (f"note: left out incomplete modules of {lora.name} (1): {NAME}\n")
     assert slicer(lora, "--inspect", "--json") == 0
     [facts] = json.loads(slicer.out)
     assert (facts["incomplete"], facts["misfits"]) == ([NAME], [])

@@ -202,7 +202,7 @@ def test_keys_that_cannot_be_placed_are_counted_and_the_first_named(tmp_path, ca
     output = tmp_path / "slice.safetensors"
     assert slice_lora("--loras", lora, "--output_path", output) == 0
     assert capsys.readouterr().err == (
-        "note: 5 tensors of a.safetensors do not belong to SDXL and were skipped: "
+        "note: skipped tensors of a.safetensors that SDXL has no layers for (5): "
         "strange.a, strange.b, strange.c and 2 more\n"
     )
     assert set(load_file(output)) == set(blora_modules(CONTENT))
@@ -213,8 +213,7 @@ def test_an_unknown_suffix_is_named_without_its_escapes(tmp_path, capsys):
     lora = write(tmp_path / "strange.safetensors", lora_module(QUERY) | strange)
     assert slice_lora("--loras", lora, "--output_path", tmp_path / "out.safetensors") == 0
     assert capsys.readouterr().err == (
-        "note: tensors of strange.safetensors of an unknown kind were copied as they are (1): "
-        f"{QUERY}.\\x1b[2J\n"
+        f"note: copied unknown tensors of strange.safetensors (1): {QUERY}.\\x1b[2J\n"
     )
 
 

@@ -117,7 +117,7 @@ def test_the_first_number_that_overflows_is_refused_with_its_module(
     lora = one_number(tmp_path, sign * number, dtype)
     args = (*options(strength, precision), "--output_path", output)
     assert refusal(capsys, "--loras", lora, *args) == (
-        f"{UP} has values that {saved} cannot hold: lower --alphas, or use --save_precision float"
+        f"{UP} overflows {saved}: lower --alphas, or use --save_precision float"
     )
     assert not output.exists()
 

@@ -143,7 +143,7 @@ def test_what_cannot_carry_a_strength_is_refused_and_said_why(tmp_path, capsys, 
     output = tmp_path / "out.safetensors"
     args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", strength)
     error = refusal(capsys, "--loras", lora, *args, "--output_path", output)
-    assert error.startswith(f"the strength of {name} in {lora} cannot go into the file")
+    assert error.startswith(f"cannot rescale {name} in {lora}, because ")
     assert f"it is {kind.split(',')[0]} and" in error
     assert "set the strength where the LoRA is used" in error
     assert not output.exists()

@@ -28,7 +28,7 @@ from blora.preflight.dataset import Folder, caption_path, module_of, without_aug
 from blora.preflight.report import Report
 from blora.preflight.trainer_errors import frames, in_english
 from blora.sheet import make_thumbnail
-from blora.text import NAMED, first_few
+from blora.text import MAX_LISTED, first_few
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 are sideways
 MOST_THREADS = 4  # each holds a whole picture
@@ -214,7 +214,7 @@ BUCKETS = "add --enable_bucket, or save it at the size of the resolution"
 def broken_pictures(opened: Iterable[Opened]) -> list[str]:
     """A sentence for each picture that cannot be trained; many are summed up."""
     broken = list({picture.path: picture for picture in opened if picture.error}.values())
-    if len(broken) > NAMED:
+    if len(broken) > MAX_LISTED:
         names = first_few(f'"{picture.path}" ({picture.error})' for picture in broken)
         return [f"cannot open {len(broken)} pictures, {names}: re-save or remove them"]
     return [

@@ -1,6 +1,6 @@
-"""What --inspect shows of a LoRA: blocks, the size of their changes, the training.
+"""What --inspect shows of a LoRA: its blocks, the size of their changes, its training, problems.
 
-blora_slicer.py loads it for --inspect alone.
+blora_slicer.py imports it for --inspect alone.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,31 +15,15 @@ from tqdm import tqdm
 
 from blora.sdxl import Trait, block_of
 from blora.slicer.keys import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
-from blora.slicer.modules import INCOMPLETE, Lora, Module
-from blora.slicer.strength import through_core, values
-from blora.tensorfile import FLOAT8, FLOATS, NUMBERS, json_object
-from blora.text import file_size, first_few, printable, span
+from blora.slicer.modules import Lora, Module
+from blora.slicer.values import through_core, values
+from blora.tensorfile import FLOAT8, FLOATS, json_object
+from blora.text import file_size, listed, printable, span
 
 BAR = 20  # characters for the whole change
 COLUMNS = ("block", "trait", "modules", "algorithm", "rank", "alpha", "dtype", "size", "change")
 TRIGGER_WORDS = 10
 ROWS_AT_A_TIME = 64
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the modules of a block that the same traits keep."""
-
-    block: str
-    trait: str
-    modules: int
-    algorithm: str
-    ranks: list[int]
-    alphas: list[float]
-    dtype: str
-    bytes: int
-    change: float | None  # Frobenius norm of the weight change
-    share: float | None  # of the file's squared change
 
 
 def gram_norm(left: np.ndarray, right: np.ndarray) -> float:
@@ -126,10 +109,6 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
     }
     known = {s: values(t) for s, t in read.items() if t.dtype in FLOATS or t.dtype in FLOAT8}
     broken = [f"{module.name}.{s}" for s, v in known.items() if not np.isfinite(v).all()]
-    alpha = read.get(ALPHA)
-    others = NUMBERS.difference(FLOATS, FLOAT8)
-    if alpha and alpha.dtype in others and not math.isfinite(module.alpha or 0):
-        broken.append(f"{module.name}.{ALPHA}")
     complete = all(s == ALPHA or s in known for s in read) and module.fits
     if broken or not complete or module.is_incomplete or module.unknown:
         return None, broken
@@ -151,26 +130,29 @@ def change_norm(module: Module, known: dict[str, np.ndarray]) -> float | None:
 
 
 def table_row(
-    key: tuple[str, str], modules: list[Module], norms: dict[str, float | None], total: float
-) -> Row:
-    """The line for these modules of one block."""
+    block: str, trait: str, modules: list[Module], norms: dict[str, float | None], total: float
+) -> dict[str, Any]:
+    """One line of the table: the modules of a block that the same traits keep.
+
+    `change` is the Frobenius norm of the weight change, `share` its part of the file's squared one.
+    """
     tensors = [tensor for module in modules for tensor in module.tensors.values()]
     changes = [norms[module.name] for module in modules]
-    change = None if None in changes else math.hypot(*changes)
-    change = None if change is None or math.isinf(change) else change
-    wide = [tensor.dtype for tensor in tensors if tensor.shape] or [t.dtype for t in tensors]
-    return Row(
-        block=key[0],
-        trait=key[1],
-        modules=len(modules),
-        algorithm=", ".join(dict.fromkeys(module.label for module in modules)),
-        ranks=sorted({module.rank for module in modules} - {None}),
-        alphas=sorted({a for m in modules if (a := m.alpha) is not None and math.isfinite(a)}),
-        dtype=", ".join(dict.fromkeys(wide)),
-        bytes=sum(tensor.size for tensor in tensors),
-        change=change,
-        share=None if change is None or not total else (change / total) ** 2,
-    )
+    change = math.hypot(*(c for c in changes if c is not None))
+    is_known = None not in changes and math.isfinite(change)
+    dtypes = [tensor.dtype for tensor in tensors if tensor.shape] or [t.dtype for t in tensors]
+    return {
+        "block": block,
+        "trait": trait,
+        "modules": len(modules),
+        "algorithm": ", ".join(dict.fromkeys(module.label for module in modules)),
+        "ranks": sorted({rank for module in modules if (rank := module.rank) is not None}),
+        "alphas": sorted({a for m in modules if (a := m.alpha) is not None and math.isfinite(a)}),
+        "dtype": ", ".join(dict.fromkeys(dtypes)),
+        "bytes": sum(tensor.size for tensor in tensors),
+        "change": change if is_known else None,
+        "share": (change / total) ** 2 if is_known and total else None,
+    }
 
 
 def training_facts(metadata: dict[str, str]) -> dict[str, Any]:
@@ -200,20 +182,20 @@ def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
         norms[name], not_finite = measure(module)
         broken += not_finite
     total = math.hypot(*(norm for norm in norms.values() if norm))
-    rows = [table_row(key, modules, norms, total) for key, modules in groups.items()]
+    rows = [table_row(*key, modules, norms, total) for key, modules in groups.items()]
     return {
         "file": str(lora.path),
         "bytes": lora.path.stat().st_size,
         "modules": len(lora.modules),
         "naming": "; ".join(lora.namings),
-        "blocks": [vars(row) for row in rows],
+        "blocks": rows,
         "training": training_facts(lora.metadata),
         "not_finite": broken,
         "incomplete": [name for name, module in lora.modules.items() if module.is_incomplete],
         "misfits": [name for name, m in lora.modules.items() if not (m.fits or m.is_incomplete)],
         "unknown": [f"{n}.{s}" for n, module in lora.modules.items() for s in module.unknown],
         "doubled": list(lora.copies),
-        "own": list(lora.own),
+        "own": list(lora.layer_weights),
         "unplaced": list(lora.unplaced),
     }
 
@@ -230,14 +212,15 @@ def table(rows: list[list[str]]) -> list[str]:
     ]
 
 
-# What of a file may not go into a slice, or not as it is.
-TROUBLES = {
-    "incomplete": f"modules that {INCOMPLETE}",
+# What a slice leaves out or refuses, by the key of the facts.
+PROBLEMS = {
+    "not_finite": "tensors with NaN or inf",
+    "incomplete": "incomplete modules",
     "misfits": "modules that do not fit SDXL's layers",
-    "unknown": "tensors of an unknown kind",
-    "doubled": "modules that are there more than once",
-    "own": "layers' own weights, which are no LoRA's",
-    "unplaced": "tensors that do not belong to SDXL",
+    "unknown": "unknown tensors",
+    "doubled": "duplicate modules",
+    "own": "plain layer weights, not part of a LoRA",
+    "unplaced": "tensors that SDXL has no layers for",
 }
 
 
@@ -267,11 +250,5 @@ def report(facts: dict[str, Any]) -> list[str]:
     lines += [f"{key}: {value}" for key, value in training.items()]
     if words:
         lines.append("trigger words: " + ", ".join(f"{word} ({n})" for word, n in words.items()))
-    if facts["not_finite"]:
-        lines.append(
-            f"NaN or inf in {len(facts['not_finite'])} tensors: {first_few(facts['not_finite'])}"
-        )
-    for key, trouble in TROUBLES.items():
-        if facts[key]:
-            lines.append(f"{trouble} ({len(facts[key])}): {first_few(facts[key])}")
+    lines += [f"{problem} {listed(facts[key])}" for key, problem in PROBLEMS.items() if facts[key]]
     return [printable(line) for line in lines]

@@ -1,7 +1,6 @@
 """What a LoRA is: the algorithms and their tensors, a module, and a file's modules.
 
-reader.py reads files as these; cut.py, strength.py and inspection.py work on
-their modules.
+reader.py reads files as these; cut.py, strength.py and inspection.py work on them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from blora.sdxl import Layer, layers_by_module
 from blora.slicer.keys import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, SUFFIXES, UP_BIAS
-from blora.tensorfile import Tensor, number
+from blora.tensorfile import Constant, Tensor, number
 
 # ---- Algorithms and modules ----------------------------------------------------------------------
 
@@ -107,8 +106,6 @@ ALGORITHMS = (
 ADDED = ("diff", "diff_b", "w_norm", "b_norm")
 UNKNOWN = Algorithm("unknown", (), (), reason="its tensors are of an unknown kind")
 
-NO_BLOCKS = Tensor("F32", (), b"")
-
 # What the axes of each tensor mean; the last one takes all that are left. The change has
 # o times p rows and i times j times k columns (a kernel is part of the columns), and a letter has
 # one size in the whole module. "n" is as many as the outputs, "c" as the inputs, "m" as either.
@@ -157,7 +154,8 @@ class Module:
     def label(self) -> str:
         """The algorithm's name as people say it."""
         name = self.algorithm.name
-        if name == "OFT" and len(self.tensors.get("oft_blocks", NO_BLOCKS).shape) == 4:
+        blocks = self.tensors.get("oft_blocks")
+        if name == "OFT" and blocks and len(blocks.shape) == 4:
             name = "BOFT"
         if DORA in self.tensors:
             name = "DoRA" if name == "LoRA" else f"{name} with DoRA"
@@ -186,9 +184,19 @@ class Module:
         return not self.algorithm.scaled or self.rank is not None
 
     @property
+    def effective_alpha(self) -> float:
+        """alpha as programs read it: 0 means the rank, as does none."""
+        return self.alpha or float(self.rank or 0)
+
+    @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with; alpha 0, or none, is the rank."""
-        return self.factor * ((self.alpha or self.rank) / self.rank if self.rank else 1.0)
+        """What the product of the factors is multiplied with."""
+        return self.factor * (self.effective_alpha / self.rank if self.rank else 1.0)
+
+    @property
+    def is_ranked_lora(self) -> bool:
+        """Whether it is one of the modules that diffusers scales by a single alpha."""
+        return self.algorithm.name == "LoRA" and bool(self.rank)
 
     @property
     def unknown(self) -> list[str]:
@@ -253,14 +261,11 @@ def same_sizes(letters: list[str], shape: tuple[int, ...], sizes: dict[str, int]
 
 def with_alpha(module: Module, alpha: float) -> Module:
     """The module with this alpha, as fp32, whatever it had."""
-    constant = Tensor("F32", (), struct.pack("<f", alpha))
+    constant = Constant("F32", (), struct.pack("<f", alpha))
     return replace(module, tensors=module.tensors | {ALPHA: constant})
 
 
-INCOMPLETE = "lack a factor, or have a tucker core that does not fit"  # in messages
-
-
-def with_own_alpha(module: Module) -> Module:
+def with_rank_as_alpha(module: Module) -> Module:
     """The module with alpha = rank where it has none: that means the same, and LyCORIS needs it.
 
     LyCORIS needs one of a LoKr of two whole factors too, and does not read it.
@@ -281,7 +286,7 @@ class Lora:
     modules: dict[str, Module]
     metadata: dict[str, str]
     unplaced: tuple[str, ...]  # keys of no layer of SDXL
-    own: tuple[str, ...]  # keys of a layer's own weight or bias, which are no LoRA's
+    layer_weights: tuple[str, ...]  # keys of plain weights or biases of a layer
     namings: tuple[str, ...]  # which programs' naming it has
     copies: dict[str, tuple[Module, ...]]  # further ones of modules that it holds more than once
 

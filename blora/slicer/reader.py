@@ -1,8 +1,7 @@
-"""A LoRA file of any program, read as modules in kohya's names.
+"""A LoRA file of any program, read as modules in kohya's names, and the base model of a DoRA.
 
-keys.py says what a key means. This file brings together the tensors of a module and the
-alpha that PEFT writes into settings, and looks for signs of a LoRA for another model.
-blora_slicer.py reads with it.
+keys.py says what a key means. This file brings together the tensors of a module and the alpha that
+PEFT writes into settings. blora_slicer.py reads with it, once.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,19 +17,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from blora.sdxl import blocks_by_spelling
-from blora.slicer.keys import (
-    ALPHA,
-    BY_ROW,
-    DORA,
-    Key,
-    Spelling,
-    plain_name,
-    plain_prefixes,
-    read_key,
-)
+from blora.sdxl import checkpoint_weight
+from blora.slicer.keys import ALPHA, BY_ROW, DORA, Key, Spelling, read_key
 from blora.slicer.modules import UNKNOWN, Lora, Module, with_alpha
-from blora.tensorfile import Tensor, as_fp32, read_header
+from blora.slicer.other_models import check_model
+from blora.tensorfile import Stored, Tensor, as_fp32, read_header
 from blora.text import BloraError, first_few, printable
 
 # ---- PEFT's settings -----------------------------------------------------------------------------
@@ -49,23 +40,23 @@ class Settings:
     values: dict[str, Any]
 
     @property
-    def say_alpha(self) -> bool:
+    def has_alpha(self) -> bool:
         """Whether an alpha is among them."""
         return not {"alpha", "lora_alpha"}.isdisjoint(self.values)
 
 
 def peft_settings(metadata: dict[str, str], path: Path, is_peft: bool) -> dict[str, Settings]:
-    """By network: from the metadata, else for PEFT's own names from the file beside.
+    """By network: from the metadata, else, for PEFT's own names, from the file beside the LoRA.
 
     BloraError where they cannot be read.
     """
     where = f"{METADATA} of {path}"
     try:
-        found = json.loads(metadata.get(METADATA, "{}"))
+        entries = json.loads(metadata.get(METADATA, "{}"))
         settings = {
             network: Settings(METADATA, {
                 key.removeprefix(prefix): value
-                for key, value in found.items()
+                for key, value in entries.items()
                 if key.startswith(prefix)
             })
             for prefix, network in PEFT_NETWORKS.items()
@@ -74,11 +65,11 @@ def peft_settings(metadata: dict[str, str], path: Path, is_peft: bool) -> dict[s
         if is_peft and config.is_file():
             where = str(config)
             beside = Settings(PEFT_CONFIG, dict(json.loads(config.read_text("utf-8")).items()))
-            settings = {n: said if said.say_alpha else beside for n, said in settings.items()}
+            settings = {name: s if s.has_alpha else beside for name, s in settings.items()}
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BloraError(
-            f"cannot read {where} ({printable(str(error))}): save the LoRA again with its program"
+            f"cannot read {where} ({error}): save the LoRA again with its program"
         ) from error
 
 
@@ -101,7 +92,7 @@ def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
     PEFT multiplies a LoKr of two whole factors by alpha / r too, which no other program does
     (tuners/lokr/layer.py): that becomes the module's `factor`.
     """
-    if not settings.say_alpha or not module.algorithm.rank or module.alpha is not None:
+    if not settings.has_alpha or not module.algorithm.rank or module.alpha is not None:
         return module
     try:
         alpha = peft_number(settings, layer, "alpha_pattern", "alpha", "lora_alpha")
@@ -144,105 +135,15 @@ def check_settings(settings: Settings, path: Path) -> None:
         )
 
 
-# ---- Other models --------------------------------------------------------------------------------
+# ---- Modules -------------------------------------------------------------------------------------
 
-TEXT_WIDTH = 2048  # of the text that SDXL's attn2 reads; 768 in Stable Diffusion 1, 1024 in 2
-# What metadata call the models of others; SDXL and its finetunes have "xl" in it.
-OTHER_MODELS = (
-    r"(?<![a-z])(sd[ _.-]?v?[123]|stable-diffusion-v?[123]|flux|chroma|lumina|hunyuan|qwen|aura|"
-    r"pixart|cascade|kandinsky|z-?image|cosmos|ltx|mochi|hidream|krea|kolors|"
-    r"(wan|sana|anima)(?![a-z]))"
-)
-# sd-scripts' merge_lora.py and svd_merge_lora.py write it of a merge of SDXL LoRAs too.
-DOUBTFUL = "stable-diffusion-v1"
-MODEL_METADATA = ("ss_base_model_version", "modelspec.architecture")
-BLOCK = r"((?:in|out)put_blocks_\d+_\d+|(?:down|up)_blocks_\d+_[a-z]+_\d+)_"
-
-
-def foreign_block(key: str) -> str | None:
-    """The block of a U-Net that a key names and that SDXL does not have."""
-    plain = plain_name(key)
-    for prefix in plain_prefixes():
-        if plain.startswith(prefix) and (match := re.match(BLOCK, plain[len(prefix) :])):
-            return None if match[1] in blocks_by_spelling() else match[1]
-    return None
-
-
-def said_model(metadata: dict[str, str], modules: Iterable[Module]) -> str | None:
-    """What the metadata say, where that is another model and nothing speaks for SDXL."""
-    entries = {name: metadata.get(name, "") for name in MODEL_METADATA}
-    if any("xl" in said.lower() for said in entries.values()):
-        return None
-    for name, said in entries.items():
-        if said.startswith(DOUBTFUL) and any(map(is_sdxls_alone, modules)):
-            continue
-        if re.search(OTHER_MODELS, said.lower()):
-            return f'its {name} is "{printable(said)}"'
-    return None
-
-
-def is_sdxls_alone(module: Module) -> bool:
-    """Whether a module is of a layer that Stable Diffusion 1 and 2 have not, or not so wide."""
-    return module.layer.network == "te2" or (reads_text(module) and module.columns == TEXT_WIDTH)
-
-
-def reads_text(module: Module) -> bool:
-    """Whether it changes one of the U-Net's layers that read the text."""
-    return module.name.endswith(("attn2_to_k", "attn2_to_v"))
-
-
-# How the layers of models that draw begin, and the third text encoder of some.
-ANY_MODEL = (
-    r"lora_unet_|lora_transformer_|lora_te3_|diffusion_model_|(lycoris_)?transformer_|"
-    r"\w*(single|double|joint)_(transformer_)?blocks_"
-)
-
-
-def keys_of_other_model(keys: Iterable[str], modules: dict[str, Module]) -> str | None:
-    """What of the keys that are of no layer of SDXL is of another model's.
-
-    Stable Diffusion 3 and Flux have SDXL's text encoders, so these alone make no LoRA for SDXL.
-    """
-    has_unet = any(module.layer.network == "unet" for module in modules.values())
-    for key in keys:
-        if key == "lora_controlnet":
-            return "it has lora_controlnet, which makes it a ControlNet"
-        if key.startswith("lora_te_"):
-            return "it has lora_te_, the one text encoder of Stable Diffusion 1 and 2"
-        if block := foreign_block(key):
-            return f"it has {block}, a block that SDXL does not have"
-        if not has_unet and re.match(ANY_MODEL, plain_name(key)):
-            return f"it has {first_few([key])}, and nothing of SDXL's U-Net"
-    return None
-
-
-def text_of_other_model(modules: Iterable[Module]) -> str | None:
-    """How wide a text its cross-attention reads, where that is not SDXL's."""
-    for module in modules:
-        if reads_text(module) and module.columns not in (None, TEXT_WIDTH):
-            return f"its attn2 reads text of {module.columns} numbers, SDXL's of {TEXT_WIDTH}"
-    return None
-
-
-def check_model(
-    path: Path, modules: dict[str, Module], unplaced: list[str], metadata: dict[str, str]
-) -> None:
-    """Refuse a LoRA that shows that it was trained on another model."""
-    reason = (
-        said_model(metadata, modules.values())
-        or keys_of_other_model(unplaced, modules)
-        or text_of_other_model(modules.values())
-    )
-    if reason:
-        raise BloraError(f"{path} is a LoRA for another model than SDXL: {reason}")
-
-
-# ---- Reading -------------------------------------------------------------------------------------
+# A layer's plain parameters, as a model has them, and as PEFT's bias="lora_only" saves them.
+LAYER_WEIGHTS = {"weight", "bias", "base_layer.weight", "base_layer.bias"}
 
 
 @dataclass
-class Found:
-    """What a file holds of a module, under one spelling of its layer."""
+class Part:
+    """The tensors of a module that a file holds under one spelling of its layer."""
 
     spelling: Spelling
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -250,7 +151,7 @@ class Found:
     is_peft: bool = False
 
     def add(self, key: str, meaning: Key, tensor: Tensor) -> None:
-        """Take in a tensor; magnitudes, one a row, become a dora_scale of [out, 1, ...]."""
+        """Add a tensor; magnitudes, one a row, become a dora_scale of [out, 1, ...]."""
         if meaning.suffix == DORA and BY_ROW in meaning.spelt and len(tensor.shape) != 2:
             axes = max(2, len(self.spelling.layer.shape))
             tensor = replace(tensor, shape=(math.prod(tensor.shape), *[1] * (axes - 1)))
@@ -258,28 +159,27 @@ class Found:
         self.keys[meaning.suffix] = key
         self.is_peft |= meaning.is_peft
 
-    def drop_own(self) -> list[str]:
-        """Leave out the layer's own parameters, which are no LoRA's; their keys."""
-        own = OWN if "on_input" not in self.tensors else OWN - {"weight"}  # IA3 has a "weight"
-        dropped = [suffix for suffix in self.tensors if suffix in own]
+    def drop_layer_weights(self) -> list[str]:
+        """Leave out plain layer weights, which are not part of a LoRA; their keys."""
+        names = LAYER_WEIGHTS
+        if "on_input" in self.tensors:  # IA3 has a "weight"
+            names = names - {"weight"}
+        dropped = [suffix for suffix in self.tensors if suffix in names]
         for suffix in dropped:
             del self.tensors[suffix]
         return [self.keys[suffix] for suffix in dropped]
 
-
-# A layer's own parameters, as a model has them, and as PEFT's bias="lora_only" saves them.
-OWN = {"weight", "bias", "base_layer.weight", "base_layer.bias"}
-
-
-def is_rest(part: Found, of: Found) -> bool:
-    """Whether two spellings have no tensor in common, and not both of them a change."""
-    changes = [Module("", found.tensors).algorithm is not UNKNOWN for found in (part, of)]
-    return not (part.tensors.keys() & of.tensors.keys() or all(changes))
+    def completes(self, other: Part) -> bool:
+        """Whether the two have no tensor in common, and are not a change each."""
+        changes = [Module("", part.tensors).algorithm is not UNKNOWN for part in (self, other)]
+        return not (self.tensors.keys() & other.tensors.keys() or all(changes))
 
 
-def find_tensors(tensors: dict[str, Tensor]) -> tuple[list[Found], list[str], list[str]]:
-    """What a file holds under each spelling of a layer; the other keys; the programs' namings."""
-    found: dict[str, list[Found]] = {}
+def split_by_spelling(
+    tensors: Mapping[str, Tensor],
+) -> tuple[list[Part], list[str], list[str]]:
+    """A file's tensors by layer and spelling; the keys of no layer; the programs' namings."""
+    parts: dict[str, list[Part]] = {}
     unplaced: list[str] = []
     namings: dict[str, None] = {}
     for key, tensor in tensors.items():
@@ -287,59 +187,61 @@ def find_tensors(tensors: dict[str, Tensor]) -> tuple[list[Found], list[str], li
         if meaning is None:
             unplaced.append(key)
             continue
-        same = found.setdefault(meaning.spelling.plain, [])
-        free = next((f for f in same if meaning.suffix not in f.tensors), None)
+        same = parts.setdefault(meaning.spelling.plain, [])
+        free = next((part for part in same if meaning.suffix not in part.tensors), None)
         if free is None:  # the first, or one tensor under two suffixes
-            free = Found(meaning.spelling)
+            free = Part(meaning.spelling)
             same.append(free)
         free.add(key, meaning, tensor)
         if meaning.suffix != ALPHA:  # which is spelt alike everywhere
             namings[meaning.naming] = None
-    return [*chain(*found.values())], unplaced, [*namings]
+    return [*chain(*parts.values())], unplaced, [*namings]
 
 
-def find_modules(found: list[Found]) -> tuple[dict[str, list[Found]], list[str]]:
-    """The same by module, each with its copies; and the keys of layers' own parameters.
+def gather_modules(parts: list[Part]) -> tuple[dict[str, list[Part]], list[str]]:
+    """The parts by module, each with its copies; and the keys of plain layer weights.
 
     A module can be under two spellings in parts: diffusers' conversion of a DoRA to kohya's names
     leaves the magnitudes under another one than the factors.
     """
-    modules: dict[str, list[Found]] = {}
-    own: list[str] = []
-    for part in found:
-        own += part.drop_own()
+    modules: dict[str, list[Part]] = {}
+    layer_weights: list[str] = []
+    for part in parts:
+        layer_weights += part.drop_layer_weights()
         if not part.tensors:
             continue
         copies = modules.setdefault(part.spelling.layer.module, [])
-        whole = next((copy for copy in copies if is_rest(part, copy)), None)
+        whole = next((copy for copy in copies if part.completes(copy)), None)
         if whole is None:
             copies.append(part)
         else:
             whole.tensors |= part.tensors
             whole.is_peft |= part.is_peft
-    return modules, own
+    return modules, layer_weights
 
 
-def make_modules(name: str, copies: list[Found], peft: dict[str, Settings]) -> list[Module]:
+def build_modules(name: str, copies: list[Part], peft: dict[str, Settings]) -> list[Module]:
     """A module's copies, whole ones first, with the alpha of PEFT's settings."""
-    made = []
-    for found in copies:
-        module = Module(name, found.tensors)
+    modules = []
+    for part in copies:
+        module = Module(name, part.tensors)
         settings = peft[module.layer.network]
-        if found.is_peft or settings.where == METADATA:
-            module = with_peft_alpha(module, found.spelling.name, settings)
-        if found.is_peft and lacks_alpha(module, settings):
+        if part.is_peft or settings.where == METADATA:
+            module = with_peft_alpha(module, part.spelling.name, settings)
+        if part.is_peft and lacks_alpha(module, settings):
             module = replace(module, is_guess=True)
-        made.append(module)
-    return sorted(made, key=attrgetter("is_incomplete")) if made[1:] else made
+        modules.append(module)
+    return sorted(modules, key=attrgetter("is_incomplete")) if modules[1:] else modules
 
 
 def lacks_alpha(module: Module, settings: Settings) -> bool:
-    """Whether a module of PEFT needs an alpha that nothing says."""
+    """Whether a module of PEFT needs an alpha that is stored nowhere."""
     if not module.algorithm.rank or module.alpha is not None:
         return False
-    return module.rank is not None or not settings.say_alpha
+    return module.rank is not None or not settings.has_alpha
 
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 SAVED_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
@@ -347,23 +249,23 @@ SAVED_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetenso
 def lora_file(path: Path) -> Path:
     """The path, or the LoRA in it where it is a folder that PEFT or diffusers saved one in."""
     inside = [path / name for name in SAVED_IN_FOLDERS]
-    with suppress(OSError):  # read_lora says what may not be read
+    with suppress(OSError):  # read_lora reports what may not be read
         return next((file for file in inside if file.is_file()), path)
     return path
 
 
 def read_lora(path: Path) -> Lora:
-    """A LoRA file of any naming, as modules with kohya's names; BloraError where it is none."""
+    """A LoRA file of any naming, as modules with kohya's names; BloraError where it is not one."""
     if not path.is_file():
         raise BloraError(f"no file at {path}: correct --loras")
     tensors, metadata = read_header(path)
-    parts, unplaced, namings = find_tensors(tensors)
-    found, own = find_modules(parts)
+    parts, unplaced, namings = split_by_spelling(tensors)
+    by_module, layer_weights = gather_modules(parts)
     peft = peft_settings(metadata, path, any(part.is_peft for part in parts))
     for settings in peft.values():
         check_settings(settings, path)
-    loaded = {name: make_modules(name, found[name], peft) for name in sorted(found)}
-    modules = {name: first for name, (first, *_) in loaded.items()}
+    copies = {name: build_modules(name, by_module[name], peft) for name in sorted(by_module)}
+    modules = {name: first for name, (first, *_) in copies.items()}
     check_model(path, modules, unplaced, metadata)
     if not modules:
         holds = first_few(sorted(tensors)) or "no tensor at all"
@@ -373,7 +275,41 @@ def read_lora(path: Path) -> Lora:
         modules,
         metadata,
         unplaced=tuple(unplaced),
-        own=tuple(own),
+        layer_weights=tuple(layer_weights),
         namings=tuple(namings),
-        copies={name: tuple(others) for name, (_, *others) in loaded.items() if others},
+        copies={name: tuple(others) for name, (_, *others) in copies.items() if others},
     )
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """An SDXL checkpoint, of which a DoRA needs the weights that it was trained on."""
+
+    path: Path
+    tensors: dict[str, Stored]
+
+    def weight(self, module: Module) -> Stored:
+        """The weight of the module's layer; BloraError where the checkpoint has none."""
+        key, third = checkpoint_weight(module.layer) or ("", None)
+        if key not in self.tensors:
+            raise BloraError(
+                f"{self.path} holds no weight for {module.name}: give the SDXL checkpoint, as one "
+                ".safetensors file, that the LoRA was trained on"
+            )
+        tensor = self.tensors[key]
+        return tensor if third is None else third_of_rows(tensor, third)
+
+
+def third_of_rows(tensor: Stored, third: int) -> Stored:
+    """A third of a tensor's rows, counted from 0; a DoRA that does not fit it is refused later."""
+    size = tensor.size // 3
+    start = tensor.start + third * size
+    shape = (tensor.shape[0] // 3, *tensor.shape[1:]) if tensor.shape else ()
+    return replace(tensor, shape=shape, start=start, stop=start + size)
+
+
+def read_base_model(path: Path) -> BaseModel:
+    """The checkpoint by its header; BloraError where it cannot be read."""
+    if not path.is_file():
+        raise BloraError(f"no file at {path}: correct --base_model")
+    return BaseModel(path, read_header(path)[0])
