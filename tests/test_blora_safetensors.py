@@ -281,6 +281,15 @@ def test_a_header_that_is_wrong_is_refused(slicer, what):
     slicer.refuses(lora)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62], [0, 2**63], [0, 2**64], [2**31] * 500_000])
+def test_a_shape_that_numpy_refuses_is_refused_at_once(slicer, shape):
+    header = {PART: tensor(), f"{NAME}.lokr_w1": tensor(shape=shape, offsets=[4, 4])}
+    lora = write_bytes(slicer.folder / "shape.safetensors", raw(header, NUMBER))
+    started = time.monotonic()
+    assert "is not a whole safetensors file" in slicer.refuses(lora)
+    assert time.monotonic() - started < 5
+
+
 ODD: dict[str, tuple[bytes, str]] = {
     # a header, and the type of the one tensor that it gives
     "a tensor twice, where the last counts": (

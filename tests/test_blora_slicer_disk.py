@@ -7,11 +7,14 @@ a half file under the final name, never a touched input.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +26,8 @@ from lora_files import write as write_lora
 from slicing import CUTS, LOOKS, OLD, SMALL, fingerprint, one_sentence, opens, slice_lora
 
 import blora_slicer
+from blora.tensorfile import read_header, write_file, write_hashed
+from blora.text import BloraError
 
 # A warning would be a line on stderr that tells the user nothing.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -87,6 +92,83 @@ def test_a_disk_that_is_full_at_any_byte_leaves_what_there_was(slicer, way):
         assert (code, err.count("\n")) == (1, 1)
         assert err.startswith(f"error: cannot write {slicer.output} (")
         slicer.check_folder({lora.name, slicer.output.name}, wrote=False)
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(slicer, monkeypatch):
+    lora, synced = slicer.folder / "a.safetensors", []
+    lora.write_bytes(small_file())
+
+    def fsync(file: int) -> None:
+        synced.append((os.fstat(file).st_size, slicer.output.read_bytes() == OLD))
+        os_fsync(file)
+
+    os_fsync = os.fsync
+    monkeypatch.setattr("os.fsync", fsync)
+    assert slicer(lora) == 0
+    assert synced == [(slicer.output.stat().st_size, True)]
+
+
+@POSIX
+@pytest.mark.parametrize("target", ["there.safetensors", "new.safetensors"])
+def test_an_output_that_is_a_link_stays_one_and_its_target_is_written(tmp_path, target):
+    lora, output = tmp_path / "a.safetensors", tmp_path / "slice.safetensors"
+    lora.write_bytes(small_file())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "there.safetensors").write_bytes(OLD)
+    output.symlink_to(f"elsewhere/{target}")
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
+    assert output.readlink() == Path("elsewhere", target)
+    assert opens(elsewhere / target)
+    assert {path.name for path in elsewhere.iterdir()} == {"there.safetensors", target}
+    assert {path.name for path in tmp_path.iterdir()} == {lora.name, output.name, "elsewhere"}
+
+
+@POSIX
+def test_an_output_that_is_a_link_to_nowhere_is_refused_by_its_own_name(tmp_path, capsys):
+    lora, output = tmp_path / "a.safetensors", tmp_path / "slice.safetensors"
+    lora.write_bytes(small_file())
+    output.symlink_to("gone/slice.safetensors")
+    assert slice_lora("--loras", lora, "--output_path", output) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {output} (")
+    assert output.is_symlink()
+
+
+def test_a_source_that_cannot_be_read_any_more_is_the_one_that_is_named(tmp_path):
+    lora, output = tmp_path / "a.safetensors", tmp_path / "slice.safetensors"
+    lora.write_bytes(small_file())
+    tensors, metadata = read_header(lora)
+    lora.unlink()
+    with pytest.raises(BloraError, match=re.escape(f"cannot read {lora} (")):
+        write_file(tensors, metadata, output)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Sink(list):
+    """Takes any chunk, and has all that is written to it."""
+
+    write = list.append
+
+
+def test_an_error_of_the_thread_that_hashes_ends_the_cut():
+    outcome: list[object] = []
+
+    def cut() -> None:
+        try:
+            outcome.append(write_hashed(Sink(), iter(["no bytes"] * 9)))
+        except TypeError as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=cut, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert outcome == ["Strings must be encoded before hashing"], "it waits for ever"
+
+
+def test_all_chunks_are_written_in_order_and_hashed():
+    chunks, sink = [bytes([number]) * 1000 for number in range(20)], Sink()
+    assert write_hashed(sink, iter(chunks)) == hashlib.sha256(b"".join(chunks)).hexdigest()
+    assert sink == chunks
 
 
 # Root may do anything, so the run goes on as nobody; the paths are relative, as nobody may not
