@@ -128,12 +128,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--not_combined", action="store_true", help="write one file for each LoRA and trait")
     help_text = "the traits to choose from (default: blora_traits.json beside this script)"
     add("--traits_file", type=Path, default=blora.ROOT / "blora_traits.json", help=help_text)
-    add("--save_precision", choices=PRECISIONS, help="of the output (default: the input's)")
+    help_text = "precision of the output (default: the input's)"
+    add("--save_precision", choices=PRECISIONS, help=help_text)
     add("--base_model", type=Path, help="the SDXL checkpoint, to cut a DoRA at another strength")
     add("--no_metadata", action="store_true", help="write no metadata at all")
     add("--inspect", action="store_true", help="write nothing, show what the LoRAs hold")
     add("--json", action="store_true", help="with --inspect: show it as JSON")
-    add("--version", action="version", version=f"%(prog)s {VERSION}")
+    add("--version", action="version", version=f"%(prog)s {VERSION}", help="print the version")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from kohya_folder import ROOT, install
 from lora_files import CONTENT, blora_modules, write
+from safetensors.torch import load_file
 
 import blora
 
@@ -156,6 +159,77 @@ def test_a_strength_without_numpy_is_told_in_one_sentence(bundle, lora):
     assert done.stderr == (
         f"error: no numpy in this Python ({sys.executable}): activate kohya's venv\n"
     )
+
+
+# What numpy raises where its binary does not fit the Python: a page of advice, and no name.
+BROKEN = 'raise ImportError("\\n\\nIMPORTANT: PLEASE READ THIS\\n" + "We have reasons. " * 99)\n'
+
+
+@pytest.mark.parametrize("options", [["--alphas", "0.5"], ["--inspect"]], ids=" ".join)
+def test_a_broken_numpy_is_named_in_one_short_sentence(bundle, lora, options):
+    package = bundle.parent / "packages/numpy"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(BROKEN)
+    command = [sys.executable, bundle / "blora_slicer.py", "--loras", lora, *options]
+    env = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    start = f"error: a package of this Python ({sys.executable}) cannot be imported: reinstall it "
+    assert done.stderr.startswith(f"{start}(IMPORTANT: PLEASE READ THIS We have reasons")
+    assert done.stderr.count("\n") == 1
+    assert len(done.stderr) < len(start) + 220
+
+
+# ---- Files of version 1 --------------------------------------------------------------------------
+
+FLAT = [  # every file that 1.5.0 had beside the programs
+    f"blora_{name}.py"
+    for name in (
+        "advice checkpoint cut dataset inspect look lora memory names options pictures plan "
+        "preview read refusals rehearsal report safetensors sdxl strength words"
+    ).split()
+]
+# blora_words.py of 1.5.0, shortened: what the others imported.
+OLD_WORDS = '''"""What all programs of the bundle do alike."""
+
+NAMED = 3
+
+
+class BloraError(Exception):
+    """A mistake the user can fix."""
+'''
+
+
+@pytest.mark.parametrize("options", [[], ["--alphas", "0.5"], ["--inspect"]], ids=" ".join)
+def test_files_that_version_1_left_are_named_and_break_nothing(bundle, lora, options):
+    wanted = run(bundle / "blora_slicer.py", "--loras", lora, *options)
+    output = bundle / "model.safetensors"
+    tensors = load_file(output) if output.exists() else {}
+    output.unlink(missing_ok=True)
+    for name in FLAT:
+        (bundle / name).write_text("raise SystemExit('an old file was imported')\n")
+    (bundle / "blora_words.py").write_text(OLD_WORDS)
+    done = run(bundle / "blora_slicer.py", "--loras", lora, *options)
+    assert (done.returncode, done.stdout) == (0, wanted.stdout)
+    assert done.stderr == (
+        "note: version 1 left files beside blora_slicer.py that nothing uses any more: "
+        f"{', '.join(FLAT)}: delete them\n"
+    )
+    written = load_file(output) if output.exists() else {}
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[key], tensors[key]) for key in tensors)
+
+
+def test_one_file_that_version_1_left_is_named_alone(bundle, lora):
+    (bundle / "blora_cut.py").touch()
+    (bundle / "blora_my_own.py").touch()
+    assert run(bundle / "blora_slicer.py", "--loras", lora).stderr == (
+        "note: version 1 left files beside blora_slicer.py that nothing uses any more: "
+        "blora_cut.py: delete them\n"
+    )
+
+
+# ---- Packages ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [[], ["--no_metadata"], ["--not_combined"]])

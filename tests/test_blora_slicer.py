@@ -17,6 +17,7 @@ from lora_files import write as write_lora
 from safetensors.torch import load_file
 from slicing import all_traits, modules, refusal, slice_lora, stored
 
+import blora
 import blora_slicer
 
 SCRIPT = Path(blora_slicer.__file__)
@@ -484,6 +485,32 @@ def test_every_option_is_for_a_slice_or_goes_with_inspect(capsys):
 
 
 # ---- As a program --------------------------------------------------------------------------------
+
+
+def test_the_version_is_that_of_the_blora_folder(capsys):
+    with pytest.raises(SystemExit) as stop:
+        slice_lora("--version")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"blora_slicer.py {blora.VERSION}\n"
+
+
+class Words(list):
+    """A stream that is no file, such as a window of an editor: it has write and flush alone."""
+
+    write = list.append
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stream", [None, Words()], ids=["none", "no file"])
+def test_a_cut_works_where_stdout_and_stderr_are_no_files(lora, output, monkeypatch, stream):
+    monkeypatch.setattr("sys.stdout", stream)  # None is what pythonw has
+    monkeypatch.setattr("sys.stderr", stream)
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
+    assert slice_lora("--loras", lora.with_name("gone"), "--output_path", output) == 1
+    assert stream is None or "no file at" in "".join(stream)
+    assert modules(output) == names(CONTENT)
 
 
 def test_it_runs_from_any_folder_with_the_traits_and_the_output_beside_the_script(lora, tmp_path):
