@@ -23,7 +23,7 @@ if not defined PYTHON (
 )
 
 rem Options alone apply to the LoRA set above. Files come first, and options may follow them;
-rem several files and nothing else were dropped here, and give one slice each.
+rem several files and nothing else were dropped here, and give one slice per file.
 set "FIRST=%~1"
 if not defined FIRST goto the_set_lora
 if "%FIRST:~0,1%"=="-" goto the_set_lora
@@ -49,7 +49,7 @@ goto sliced
 set "RC=%ERRORLEVEL%"
 
 :finish
-rem A double-click or a drop opens a window of its own that closes with the last line: hold it open.
+rem A double-click or a drop opens a window that closes with the last line: hold it open.
 if not defined CMDCMDLINE exit /b %RC%
 set CLICKED=%COMSPEC% /c "%~f0" %*
 set "CLICKED=%CLICKED:"=%"
