@@ -290,8 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         say(import_problem(error))
     except KeyboardInterrupt:
         say("error: interrupted")
-    except OSError as error:  # the disk or the program behind stdout takes no more
-        # Python would try to write what is left when it ends, and complain once more.
+    except OSError as error:  # stdout is a full disk, or a pipe that was closed
+        # Python would try to write the rest when it ends, and complain again.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         say(f"error: cannot write ({error})")

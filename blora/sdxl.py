@@ -4,9 +4,9 @@ Layers are built from SDXL's architecture (arXiv 2307.01952); a test checks them
 and transformers' own models.
 
 A layer of the U-Net has two names, sgm's (input_blocks.4.1.proj_in), which checkpoints and kohya
-use, and diffusers' (down_blocks.1.attentions.0.proj_in). A layer of a text encoder is called as
-transformers calls it. kohya's name of a module is lora_unet_, lora_te1_ or lora_te2_ and the
-layer's name with underscores.
+use, and diffusers' (down_blocks.1.attentions.0.proj_in). A layer of a text encoder has its name in
+transformers. kohya's name of a module is lora_unet_, lora_te1_ or lora_te2_ and the layer's name
+with underscores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Layer:
     """A module of SDXL: a layer with a weight, or a container such as "ResnetBlock2D" without."""
 
     network: str  # "unet", "te1" or "te2", as in kohya's module names
-    name: str  # with dots; of the U-Net in sgm's words
+    name: str  # with dots; the U-Net's are sgm's
     kind: str  # the class that sd-scripts gives it
     shape: tuple[int, ...] = ()  # of the weight: [out, in], [out, in, height, width], or [width]
     diffusers: str = ""  # the U-Net's other name
@@ -125,7 +125,7 @@ def unet_down() -> Iterator[Layer]:
 
 
 def unet_up() -> Iterator[Layer]:
-    """Three levels of three blocks, each of which also takes what a block on the way down gave."""
+    """Three levels of three blocks, each with a skip connection from a block on the way down."""
     skips = (320, 320, 320, 320, 640, 640, 640, 1280, 1280)  # the last one is taken first
     inputs = 1280
     for number, skip in enumerate(reversed(skips)):
@@ -213,7 +213,7 @@ def spellings(layer: Layer) -> Iterator[str]:
 
 
 def other_text_names(name: str) -> Iterator[str]:
-    """What else a layer of a text encoder is called, with underscores."""
+    """Further names of a text encoder's layer, with underscores."""
     stem, separator, projection = name.rpartition("_self_attn_")
     if separator:
         yield f"{stem}_self_attn_to_{projection.removesuffix('_proj')}"
@@ -255,7 +255,7 @@ def block_of(module: str) -> str:
     return layers_by_module()[module].block
 
 
-# The second text encoder's layers as open_clip calls them in a checkpoint.
+# open_clip's names of the second text encoder's layers, in a checkpoint.
 OPEN_CLIP = {
     "self_attn.q_proj": "attn.in_proj_", "self_attn.k_proj": "attn.in_proj_",
     "self_attn.v_proj": "attn.in_proj_", "self_attn.out_proj": "attn.out_proj.",
@@ -287,7 +287,7 @@ def checkpoint_weight(layer: Layer) -> tuple[str, int | None] | None:
 
 @dataclass(frozen=True)
 class Trait:
-    """A set of modules, chosen by parts of their names, as blora_traits.json states it."""
+    """A set of modules, selected by parts of their names: an entry of blora_traits.json."""
 
     name: str
     whitelist: tuple[str, ...]

@@ -1,8 +1,7 @@
 """What a safetensors file is: types, the one reader of headers, the writer with kohya's hashes.
 
-modules.py reads LoRAs with it, blora_preflight.py looks at checkpoints, blora_slicer.py writes.
-Values are not its concern: a tensor is bytes to copy, and one whose values change (Changed, in
-strength.py) brings what makes its bytes. So nothing but the standard library is loaded.
+The slicer reads LoRAs with it and writes slices, pre-flight reads checkpoints. A tensor is bytes to
+copy here; values are changed in slicer/values.py. So only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from blora.text import BloraError, printable, written_whole
 
 # ---- Types ---------------------------------------------------------------------------------------
 
-# Bits of each type, in the order of tensors in a file: wide types first, so that each is aligned
+# Bits of each type, in the order that tensors have in a file: wide types first, to be aligned
 # (enum Dtype of safetensors 0.8.0, from its end: github.com/huggingface/safetensors,
 # safetensors/src/tensor.rs).
 DTYPES = {
@@ -44,7 +43,7 @@ UPPER_HALVES = {"BF16": "<f", "F8_E5M2": "<e"}
 
 
 def number(dtype: str, data: bytes) -> float:
-    """The one number that these bytes are; NaN where they cannot be read as one."""
+    """The number that these bytes store; NaN for a type that cannot be read."""
     if dtype in UPPER_HALVES:
         return struct.unpack(UPPER_HALVES[dtype], bytes(len(data)) + data)[0]
     if dtype == "F8_E4M3":
@@ -53,7 +52,7 @@ def number(dtype: str, data: bytes) -> float:
 
 
 def float8_e4m3(bits: int) -> float:
-    """A sign, 4 bits of exponent with a bias of 7, 3 of mantissa, no inf (arXiv 2209.05433)."""
+    """1 bit of sign, 4 of exponent with a bias of 7, 3 of mantissa, no inf (arXiv 2209.05433)."""
     exponent, mantissa = bits >> 3 & 0xF, bits & 7
     if bits & 0x7F == 0x7F:
         return math.nan
@@ -153,7 +152,7 @@ def is_counts(value: object) -> bool:
 
 def parse_tensor(key: str, value: Any, path: Path, data: int) -> Stored:
     """A tensor of the header; `data` is where the tensors begin. ValueError where it is not one."""
-    fields = value if isinstance(value, dict) else {}
+    fields: Any = value if isinstance(value, dict) else {}
     dtype, shape, offsets = map(fields.get, ("dtype", "shape", "data_offsets"))
     is_typed = isinstance(dtype, str) and DTYPE.fullmatch(dtype)
     if not (is_typed and is_counts(shape) and is_counts(offsets) and len(offsets) == 2):
@@ -241,8 +240,7 @@ def json_object(text: str | None) -> dict[str, Any]:
 # ---- Writing -------------------------------------------------------------------------------------
 
 HASHES = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}  # hex digits
-# ComfyUI shows no header that is longer.
-LONGEST_HEADER = 1 << 20
+LONGEST_HEADER = 1 << 20  # bytes: ComfyUI shows no metadata of a longer one
 SHOW_PROGRESS = 200_000_000  # bytes; less is written within a second
 
 
@@ -268,7 +266,7 @@ def header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 def shorten_metadata(
     tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """The metadata less its longest entries, until programs read the header; and those entries."""
+    """The metadata without its longest entries where the header is too long; and those entries."""
     sizes = {key: len(header_bytes({}, {key: value})) for key, value in metadata.items()}
     over = len(header_bytes(tensors, metadata)) - LONGEST_HEADER
     dropped: list[str] = []
@@ -304,7 +302,7 @@ def with_progress(chunks: Iterable[bytes | memoryview], total: int) -> Iterator[
         return
     try:
         from tqdm import tqdm
-    except ModuleNotFoundError:  # the bar is all that it is for
+    except ModuleNotFoundError:  # only the bar needs it
         yield from chunks
         return
     with tqdm(total=total, unit="B", unit_scale=True, delay=1, leave=False) as bar:
@@ -353,9 +351,9 @@ def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:
-    """Write a file, which is there whole or not at all.
+    """Write a file, whole or not at all, with its tensors in the order of safetensors.
 
-    Tensors stand in it as safetensors orders them. BloraError where it cannot be written.
+    BloraError where it cannot be written.
     """
     with written_whole(output) as part, part.open("w+b") as file:
         write_tensors(file, in_order(tensors), metadata)

@@ -1,1 +1,1 @@
-"""What blora_slicer.py is made of: a LoRA is planned, read, changed and written."""
+"""The slicer: a slice is planned, read, changed and written."""

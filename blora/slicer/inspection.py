@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ BAR = 20  # characters for the whole change
 COLUMNS = ("block", "trait", "modules", "algorithm", "rank", "alpha", "dtype", "size", "change")
 TRIGGER_WORDS = 10
 ROWS_AT_A_TIME = 64
+Values = dict[str, np.ndarray]  # of a module's tensors, by suffix
 
 
 def gram_norm(left: np.ndarray, right: np.ndarray) -> float:
@@ -33,7 +35,7 @@ def gram_norm(left: np.ndarray, right: np.ndarray) -> float:
     return math.sqrt(max(0.0, float(square)))
 
 
-def lora_norm(t: dict[str, np.ndarray]) -> float:
+def lora_norm(t: Values) -> float:
     """Of up [out, rank] @ down [rank, in, ...].
 
     With a tucker core mid [rank, rank, ...] between them, down is [rank, in].
@@ -44,7 +46,7 @@ def lora_norm(t: dict[str, np.ndarray]) -> float:
     return gram_norm(t[LORA_UP], down)
 
 
-def loha_norm(t: dict[str, np.ndarray]) -> float:
+def loha_norm(t: Values) -> float:
     """Of (w1_a @ w1_b) * (w2_a @ w2_b), some rows at a time: a is [out, rank], b [rank, in ...].
 
     With tucker cores t1 and t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
@@ -61,7 +63,7 @@ def loha_norm(t: dict[str, np.ndarray]) -> float:
     return math.sqrt(square)
 
 
-def lokr_norm(t: dict[str, np.ndarray]) -> float:
+def lokr_norm(t: Values) -> float:
     """Of kron(w1, w2), the product of their norms; each is whole or a [out, rank] @ b [rank, ...].
 
     With a tucker core t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
@@ -78,21 +80,16 @@ def lokr_norm(t: dict[str, np.ndarray]) -> float:
     return norms[0] * norms[1]
 
 
-def stored_norm(t: dict[str, np.ndarray], suffixes: Iterable[str]) -> float:
+def stored_norm(t: Values, suffixes: Iterable[str]) -> float:
     """Of changes that are stored as they are, of any shape."""
     parts = (t[suffix] for suffix in suffixes if suffix in t)
     return math.sqrt(sum(float(np.sum(np.square(part), dtype="f8")) for part in parts))
 
 
-def weight_norm(t: dict[str, np.ndarray]) -> float:
-    """Of a whole weight."""
-    return stored_norm(t, ("diff", "w_norm"))
-
-
 # The others change a weight in proportion to itself, so their size is not in the file.
-NORMS = {
-    "LoRA": lora_norm, "LoHa": loha_norm, "LoKr": lokr_norm, "full": weight_norm,
-    "norm": weight_norm, "bias": weight_norm,
+NORMS: dict[str, Callable[[Values], float]] = {
+    "LoRA": lora_norm, "LoHa": loha_norm, "LoKr": lokr_norm,
+    **dict.fromkeys(("full", "norm", "bias"), partial(stored_norm, suffixes=("diff", "w_norm"))),
 }  # fmt: skip
 
 
@@ -115,7 +112,7 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
     return change_norm(module, known), []
 
 
-def change_norm(module: Module, known: dict[str, np.ndarray]) -> float | None:
+def change_norm(module: Module, known: Values) -> float | None:
     """The Frobenius norm of the change of a whole module; None where it is not in the file."""
     if module.algorithm.name not in NORMS:
         return None

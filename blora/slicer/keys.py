@@ -1,9 +1,8 @@
-"""What a key of a LoRA file means: which layer of SDXL, which tensor, and whose naming it is.
+"""What a key of a LoRA file means: a layer of SDXL, a tensor, and a program's naming scheme.
 
-A key is a prefix, a layer and a suffix. The prefix says the network and often the program. The
-layer is in sgm's or diffusers' words, with dots or underscores. The suffix is a tensor of some
-algorithm, behind a dot or an underscore. Each part is looked up for itself, so any mixture of them
-is read. modules.py reads files with it.
+A key is a prefix, a layer and a suffix. The prefix tells the network and often the program. The
+layer has sgm's or diffusers' name, with dots or underscores. The suffix is a tensor of some
+algorithm, after a dot or an underscore. Each part is looked up by itself, so any mixture is read.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from blora.sdxl import Layer, layers_by_module, layers_by_spelling
 
 # ---- Prefixes ------------------------------------------------------------------------------------
 
-# The network that a prefix means, and who writes it. PEFT's stands before or behind diffusers'.
+# The network that a prefix means, and who writes it. PEFT's comes before or after diffusers'.
 PEFT = "base_model.model."
 PREFIXES = {
     "lora_unet_": ("unet", "kohya"),
@@ -57,10 +56,10 @@ LORA_UP, LORA_DOWN, LORA_MID = "lora_up.weight", "lora_down.weight", "lora_mid.w
 UP_BIAS = "lora_up.bias"
 ALPHA, DORA = "alpha", "dora_scale"
 
-ADAPTER = r"(\.(?!weight\b|bias\b)[\w-]+)?"  # PEFT's name of an adapter, most often "default"
+ADAPTER = r"(\.(?!weight\b|bias\b)[\w-]+)?"  # PEFT's name of an adapter, usually "default"
 UP = rf"(lora_up|lora[._]up|lora_linear_layer[._]up|lora_B{ADAPTER})"
 DOWN = rf"(lora_down|lora[._]down|lora_linear_layer[._]down|lora_A{ADAPTER})"
-# Every tensor of every algorithm, as kohya and LyCORIS spell it, and how else it is spelt.
+# Every tensor of every algorithm as kohya and LyCORIS spell it, and a pattern of all spellings.
 SUFFIXES = {
     LORA_UP: rf"{UP}([._]weight)?",
     LORA_DOWN: rf"{DOWN}([._]weight)?",
@@ -80,12 +79,12 @@ SUFFIXES = {
         "bias_indices", "bias_values", "bias_size",
     )
 }  # fmt: skip
-BY_ROW = "magnitude"  # in a DoRA's key: one number a row, as PEFT and ai-toolkit have it
+BY_ROW = "magnitude"  # in a DoRA's key: one number per row, as PEFT and ai-toolkit store it
 
 
 @cache
 def suffix_pattern() -> re.Pattern[str]:
-    """All suffixes behind their dot or underscore; the n-th of them is the group "sN"."""
+    """All suffixes after a dot or underscore; the n-th of them is the group "sN"."""
     every = "|".join(f"(?P<s{n}>{spelt})" for n, spelt in enumerate(SUFFIXES.values()))
     return re.compile(rf"[._](?:{every})\Z")
 
@@ -99,16 +98,16 @@ class Spelling:
 
     layer: Layer
     prefix: str  # with underscores
-    name: str  # what is behind the prefix, as PEFT's patterns are about it
+    name: str  # without the prefix, as PEFT's patterns match it
 
     @cached_property
     def plain(self) -> str:
-        """With underscores; keys of one file that agree in it belong to one module."""
+        """With underscores; keys of a file that share it belong to one module."""
         return self.prefix + plain_name(self.name)
 
     @cached_property
     def words(self) -> str:
-        """Whose words the layer is in; those of text encoders are transformers' everywhere."""
+        """Whose name the layer has; text encoders have transformers' names everywhere."""
         if self.layer.network != "unet":
             return ""
         sgm = self.layer.name.replace(".", "_").removesuffix("_0")
@@ -125,12 +124,12 @@ class Key:
 
     @property
     def is_peft(self) -> bool:
-        """Whether PEFT's settings say its alpha, rather than a tensor."""
+        """Whether its alpha is in PEFT's settings, rather than in a tensor."""
         return has_peft_factors(self.spelt) or "base_model_" in self.spelling.prefix
 
     @property
     def naming(self) -> str:
-        """The program's naming in words: "kohya, sgm names"."""
+        """The program's naming scheme: "kohya, sgm names"."""
         is_old = ".processor." in self.spelling.name
         return name_naming(self.spelling.prefix, self.spelling.words, self.spelt, is_old)
 
@@ -142,19 +141,19 @@ def has_peft_factors(spelt: str) -> bool:
 
 @cache
 def name_naming(prefix: str, words: str, spelt: str, is_old: bool) -> str:
-    """Whose naming it is that has this prefix, layers in these words, and this suffix."""
-    _, whose = plain_prefixes()[prefix]
-    if whose == "kohya" and "lora_magnitude_vector" in spelt:
-        whose = "diffusers' conversion to kohya"
-    elif whose == "kohya" and spelt.startswith("_"):
-        whose = "OneTrainer's legacy format"
-    elif whose == "diffusers" and is_old:
-        whose = "older diffusers"
-    elif whose == "diffusers" and has_peft_factors(spelt):
-        whose = "diffusers with PEFT"
-    elif whose == "diffusers" and "lora" not in spelt:
-        whose = "OneTrainer"
-    return ", ".join(filter(None, (whose, words)))
+    """The program that uses this prefix, these words for layers, and this suffix."""
+    _, program = plain_prefixes()[prefix]
+    if program == "kohya" and "lora_magnitude_vector" in spelt:
+        program = "diffusers' conversion to kohya"
+    elif program == "kohya" and spelt.startswith("_"):
+        program = "OneTrainer's legacy format"
+    elif program == "diffusers" and is_old:
+        program = "older diffusers"
+    elif program == "diffusers" and has_peft_factors(spelt):
+        program = "diffusers with PEFT"
+    elif program == "diffusers" and "lora" not in spelt:
+        program = "OneTrainer"
+    return ", ".join(filter(None, (program, words)))
 
 
 def plain_name(text: str) -> str:
@@ -163,7 +162,7 @@ def plain_name(text: str) -> str:
 
 
 def find_layer(stem: str) -> Spelling | None:
-    """The layer that a key without its suffix means; None where SDXL has no such layer."""
+    """The layer that a key without its suffix names; None where SDXL has no such layer."""
     plain = plain_name(stem)
     for prefix, (network, _) in plain_prefixes().items():
         if plain.startswith(prefix):
@@ -184,7 +183,7 @@ def kohya_spelling(module: str) -> Spelling:
 def read_key(key: str) -> Key | None:
     """What a key means; None where it belongs to no layer of SDXL.
 
-    A suffix that no algorithm here has is what is left behind the longest name of a layer.
+    An unknown suffix is what follows the longest name of a layer.
     """
     stem, _, suffix = key.partition(".")
     if suffix in SUFFIXES and stem in layers_by_module():  # most files have these keys alone

@@ -1,4 +1,4 @@
-"""What a LoRA is: the algorithms and their tensors, a module, and a file's modules.
+"""What a LoRA is: algorithms and their tensors, a module, a file's modules.
 
 reader.py reads files as these; cut.py, strength.py and inspection.py work on them.
 """
@@ -21,7 +21,7 @@ from blora.tensorfile import Constant, Tensor, number
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A way to store a change: how to know it, what it needs, and what a strength multiplies.
+    """A way to store a change: its markers, what it needs, and what a strength multiplies.
 
     Each of `scaled` is a factor of a separate part of the change, so multiplying all of them
     multiplies the change once. `reason` says why there are none.
@@ -30,7 +30,7 @@ class Algorithm:
     name: str
     markers: tuple[str, ...]
     scaled: tuple[str, ...]
-    rank: tuple[str, ...] = ()  # the first of these that is there has the rank as its length
+    rank: str = ""  # the tensor whose length is the rank
     needs: tuple[tuple[str, ...], ...] = ((),)  # beside the markers, all of one of these
     may_have: tuple[str, ...] = ()
     reason: str = ""
@@ -45,70 +45,34 @@ class Algorithm:
 # multiplies was measured in the programs of docs/what_loads_where.md. The sparse bias of
 # LyCORIS' extract_locon.py is added to the product of the factors and multiplied by alpha / rank
 # with it, as PEFT's bias of lora_B is.
-SPARSE_BIAS = ("bias_indices", "bias_values", "bias_size")
 ROTATION = "a rotation cannot be multiplied"
-LARGE_HALF = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
 ALGORITHMS = (
-    Algorithm(
-        "LoRA",
-        (LORA_UP,),
-        (LORA_UP, UP_BIAS, "bias_values"),
-        (LORA_DOWN,),
-        ((LORA_DOWN,),),
-        (LORA_MID, UP_BIAS, *SPARSE_BIAS),
-    ),
-    Algorithm(
-        "LoHa",
-        ("hada_w1_a",),
-        ("hada_w1_a",),
-        ("hada_w1_b",),
-        (("hada_w1_b", "hada_w2_a", "hada_w2_b"),),
-        ("hada_t1", "hada_t2"),
-    ),
-    Algorithm("LoKr", ("lokr_w1",), ("lokr_w1",), ("lokr_w2_b",), LARGE_HALF, ("lokr_t2",)),
-    Algorithm(
-        "LoKr",
-        ("lokr_w1_a",),
-        ("lokr_w1_a",),
-        ("lokr_w1_b",),
-        tuple(("lokr_w1_b", *half) for half in LARGE_HALF),
-        ("lokr_t2",),
-    ),
+    Algorithm("LoRA", (LORA_UP,), (LORA_UP, UP_BIAS, "bias_values"), LORA_DOWN, ((LORA_DOWN,),),
+              (LORA_MID, UP_BIAS, "bias_indices", "bias_values", "bias_size")),
+    Algorithm("LoHa", ("hada_w1_a",), ("hada_w1_a",), "hada_w1_b",
+              (("hada_w1_b", "hada_w2_a", "hada_w2_b"),), ("hada_t1", "hada_t2")),
+    Algorithm("LoKr", ("lokr_w1",), ("lokr_w1",), "lokr_w2_b",
+              (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")), ("lokr_t2",)),
+    Algorithm("LoKr", ("lokr_w1_a",), ("lokr_w1_a",), "lokr_w1_b",
+              (("lokr_w1_b", "lokr_w2"), ("lokr_w1_b", "lokr_w2_a", "lokr_w2_b")), ("lokr_t2",)),
     Algorithm("full", ("diff",), ("diff",)),
     Algorithm("norm", ("w_norm",), ("w_norm",)),
     Algorithm("IA3", ("weight", "on_input"), ("weight",)),
-    Algorithm(
-        "GLoRA",
-        ("a2.weight", "b2.weight"),
-        ("a2.weight", "b2.weight"),
-        ("a2.weight",),
-        (("a1.weight", "b1.weight"),),
-        ("bm.weight",),
-    ),
-    Algorithm(
-        "T-LoRA",
-        ("lambda_layer",),
-        (),
-        needs=(("q_layer.weight", "p_layer.weight"),),
-        reason="the factors it started from are not in it",
-    ),
+    Algorithm("GLoRA", ("a2.weight", "b2.weight"), ("a2.weight", "b2.weight"), "a2.weight",
+              (("a1.weight", "b1.weight"),), ("bm.weight",)),
+    Algorithm("T-LoRA", ("lambda_layer",), (), needs=(("q_layer.weight", "p_layer.weight"),),
+              reason="the factors it started from are not in it"),
     Algorithm("OFT", ("oft_blocks",), (), may_have=("rescale",), reason=ROTATION),
-    Algorithm(
-        "OFT",
-        ("oft_R.weight",),
-        (),
-        may_have=("oft_R.scaled_oft",),
-        reason=ROTATION,
-    ),
+    Algorithm("OFT", ("oft_R.weight",), (), may_have=("oft_R.scaled_oft",), reason=ROTATION),
     Algorithm("bias", ("diff_b",), ("diff_b",)),
-)
-# Changes of their own that stand beside any algorithm's factors.
+)  # fmt: skip
+# Further changes that any algorithm can have beside its factors.
 ADDED = ("diff", "diff_b", "w_norm", "b_norm")
 UNKNOWN = Algorithm("unknown", (), (), reason="its tensors are of an unknown kind")
 
-# What the axes of each tensor mean; the last one takes all that are left. The change has
-# o times p rows and i times j times k columns (a kernel is part of the columns), and a letter has
-# one size in the whole module. "n" is as many as the outputs, "c" as the inputs, "m" as either.
+# What the axes of each tensor mean; the last one takes all that remain. The change has o times p
+# rows and i times j times k columns (a kernel is part of the columns), and a letter has one size in
+# the whole module. "n" is the number of outputs, "c" of inputs, "m" either.
 AXES = {
     LORA_UP: "o r", LORA_DOWN: "r i",
     "hada_w1_a": "o r", "hada_w1_b": "r i", "hada_w2_a": "o s", "hada_w2_b": "s i",
@@ -119,7 +83,7 @@ AXES = {
     "diff": "o i", "w_norm": "o", "diff_b": "n", "b_norm": "n", "weight": "m", DORA: "m",
     UP_BIAS: "n",
 }  # fmt: skip
-# The same with a tucker core: it has the kernel, and out and in only meet its two ranks.
+# The same with a tucker core, which has the kernel, between the two ranks.
 TUCKER = {
     LORA_MID: {LORA_MID: "r s k", LORA_DOWN: "s i"},
     "hada_t1": {"hada_t1": "r s k", "hada_w1_a": "r o", "hada_w1_b": "s i"},
@@ -135,7 +99,7 @@ class Module:
     name: str
     tensors: dict[str, Tensor]
     factor: float = 1.0  # what its program multiplies the change with, beside alpha / rank
-    is_guess: bool = False  # whether it needs an alpha, and nothing says which
+    is_guess: bool = False  # whether it needs an alpha, and none is stored
 
     @property
     def layer(self) -> Layer:
@@ -152,7 +116,7 @@ class Module:
 
     @property
     def label(self) -> str:
-        """The algorithm's name as people say it."""
+        """The algorithm's usual name."""
         name = self.algorithm.name
         blocks = self.tensors.get("oft_blocks")
         if name == "OFT" and blocks and len(blocks.shape) == 4:
@@ -163,15 +127,13 @@ class Module:
 
     @property
     def rank(self) -> int | None:
-        """None where the algorithm has none, or the tensor that would show it is not there."""
-        for suffix in self.algorithm.rank:
-            if suffix in self.tensors and self.tensors[suffix].shape:
-                return self.tensors[suffix].shape[0]
-        return None
+        """None where the algorithm has none, or the tensor that shows it is missing."""
+        tensor = self.tensors.get(self.algorithm.rank)
+        return tensor.shape[0] if tensor and tensor.shape else None
 
     @cached_property
     def alpha(self) -> float | None:
-        """As stored; None where it is not, which means the rank."""
+        """As stored; None where it is missing, which means the rank."""
         alpha = self.tensors.get(ALPHA)
         if alpha is None or not math.prod(alpha.shape):
             return None
@@ -180,7 +142,7 @@ class Module:
 
     @property
     def alpha_is_read(self) -> bool:
-        """Whether programs read its alpha; not where the change has no rank, as a whole LoKr."""
+        """Whether programs read its alpha: not that of a change without a rank, as a whole LoKr."""
         return not self.algorithm.scaled or self.rank is not None
 
     @property
@@ -200,7 +162,7 @@ class Module:
 
     @property
     def unknown(self) -> list[str]:
-        """Its tensors that are no part of its algorithm, so that what they do is not known."""
+        """Its tensors that are not part of its algorithm: what they do is not known."""
         known = self.algorithm.parts | {ALPHA, DORA, *ADDED}
         return [suffix for suffix in self.tensors if suffix not in known]
 
@@ -266,9 +228,9 @@ def with_alpha(module: Module, alpha: float) -> Module:
 
 
 def with_rank_as_alpha(module: Module) -> Module:
-    """The module with alpha = rank where it has none: that means the same, and LyCORIS needs it.
+    """The module with alpha = rank where it has none: this means the same, and LyCORIS needs it.
 
-    LyCORIS needs one of a LoKr of two whole factors too, and does not read it.
+    A LoKr of two whole factors needs one too, which LyCORIS does not read.
     """
     if module.alpha is not None or not module.algorithm.rank or module.rank == 0:
         return module

@@ -1,7 +1,7 @@
-"""The signs that a LoRA was trained on another model than SDXL.
+"""Signs that a LoRA was trained on a model other than SDXL.
 
 reader.py refuses such a LoRA: some of its layers may have the same size as SDXL's, and a slice of
-those would load without any use.
+those would load but be useless.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def foreign_block(key: str) -> str | None:
 
 
 def declared_model(metadata: dict[str, str], modules: Iterable[Module]) -> str | None:
-    """The entry of the metadata that names another model, where nothing speaks for SDXL."""
+    """The metadata entry that names a different model, where none points to SDXL."""
     entries = {name: metadata.get(name, "") for name in MODEL_METADATA}
     if any("xl" in value.lower() for value in entries.values()):
         return None
@@ -68,7 +68,7 @@ ANY_MODEL = (
 
 
 def keys_of_other_model(keys: Iterable[str], modules: dict[str, Module]) -> str | None:
-    """A key that SDXL has no layer for and another model has.
+    """A key of a layer that a different model has and SDXL lacks.
 
     Stable Diffusion 3 and Flux have SDXL's text encoders, so these alone do not make it SDXL's.
     """
@@ -96,7 +96,7 @@ def other_text_width(modules: Iterable[Module]) -> str | None:
 def check_model(
     path: Path, modules: dict[str, Module], unplaced: list[str], metadata: dict[str, str]
 ) -> None:
-    """Refuse a LoRA that shows that it was trained on another model."""
+    """Refuse a LoRA with signs that it was trained on a different model."""
     reason = (
         declared_model(metadata, modules.values())
         or keys_of_other_model(unplaced, modules)

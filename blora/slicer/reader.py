@@ -26,15 +26,15 @@ from blora.text import BloraError, first_few, printable
 
 # ---- PEFT's settings -----------------------------------------------------------------------------
 
-# Where they stand: in the metadata as diffusers writes them, each network's behind its prefix, or
-# in a file beside the LoRA as PEFT does.
+# Where they are: in the metadata, as diffusers writes them, with a prefix for each network, or in a
+# file beside the LoRA, as PEFT does.
 METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
 PEFT_NETWORKS = {"unet.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """PEFT's settings of one network, and where they stand."""
+    """PEFT's settings of one network, and where they were read."""
 
     where: str
     values: dict[str, Any]
@@ -46,7 +46,7 @@ class Settings:
 
 
 def peft_settings(metadata: dict[str, str], path: Path, is_peft: bool) -> dict[str, Settings]:
-    """By network: from the metadata, else, for PEFT's own names, from the file beside the LoRA.
+    """By network: from the metadata, or, for PEFT's names, from the file beside the LoRA.
 
     BloraError where they cannot be read.
     """
@@ -74,10 +74,10 @@ def peft_settings(metadata: dict[str, str], path: Path, is_peft: bool) -> dict[s
 
 
 def peft_number(settings: Settings, layer: str, patterns: str, *names: str) -> float:
-    """A setting of a layer: that of the first pattern that ends its name, or the one for all.
+    """A setting of a layer: that of the first pattern that matches its end, or the one for all.
 
     As get_pattern_key reads patterns (github.com/huggingface/peft, utils/other.py). TypeError or
-    ValueError where it is no number.
+    ValueError where it is not a number.
     """
     by_pattern = settings.values.get(patterns)
     for pattern, value in (by_pattern if isinstance(by_pattern, dict) else {}).items():
@@ -100,7 +100,7 @@ def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
             rank = peft_number(settings, layer, "rank_pattern", "r")
             if module.rank is None:
                 return replace(module, factor=alpha / rank)
-            if rank != module.rank:  # they are of another LoRA in the same folder
+            if rank != module.rank:  # the settings of a different LoRA in the same folder
                 return module
         alpha = as_fp32(
             alpha * (math.sqrt(module.rank) if settings.values.get("use_rslora") else 1)
@@ -112,10 +112,10 @@ def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
     return with_alpha(module, alpha)
 
 
-# Ways to begin a training that take something out of the base model and put it into the factors
-# (tuners/lora/layer.py), so that these are no change of that model.
+# Initializations that move a part of the base model into the factors (tuners/lora/layer.py), so
+# that these are not a change of that model.
 TAKEN_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What of PEFT's algorithms other programs have too.
+# PEFT's algorithms that other programs have too.
 COMMON_TYPES = ("LORA", "LOHA", "LOKR", "OFT")
 
 
@@ -201,8 +201,8 @@ def split_by_spelling(
 def gather_modules(parts: list[Part]) -> tuple[dict[str, list[Part]], list[str]]:
     """The parts by module, each with its copies; and the keys of plain layer weights.
 
-    A module can be under two spellings in parts: diffusers' conversion of a DoRA to kohya's names
-    leaves the magnitudes under another one than the factors.
+    A module can be split over two spellings: diffusers' conversion of a DoRA to kohya's names
+    leaves the magnitudes under a different one than the factors.
     """
     modules: dict[str, list[Part]] = {}
     layer_weights: list[str] = []

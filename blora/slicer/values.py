@@ -57,7 +57,7 @@ def values(tensor: Tensor) -> np.ndarray:
 def convert(
     data: bytes | memoryview, stored: str, factor: float, dtype: str
 ) -> tuple[bytes, np.ndarray]:
-    """Stored values times a factor, as `dtype`; and which of them became inf by that."""
+    """Stored values times a factor, as `dtype`; and which of them that made inf."""
     with np.errstate(all="ignore"):  # an overflow is refused; inf and NaN of the LoRA stay
         before = decode(data, stored)
         exact = before if factor == 1 else before * before.dtype.type(factor)
@@ -67,14 +67,14 @@ def convert(
 
 @lru_cache(maxsize=8)  # 0.3 MB each, and a join has a factor for each alpha
 def conversion_table(stored: str, factor: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """convert() of all 65,536 values of a 16-bit type, to be looked up by their bits."""
+    """convert() of all 65,536 values of a 16-bit type, for a lookup by their bits."""
     data, became_inf = convert(np.arange(1 << 16, dtype="<u2").tobytes(), stored, factor, dtype)
     return np.frombuffer(data, f"<u{FLOATS[dtype]}"), became_inf
 
 
 @dataclass(frozen=True)
 class Changed(Tensor):
-    """A tensor whose values are those of another times a factor, computed when it is written."""
+    """Another tensor's values times a factor, computed when they are written."""
 
     key: str
     source: Tensor
@@ -111,7 +111,7 @@ class Changed(Tensor):
 
 @dataclass(frozen=True)
 class Solved(Tensor):
-    """A tensor of fp32 or fp64 whose values are computed when it is written."""
+    """A tensor of fp32 or fp64 whose values are solved for when it is written."""
 
     solve: Callable[[], np.ndarray]
 
