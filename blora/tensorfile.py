@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Semaphore, Thread
 from typing import Any, BinaryIO
 
 from blora.text import BloraError, printable, written_whole
@@ -142,7 +142,6 @@ class Stored(Tensor):
 # ---- The header ----------------------------------------------------------------------------------
 
 LONGEST = 100_000_000  # bytes of a header: safetensors refuses a longer one
-DTYPE = re.compile("[A-Z][A-Z0-9_]*")  # of releases to come too
 
 
 def is_counts(value: object) -> bool:
@@ -154,7 +153,7 @@ def parse_tensor(key: str, value: Any, path: Path, data: int) -> Stored:
     """A tensor of the header; `data` is where the tensors begin. ValueError where it is not one."""
     fields: Any = value if isinstance(value, dict) else {}
     dtype, shape, offsets = map(fields.get, ("dtype", "shape", "data_offsets"))
-    is_typed = isinstance(dtype, str) and DTYPE.fullmatch(dtype)
+    is_typed = isinstance(dtype, str) and dtype.isidentifier() and dtype.isupper()
     if not (is_typed and is_counts(shape) and is_counts(offsets) and len(offsets) == 2):
         raise ValueError(f"{key} has no type, shape or offsets")
     return Stored(dtype, tuple(shape), path, data + offsets[0], data + offsets[1])
@@ -311,20 +310,38 @@ def with_progress(chunks: Iterable[bytes | memoryview], total: int) -> Iterator[
             bar.update(len(chunk))
 
 
-def write_hashed(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write all chunks; their sha256, computed in a thread beside the writing: it needs no GIL.
+def write_hashed(
+    file: BinaryIO, chunks: Iterable[bytes | memoryview], digest: hashlib._Hash
+) -> None:
+    """Write all chunks, and hash them in a thread beside the writing: hashlib needs no GIL.
 
-    At most two chunks are in memory. An error of the thread is raised here.
+    An error of the thread is raised here. An executor takes 5 ms to import, and 50 microseconds for
+    each chunk: a cut of 450 MB at 0.5 took 0.63 s with one, not 0.55.
     """
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        hashed = worker.submit(digest.update, b"")
+    waiting: SimpleQueue[bytes | memoryview | None] = SimpleQueue()
+    room = Semaphore(2)  # chunks in memory
+    errors: list[BaseException] = []
+
+    def hash_chunks() -> None:
+        while (chunk := waiting.get()) is not None:
+            try:
+                digest.update(chunk)
+            except BaseException as error:
+                errors.append(error)
+            room.release()
+
+    thread = Thread(target=hash_chunks)
+    thread.start()
+    try:
         for chunk in chunks:
-            hashed.result()
-            hashed = worker.submit(digest.update, chunk)
+            room.acquire()
+            waiting.put(chunk)
             file.write(chunk)
-        hashed.result()
-    return digest.hexdigest()
+    finally:
+        waiting.put(None)
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -339,15 +356,14 @@ def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str
     if not HASHES.keys() & metadata.keys():
         file.writelines(chunks)
         return
-    model = write_hashed(file, chunks)
+    model = hashlib.sha256()
+    write_hashed(file, chunks, model)
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     file.seek(start - len(header_bytes(tensors, training)) + 0x100000)
-    legacy = hashlib.sha256(file.read(0x10000)).hexdigest()
-    digests = {"sshs_model_hash": model, "sshs_legacy_hash": legacy[: HASHES["sshs_legacy_hash"]]}
+    both = zip(HASHES.items(), (model, hashlib.sha256(file.read(0x10000))), strict=True)
+    digests = {key: h.hexdigest()[:digits] for (key, digits), h in both if key in metadata}
     file.seek(0)
-    file.write(
-        header_bytes(tensors, metadata | {k: v for k, v in digests.items() if k in metadata})
-    )
+    file.write(header_bytes(tensors, metadata | digests))
 
 
 def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:

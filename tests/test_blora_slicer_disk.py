@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from lora_files import write as write_lora
 from slicing import CUTS, LOOKS, OLD, SMALL, fingerprint, one_sentence, opens, slice_lora
 
 import blora_slicer
-from blora.tensorfile import read_header, write_file, write_hashed
+from blora.tensorfile import CHUNK, read_header, write_file, write_hashed
 from blora.text import BloraError
 
 # A warning would be a line on stderr that tells the user nothing.
@@ -144,31 +145,35 @@ def test_a_source_that_cannot_be_read_any_more_is_the_one_that_is_named(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-class Sink(list):
-    """Takes any chunk, and has all that is written to it."""
+class Broken:
+    """A digest that fails."""
 
-    write = list.append
+    def update(self, chunk: bytes) -> None:
+        raise MemoryError("no room to hash")
 
 
 def test_an_error_of_the_thread_that_hashes_ends_the_cut():
-    outcome: list[object] = []
+    outcome: list[str] = []
 
     def cut() -> None:
         try:
-            outcome.append(write_hashed(Sink(), iter(["no bytes"] * 9)))
-        except TypeError as error:
+            write_hashed(io.BytesIO(), iter([bytes(CHUNK)] * 9), Broken())
+        except MemoryError as error:
             outcome.append(str(error))
 
     thread = threading.Thread(target=cut, daemon=True)
     thread.start()
     thread.join(20)
-    assert outcome == ["Strings must be encoded before hashing"], "it waits for ever"
+    assert outcome == ["no room to hash"], "it waits for ever"
 
 
-def test_all_chunks_are_written_in_order_and_hashed():
-    chunks, sink = [bytes([number]) * 1000 for number in range(20)], Sink()
-    assert write_hashed(sink, iter(chunks)) == hashlib.sha256(b"".join(chunks)).hexdigest()
-    assert sink == chunks
+@pytest.mark.parametrize("length", [1, 1000, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_all_chunks_are_written_in_order_and_hashed(length):
+    chunks = [bytes([number]) * length for number in range(20)]
+    file, digest = io.BytesIO(), hashlib.sha256()
+    write_hashed(file, (memoryview(chunk) for chunk in chunks), digest)
+    assert file.getvalue() == b"".join(chunks)
+    assert digest.digest() == hashlib.sha256(b"".join(chunks)).digest()
 
 
 # Root may do anything, so the run goes on as nobody; the paths are relative, as nobody may not
