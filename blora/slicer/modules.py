@@ -128,7 +128,7 @@ class Module:
     @property
     def rank(self) -> int | None:
         """None where the algorithm has none, or the tensor that shows it is missing."""
-        tensor = self.tensors.get(self.algorithm.rank)
+        tensor = self.tensors.get(self.algorithm.rank) if self.algorithm.rank else None
         return tensor.shape[0] if tensor and tensor.shape else None
 
     @cached_property
