@@ -74,10 +74,10 @@ try:
         counted,
         escape_unencodable,
         file_size,
-        first_few,
         listed,
         printable,
         say,
+        shortened,
     )
 except ImportError as error:
     sys.exit(cannot_load(error))
@@ -275,7 +275,7 @@ def import_problem(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"error: no {name} in {python}: activate kohya's venv"
     # A broken numpy raises one without a name, and with a page of advice.
-    reason = first_few([" ".join(str(error).split())])
+    reason = shortened(" ".join(str(error).split()))
     return f"error: a package of {python} cannot be imported: reinstall it ({reason})"
 
 

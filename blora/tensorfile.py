@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from threading import Semaphore, Thread
 from typing import Any, BinaryIO
 
-from blora.text import BloraError, printable, written_whole
+from blora.text import BloraError, shortened, written_whole
 
 # ---- Types ---------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         return parse_file(path)
     except (ValueError, RecursionError) as error:
         raise BloraError(
-            f"{path} is not a whole safetensors file ({printable(str(error))}): "
+            f"{path} is not a whole safetensors file ({shortened(str(error))}): "
             "download it again, or save it as safetensors"
         ) from error
     except OSError as error:

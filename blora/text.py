@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MAX_LISTED = 3  # keys that a message lists, of any number
-LONGEST_NAME = 200  # characters of each
+LONGEST_TEXT = 200  # characters of one
 
 
 class BloraError(Exception):
@@ -26,10 +26,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def shortened(text: str) -> str:
+    """`text`, escaped, and cut off where it is long."""
+    return printable(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}...")
+
+
 def first_few(keys: Iterable[str]) -> str:
     """Some of many keys, escaped: "a, b, c and 7 more"."""
-    keys = [key if len(key) <= LONGEST_NAME else f"{key[:LONGEST_NAME]}..." for key in keys]
-    keys = [printable(key) for key in keys]
+    keys = [shortened(key) for key in keys]
     more = len(keys) - MAX_LISTED
     return ", ".join(keys[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 

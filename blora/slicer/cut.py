@@ -16,7 +16,7 @@ from blora.slicer.keys import ALPHA, LORA_MID
 from blora.slicer.modules import Lora, Module, with_rank_as_alpha
 from blora.slicer.reader import PEFT_CONFIG
 from blora.tensorfile import as_fp32
-from blora.text import BloraError, first_few, listed, printable, span
+from blora.text import BloraError, first_few, listed, printable, shortened, span
 
 DEFAULT_TRAIT = "content"
 DEFAULT_STRENGTH = 1.0
@@ -70,8 +70,8 @@ def plan_cuts(
     for index in range(max(len(loras), len(traits))):
         name = traits[index] if index < len(traits) else DEFAULT_TRAIT
         if name not in known:
-            names = ", ".join(printable(trait) for trait in known)
-            raise BloraError(f'unknown trait "{printable(name)}": choose one of {names}')
+            names = ", ".join(map(shortened, known))
+            raise BloraError(f'unknown trait "{shortened(name)}": choose one of {names}')
         strength = alphas[index] if index < len(alphas) else DEFAULT_STRENGTH
         cuts.append(Cut(loras[min(index, len(loras) - 1)], known[name], strength))
     return cuts
@@ -121,7 +121,7 @@ def kept_modules(lora: Lora, cut: Cut) -> list[Module]:
     if not kept:
         blocks = ", ".join(dict.fromkeys(block_of(name) for name in lora.modules))
         raise BloraError(
-            f'{cut.lora} has no modules for the trait "{printable(cut.trait.name)}": its blocks '
+            f'{cut.lora} has no modules for the trait "{shortened(cut.trait.name)}": its blocks '
             f"are {blocks}"
         )
     return kept
@@ -132,7 +132,7 @@ def whole_modules(kept: list[Module], cut: Cut) -> list[Module]:
     whole = [module for module in kept if not module.is_incomplete]
     if not whole:
         raise BloraError(
-            f'every "{printable(cut.trait.name)}" module in {cut.lora} is incomplete '
+            f'every "{shortened(cut.trait.name)}" module in {cut.lora} is incomplete '
             f"({first_few(m.name for m in kept)}): save it again with the program that trained it"
         )
     return whole
@@ -142,7 +142,7 @@ def check_fit(module: Module, lora: Path) -> None:
     """Refuse a module whose factors do not fit its layer: it would break where it is loaded."""
     if not module.fits:
         shapes = ", ".join(
-            f"{printable(suffix)} {list(tensor.shape)}"
+            f"{shortened(suffix)} {list(tensor.shape)}"
             for suffix, tensor in module.tensors.items()
             if tensor.shape
         )

@@ -153,7 +153,7 @@ def table_row(
 
 
 def training_facts(metadata: dict[str, str]) -> dict[str, Any]:
-    """What a file says of its training, as far as it does."""
+    """What the metadata tell about the training."""
     words: Counter[str] = Counter()
     for counts in json_object(metadata.get("ss_tag_frequency")).values():
         if isinstance(counts, dict):

@@ -13,7 +13,7 @@ from pathlib import Path
 from blora.sdxl import blocks_by_spelling
 from blora.slicer.keys import plain_name, plain_prefixes
 from blora.slicer.modules import Module
-from blora.text import BloraError, first_few, printable
+from blora.text import BloraError, shortened
 
 TEXT_WIDTH = 2048  # of the text that SDXL's attn2 reads; 768 in Stable Diffusion 1, 1024 in 2
 # Names of other models in metadata; those of SDXL and its finetunes have "xl" in them.
@@ -46,7 +46,7 @@ def declared_model(metadata: dict[str, str], modules: Iterable[Module]) -> str |
         if value.startswith(DOUBTFUL) and any(map(is_sdxls_alone, modules)):
             continue
         if re.search(OTHER_MODELS, value.lower()):
-            return f'its {name} is "{printable(value)}"'
+            return f'its {name} is "{shortened(value)}"'
     return None
 
 
@@ -81,7 +81,7 @@ def keys_of_other_model(keys: Iterable[str], modules: dict[str, Module]) -> str 
         if block := foreign_block(key):
             return f"it has {block}, a block that SDXL does not have"
         if not has_unet and re.match(ANY_MODEL, plain_name(key)):
-            return f"it has {first_few([key])}, and nothing of SDXL's U-Net"
+            return f"it has {shortened(key)}, and nothing of SDXL's U-Net"
     return None
 
 

@@ -22,7 +22,7 @@ from blora.slicer.keys import ALPHA, BY_ROW, DORA, Key, Spelling, read_key
 from blora.slicer.modules import UNKNOWN, Lora, Module, with_alpha
 from blora.slicer.other_models import check_model
 from blora.tensorfile import Stored, Tensor, as_fp32, read_header
-from blora.text import BloraError, first_few, printable
+from blora.text import BloraError, first_few, shortened
 
 # ---- PEFT's settings -----------------------------------------------------------------------------
 
@@ -124,13 +124,13 @@ def check_settings(settings: Settings, path: Path) -> None:
     kind = str(settings.values.get("peft_type", "LORA"))
     if kind not in COMMON_TYPES:
         raise BloraError(
-            f"{path} is PEFT's {printable(kind)}, which kohya's names cannot express: use it "
+            f"{path} is PEFT's {shortened(kind)}, which kohya's names cannot express: use it "
             "with PEFT"
         )
     start = str(settings.values.get("init_lora_weights", ""))
     if start.lower().startswith(TAKEN_FROM_BASE):
         raise BloraError(
-            f"{path} was trained with init_lora_weights={printable(start)}, so its factors hold a "
+            f"{path} was trained with init_lora_weights={shortened(start)}, so its factors hold a "
             "part of the base model: save it with PEFT's path_initial_model_for_weight_conversion"
         )
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from blora.tensorfile import FLOAT8, FLOATS, FORMATS, Stored, Tensor, number
-from blora.text import BloraError, printable
+from blora.text import BloraError, shortened
 
 PIECE = 1 << 18  # bytes of stored values that are changed at a time: they stay in the cache
 # The smallest numbers that round to inf.
@@ -104,7 +104,7 @@ class Changed(Tensor):
         """Refuse values that became inf."""
         if became_inf.any():
             raise BloraError(
-                f"{printable(self.key)} overflows {self.dtype}: lower --alphas, or use "
+                f"{shortened(self.key)} overflows {self.dtype}: lower --alphas, or use "
                 "--save_precision float"
             )
 
