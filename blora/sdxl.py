@@ -17,15 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from blora.text import BloraError
 
 # ---- Layers --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A module of SDXL: a layer with a weight, or a container such as "ResnetBlock2D" without."""
+class Layer(NamedTuple):
+    """A module of SDXL: a layer with a weight, or a container such as "ResnetBlock2D" without.
+
+    A tuple, as every cut makes 2,300: that takes 1.5 ms, and 2.3 as a frozen dataclass.
+    """
 
     network: str  # "unet", "te1" or "te2", as in kohya's module names
     name: str  # with dots; the U-Net's are sgm's
