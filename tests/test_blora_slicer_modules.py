@@ -52,7 +52,10 @@ def cannot_hold(suffix: str, dtype: str) -> str:
     return f"{NAME}.{suffix} overflows {dtype}: lower --alphas, or use --save_precision float"
 
 
-UNKNOWN = no_strength("it is unknown and its tensors are of an unknown kind")
+def unknown(*suffixes: str, more: str = "") -> str:
+    return no_strength(f"what {', '.join(f'{NAME}.{s}' for s in suffixes)}{more} does is unknown")
+
+
 OFT = no_strength("it is OFT and a rotation cannot be multiplied")
 T_LORA = no_strength("it is T-LoRA and the factors it started from are not in it")
 DORA = no_strength(
@@ -200,7 +203,7 @@ CASES: dict[str, Case] = {
                 (F64, BF, HALF, F8, F8B, torch.int8, torch.uint8, torch.int16, torch.int64)
             )
         },
-        UNKNOWN,
+        unknown("part8", "part0", "part1", more=" and 6 more"),
     ),
     "NaN and inf in fp16": odd(HALF),
     "NaN and inf in bf16": odd(BF),
@@ -251,8 +254,8 @@ CASES: dict[str, Case] = {
         OTHER_PARTS,
         joined=NO_OTHER_ALPHA,
     ),
-    "an unknown suffix": Case({"a.b.c": numbers(2)}, UNKNOWN),
-    "a suffix of escapes": Case({"\x1b[2J\n": numbers(2)}, UNKNOWN),
+    "an unknown suffix": Case({"a.b.c": numbers(2)}, unknown("a.b.c")),
+    "a suffix of escapes": Case({"\x1b[2J\n": numbers(2)}, unknown(r"\x1b[2J\n")),
 }  # fmt: skip
 WAYS = [
     # strength, precision

@@ -68,7 +68,7 @@ ALGORITHMS = (
 )  # fmt: skip
 # Further changes that any algorithm can have beside its factors.
 ADDED = ("diff", "diff_b", "w_norm", "b_norm")
-UNKNOWN = Algorithm("unknown", (), (), reason="its tensors are of an unknown kind")
+UNKNOWN = Algorithm("unknown", (), ())
 
 # What the axes of each tensor mean; the last one takes all that remain. The change has o times p
 # rows and i times j times k columns (a kernel is part of the columns), and a letter has one size in

@@ -14,7 +14,7 @@ import numpy as np
 
 from blora.slicer.cut import Cut, Slice
 from blora.slicer.keys import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
-from blora.slicer.modules import ADDED, UNKNOWN, Module, with_alpha
+from blora.slicer.modules import ADDED, Module, with_alpha
 from blora.slicer.reader import BaseModel
 from blora.slicer.values import Changed, Solved, through_core, values
 from blora.tensorfile import DTYPES, FLOAT8, FLOATS, Stored, Tensor, fp32_holds
@@ -109,7 +109,7 @@ BIASES = {UP_BIAS, "bias_values"}  # parts of the change that bake_dora does not
 def why_not(module: Module) -> tuple[str, str]:
     """Why the strength of a module cannot change, and what to do."""
     advice = "cut it at 1.0 and set the strength where the LoRA is used"
-    if module.unknown and module.algorithm is not UNKNOWN:
+    if module.unknown:
         return unknown_tensors(module), advice
     reason = module.algorithm.reason
     if DORA in module.tensors and BIASES & module.tensors.keys():
