@@ -62,7 +62,7 @@ try:
     from blora.preflight.report import Report, attempt, cause, print_report
     from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, refusal
     from blora.sheet import check_page, thumbnail_limit
-    from blora.text import BloraError, counted, printable
+    from blora.text import BloraError, counted, escape_unencodable, printable
 except ImportError as error:
     sys.exit(f"error: {cannot_load(error)}")
 
@@ -251,9 +251,7 @@ def check_preview(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 1 where the training would fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_unencodable()
     parser = build_parser()
     args = parser.parse_args(argv)
     check_preview(args, parser)

@@ -206,7 +206,7 @@ def count(sdxl: Any, size: int) -> None:
 
 
 def count_by_first_block(sdxl: Any, size: int, folder: Path) -> None:
-    """The figures of memory.py: GB kept where the backward pass ends at each block."""
+    """The figures of plan.py: GB kept where the backward pass ends at each block."""
     print("\n| first trained | lycoris.kohya | | blora_network | |\n|" + " --- |" * 5)
     print("| checkpointing | on | off | on | off |")
     for block in BLOCKS:

@@ -31,7 +31,7 @@ from network_cases import (
     with_both,
 )
 
-from blora.preflight.memory import position
+from blora.preflight.plan import position
 
 pytestmark = pytest.mark.slow
 

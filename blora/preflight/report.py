@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,7 +56,6 @@ def print_report(report: Report) -> None:
     for kind, sentences in (("error", report.errors), ("warning", report.warnings)):
         for sentence in sentences:
             say(f"{kind}: {sentence}")
-    sys.stderr.flush()
     if not report.errors:
         print("This training:")
         for name, text in report.plan.items():
