@@ -1,4 +1,4 @@
-"""What SDXL is: every layer with its class and weight shape, every name it goes by, and traits.
+"""What SDXL is: every layer with its weight's shape, every name it goes by, and traits.
 
 Layers are built from SDXL's architecture (arXiv 2307.01952); a test checks them against diffusers'
 and transformers' own models.
@@ -25,26 +25,20 @@ from blora.text import BloraError
 
 
 class Layer(NamedTuple):
-    """A module of SDXL: a layer with a weight, or a container such as "ResnetBlock2D" without.
+    """A layer of SDXL with a weight: a matrix, a convolution, a norm or an embedding.
 
-    A tuple, as every cut makes 2,300: that takes 1.5 ms, and 2.3 as a frozen dataclass.
+    A tuple, as every cut makes 1,900: a frozen dataclass takes half as long again.
     """
 
     network: str  # "unet", "te1" or "te2", as in kohya's module names
     name: str  # with dots; the U-Net's are sgm's
-    kind: str  # the class that sd-scripts gives it
-    shape: tuple[int, ...] = ()  # of the weight: [out, in], [out, in, height, width], or [width]
+    shape: tuple[int, ...]  # of the weight: [out, in], [out, in, height, width], or [width]
     diffusers: str = ""  # the U-Net's other name
 
     @property
     def module(self) -> str:
         """kohya's name of a LoRA module for this layer."""
         return f"lora_{self.network}_{self.name.replace('.', '_')}"
-
-    @property
-    def is_leaf(self) -> bool:
-        """Whether LyCORIS' presets reach it: a matrix or a convolution."""
-        return self.kind in ("Linear", "Conv2d")
 
     @property
     def block(self) -> str:
@@ -63,47 +57,40 @@ class Layer(NamedTuple):
 
 def resnet(name: str, diffusers: str, inputs: int, outputs: int) -> Iterator[Layer]:
     """A residual block with its time embedding of 1280."""
-    yield Layer("unet", name, "ResnetBlock2D", (), diffusers)
-    parts = [
-        ("in_layers.0", "norm1", "GroupNorm", (inputs,)),
-        ("in_layers.2", "conv1", "Conv2d", (outputs, inputs, 3, 3)),
-        ("emb_layers.1", "time_emb_proj", "Linear", (outputs, 1280)),
-        ("out_layers.0", "norm2", "GroupNorm", (outputs,)),
-        ("out_layers.3", "conv2", "Conv2d", (outputs, outputs, 3, 3)),
+    parts: list[tuple[str, str, tuple[int, ...]]] = [
+        ("in_layers.0", "norm1", (inputs,)),
+        ("in_layers.2", "conv1", (outputs, inputs, 3, 3)),
+        ("emb_layers.1", "time_emb_proj", (outputs, 1280)),
+        ("out_layers.0", "norm2", (outputs,)),
+        ("out_layers.3", "conv2", (outputs, outputs, 3, 3)),
     ]
     if inputs != outputs:
-        parts.append(("skip_connection", "conv_shortcut", "Conv2d", (outputs, inputs, 1, 1)))
-    for part, other, kind, shape in parts:
-        yield Layer("unet", f"{name}.{part}", kind, shape, f"{diffusers}.{other}")
+        parts.append(("skip_connection", "conv_shortcut", (outputs, inputs, 1, 1)))
+    for part, other, shape in parts:
+        yield Layer("unet", f"{name}.{part}", shape, f"{diffusers}.{other}")
 
 
-def transformer_block(width: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(name, class, shape) of what is in one, over a text of 2048 wide tokens."""
-    yield "", "BasicTransformerBlock", ()
+def transformer_block(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of what is in one, over a text of 2048 wide tokens."""
     for number, source in ((1, width), (2, 2048)):
-        yield f".norm{number}", "LayerNorm", (width,)
-        yield f".attn{number}", "CrossAttention", ()
-        yield f".attn{number}.to_q", "Linear", (width, width)
-        yield f".attn{number}.to_k", "Linear", (width, source)
-        yield f".attn{number}.to_v", "Linear", (width, source)
-        yield f".attn{number}.to_out.0", "Linear", (width, width)
-    yield ".norm3", "LayerNorm", (width,)
-    yield ".ff", "FeedForward", ()
-    yield ".ff.net.0", "GEGLU", ()
-    yield ".ff.net.0.proj", "Linear", (8 * width, width)
-    yield ".ff.net.2", "Linear", (width, 4 * width)
+        yield f"norm{number}", (width,)
+        yield f"attn{number}.to_q", (width, width)
+        yield f"attn{number}.to_k", (width, source)
+        yield f"attn{number}.to_v", (width, source)
+        yield f"attn{number}.to_out.0", (width, width)
+    yield "norm3", (width,)
+    yield "ff.net.0.proj", (8 * width, width)
+    yield "ff.net.2", (width, 4 * width)
 
 
 def transformer(name: str, diffusers: str, width: int, depth: int) -> Iterator[Layer]:
     """Transformer blocks between two projections; both namings agree on what is inside."""
-    parts = [("", "Transformer2DModel", ()), (".norm", "GroupNorm", (width,))]
-    parts.append((".proj_in", "Linear", (width, width)))
+    parts = [("norm", (width,)), ("proj_in", (width, width))]
     for index in range(depth):
-        block = f".transformer_blocks.{index}"
-        parts += [(block + part, kind, shape) for part, kind, shape in transformer_block(width)]
-    parts.append((".proj_out", "Linear", (width, width)))
-    for part, kind, shape in parts:
-        yield Layer("unet", name + part, kind, shape, diffusers + part)
+        inside = transformer_block(width)
+        parts += [(f"transformer_blocks.{index}.{part}", shape) for part, shape in inside]
+    for part, shape in (*parts, ("proj_out", (width, width))):
+        yield Layer("unet", f"{name}.{part}", shape, f"{diffusers}.{part}")
 
 
 LEVELS = ((320, 0), (640, 2), (1280, 10))  # of the U-Net: width, and depth of its transformers
@@ -120,10 +107,8 @@ def unet_down() -> Iterator[Layer]:
                 yield from transformer(f"{sgm}.1", f"{diffusers}.attentions.{index}", width, depth)
             number, inputs = number + 1, width
         if level < 2:
-            name, other = f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0"
-            yield Layer("unet", name, "Downsample2D", (), other)
-            shape = (width, width, 3, 3)
-            yield Layer("unet", f"{name}.op", "Conv2d", shape, f"{other}.conv")
+            name, other = f"input_blocks.{number}.0.op", f"down_blocks.{level}.downsamplers.0.conv"
+            yield Layer("unet", name, (width, width, 3, 3), other)
             number += 1
 
 
@@ -139,60 +124,50 @@ def unet_up() -> Iterator[Layer]:
         if depth:
             yield from transformer(f"{sgm}.1", f"{diffusers}.attentions.{index}", width, depth)
         if index == 2 and level < 2:
-            name, other = f"{sgm}.2", f"{diffusers}.upsamplers.0"
-            yield Layer("unet", name, "Upsample2D", (), other)
             shape = (width, width, 3, 3)
-            yield Layer("unet", f"{name}.conv", "Conv2d", shape, f"{other}.conv")
+            yield Layer("unet", f"{sgm}.2.conv", shape, f"{diffusers}.upsamplers.0.conv")
         inputs = width
 
 
 def unet_layers() -> Iterator[Layer]:
     """The whole U-Net, in the order of its forward pass."""
-    for name, other, shape in (
-        ("time_embed.0", "time_embedding.linear_1", (1280, 320)),
-        ("time_embed.2", "time_embedding.linear_2", (1280, 1280)),
-        ("label_emb.0.0", "add_embedding.linear_1", (1280, 2816)),
-        ("label_emb.0.2", "add_embedding.linear_2", (1280, 1280)),
-    ):
-        yield Layer("unet", name, "Linear", shape, other)
-    yield Layer("unet", "input_blocks.0.0", "Conv2d", (320, 4, 3, 3), "conv_in")
+    yield Layer("unet", "time_embed.0", (1280, 320), "time_embedding.linear_1")
+    yield Layer("unet", "time_embed.2", (1280, 1280), "time_embedding.linear_2")
+    yield Layer("unet", "label_emb.0.0", (1280, 2816), "add_embedding.linear_1")
+    yield Layer("unet", "label_emb.0.2", (1280, 1280), "add_embedding.linear_2")
+    yield Layer("unet", "input_blocks.0.0", (320, 4, 3, 3), "conv_in")
     yield from unet_down()
     yield from resnet("middle_block.0", "mid_block.resnets.0", 1280, 1280)
     yield from transformer("middle_block.1", "mid_block.attentions.0", 1280, 10)
     yield from resnet("middle_block.2", "mid_block.resnets.1", 1280, 1280)
     yield from unet_up()
-    yield Layer("unet", "out.0", "GroupNorm", (320,), "conv_norm_out")
-    yield Layer("unet", "out.2", "Conv2d", (4, 320, 3, 3), "conv_out")
+    yield Layer("unet", "out.0", (320,), "conv_norm_out")
+    yield Layer("unet", "out.2", (4, 320, 3, 3), "conv_out")
 
 
 def text_encoder_layers(network: str, depth: int, width: int) -> Iterator[Layer]:
     """A CLIP text encoder: 12 layers of 768 in the first of SDXL, 32 of 1280 in the second."""
-    start = "text_model.embeddings"
-    yield Layer(network, f"{start}.token_embedding", "Embedding", (49408, width))
-    yield Layer(network, f"{start}.position_embedding", "Embedding", (77, width))
+    yield Layer(network, "text_model.embeddings.token_embedding", (49408, width))
+    yield Layer(network, "text_model.embeddings.position_embedding", (77, width))
     for index in range(depth):
         layer = f"text_model.encoder.layers.{index}"
-        yield Layer(network, layer, "CLIPEncoderLayer")
-        yield Layer(network, f"{layer}.self_attn", "CLIPAttention")
         for projection in ("k", "v", "q", "out"):
-            name = f"{layer}.self_attn.{projection}_proj"
-            yield Layer(network, name, "Linear", (width, width))
-        yield Layer(network, f"{layer}.layer_norm1", "LayerNorm", (width,))
-        yield Layer(network, f"{layer}.mlp", "CLIPMLP")
-        yield Layer(network, f"{layer}.mlp.fc1", "Linear", (4 * width, width))
-        yield Layer(network, f"{layer}.mlp.fc2", "Linear", (width, 4 * width))
-        yield Layer(network, f"{layer}.layer_norm2", "LayerNorm", (width,))
-    yield Layer(network, "text_model.final_layer_norm", "LayerNorm", (width,))
+            yield Layer(network, f"{layer}.self_attn.{projection}_proj", (width, width))
+        yield Layer(network, f"{layer}.layer_norm1", (width,))
+        yield Layer(network, f"{layer}.mlp.fc1", (4 * width, width))
+        yield Layer(network, f"{layer}.mlp.fc2", (width, 4 * width))
+        yield Layer(network, f"{layer}.layer_norm2", (width,))
+    yield Layer(network, "text_model.final_layer_norm", (width,))
 
 
 @cache
 def sdxl_layers() -> dict[str, dict[str, Layer]]:
-    """All three networks, containers included, as {network: {name with dots: layer}}."""
-    projection = Layer("te2", "text_projection", "Linear", (1280, 1280))
+    """All three networks, as {network: {name with dots: layer}}."""
+    projection = Layer("te2", "text_projection", (1280, 1280))
     networks = {
-        "te1": [*text_encoder_layers("te1", 12, 768)],
-        "te2": [*text_encoder_layers("te2", 32, 1280), projection],
-        "unet": [*unet_layers()],
+        "te1": text_encoder_layers("te1", 12, 768),
+        "te2": (*text_encoder_layers("te2", 32, 1280), projection),
+        "unet": unet_layers(),
     }
     return {
         network: {layer.name: layer for layer in layers} for network, layers in networks.items()
@@ -226,31 +201,24 @@ def other_text_names(name: str) -> Iterator[str]:
 
 @cache
 def layers_by_spelling() -> dict[str, dict[str, Layer]]:
-    """The layers that have a weight, as {network: {any name with underscores: layer}}."""
+    """{network: {any name with underscores: layer}}."""
     return {
-        network: {name: layer for layer in layers.values() if layer.shape
-                  for name in spellings(layer)}
+        network: {name: layer for layer in layers.values() for name in spellings(layer)}
         for network, layers in sdxl_layers().items()
-    }  # fmt: skip
-
-
-@cache
-def layers_by_module() -> dict[str, Layer]:
-    """The layers that have a weight, by kohya's module name."""
-    return {
-        layer.module: layer
-        for layers in sdxl_layers().values()
-        for layer in layers.values()
-        if layer.shape
     }
 
 
 @cache
+def layers_by_module() -> dict[str, Layer]:
+    """All layers by kohya's module name."""
+    return {layer.module: layer for layers in sdxl_layers().values() for layer in layers.values()}
+
+
+@cache
 def blocks_by_spelling() -> set[str]:
-    """The parts of a block of the U-Net by both names, with underscores: "input_blocks_4_1"."""
-    layers = sdxl_layers()["unet"].values()
-    parts = [layer for layer in layers if layer.name == layer.block]
-    return {n.replace(".", "_") for layer in parts for n in (layer.name, layer.diffusers)}
+    """The parts of a block by both names: "input_blocks_4_1", "down_blocks_1_attentions_0"."""
+    names = ((x.name.split("."), x.diffusers.split(".")) for x in sdxl_layers()["unet"].values())
+    return {"_".join(part) for sgm, other in names for part in (sgm[:3], other[:4])}
 
 
 def block_of(module: str) -> str:

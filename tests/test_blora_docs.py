@@ -275,7 +275,7 @@ def test_the_table_of_blocks_is_that_of_the_model():
         modules, parameters = rows[block]
         assert rest.split(" | ") == [
             f"`lora_unet_{block.replace('.', '_')}_`",
-            f"`{layers[block].diffusers}`",
+            f"`{layers[f'{block}.proj_in'].diffusers.removesuffix('.proj_in')}`",
             slot(block),
             str(modules),
             f"{parameters:,}",

@@ -19,7 +19,7 @@ from blora.sdxl import load_traits, sdxl_layers
 
 SVG = "{http://www.w3.org/2000/svg}"
 UNET = sdxl_layers()["unet"]
-LEAVES = [layer for layer in UNET.values() if layer.kind in ("Linear", "Conv2d")]
+LEAVES = [layer for layer in UNET.values() if layer.shape[1:]]  # no norms
 TRAITS = load_traits(ROOT / "blora_traits.json")
 WAY_IN, WAY_OUT = [f"IN0{n}" for n in range(9)], [f"OUT0{n}" for n in range(9)]
 # The matrices of content and style, found without the traits, and what a LoRA of rank 1 takes.
@@ -80,7 +80,10 @@ def test_a_picture_is_readable_described_self_contained_and_has_a_dark_scheme(na
 def test_the_map_has_all_names_of_a_trait(trait, meaning):
     [block] = {layer.block for layer in LEAVES if TRAITS[trait].keeps(layer.module)}
     way, number, _ = block.split(".")
-    slot, diffusers = f"{way.removesuffix('put_blocks').upper()}0{number}", UNET[block].diffusers
+    slot, diffusers = (
+        f"{way.removesuffix('put_blocks').upper()}0{number}",
+        UNET[f"{block}.proj_in"].diffusers.removesuffix(".proj_in"),
+    )
     shown = f"{trait.upper()} {meaning}|{slot}|kohya|{block}|diffusers|{diffusers}"
     assert shown in "|".join(texts("blocks.svg"))
     described = f"{trait} is {block} in kohya, {diffusers} in diffusers, slot {slot}"

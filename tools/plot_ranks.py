@@ -48,7 +48,7 @@ def trained_shapes() -> list[tuple[int, ...]]:
     """[out, in] of each matrix that content and style train."""
     traits = load_traits(ROOT / "blora_traits.json")
     chosen = (traits["content"], traits["style"])
-    layers = [layer for layer in sdxl_layers()["unet"].values() if layer.is_leaf]
+    layers = [layer for layer in sdxl_layers()["unet"].values() if layer.shape[1:]]  # no norms
     return [layer.shape for layer in layers if any(t.keeps(layer.module) for t in chosen)]
 
 
