@@ -106,7 +106,7 @@ def conclude(rehearsal: Rehearsal, report: Report) -> None:
 def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> int:
     """Everything that the dataset shows; returns the pixels of the training's largest batch."""
     from blora.preflight.dataset import list_folders
-    from blora.preflight.dataset_checks import check_dataset
+    from blora.preflight.images import check_dataset
     from blora.preflight.preview import write_preview
 
     limit_for = thumbnail_limit if training.preview else None

@@ -42,9 +42,8 @@ def main() -> int:
     ours, argv = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     sys.path[:0] = [str(ours.kohya), str(ours.bundle)]
     from blora.preflight.dataset import list_folders
-    from blora.preflight.dataset_checks import check_dataset
     from blora.preflight.folders import check_config
-    from blora.preflight.images import stumbled_over
+    from blora.preflight.images import check_dataset, stumbled_over
     from blora.preflight.preview import write_preview
     from blora.preflight.rehearsal import read_options, trainer_environment
     from blora.preflight.report import Report

@@ -28,7 +28,7 @@ LATE = {
     "blora_preflight.py": {
         f"blora/preflight/{name}.py"
         for name in (
-            "captions", "dataset", "dataset_checks", "folders",
+            "captions", "dataset", "folders",
             "images", "preview",
         )
     },

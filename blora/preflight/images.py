@@ -11,9 +11,10 @@ import io
 import os
 import threading
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +25,20 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from blora.preflight.dataset import Folder, caption_path, module_of, without_augmentation
-from blora.preflight.report import Report
+from blora.preflight.captions import check_captions
+from blora.preflight.dataset import (
+    Epoch,
+    Folder,
+    caption_path,
+    module_of,
+    read_epoch,
+    read_folders,
+    with_strategies,
+    without_augmentation,
+)
+from blora.preflight.folders import check_folders, check_skipped
+from blora.preflight.rehearsal import Rehearsal
+from blora.preflight.report import Report, attempt
 from blora.preflight.trainer_errors import frames, in_english
 from blora.sheet import make_thumbnail
 from blora.text import MAX_LISTED, first_few
@@ -367,3 +380,57 @@ def check_cached_captions(folders: Iterable[Folder], report: Report) -> None:
             "stale text encoder outputs, older than the captions, will be used in their place, "
             f"{len(stale)} in all: {first_few(stale.values())}: delete these files"
         )
+
+
+# ---- The whole dataset ---------------------------------------------------------------------------
+
+
+@dataclass
+class Dataset:
+    """What the trainer's datasets hold; what this sd-scripts does not offer stays empty."""
+
+    folders: list[Folder] = field(default_factory=list)
+    epoch: Epoch | None = None
+    opened: list[Opened] = field(default_factory=list)
+
+
+def check_dataset(
+    rehearsal: Rehearsal,
+    terminal: TextIO | None,
+    limit_for: Callable[[int], int] | None,
+    report: Report,
+) -> Dataset:
+    """Check all of it, once the trainer has built its datasets.
+
+    A progress bar goes to `terminal`; `limit_for` gives the bytes of a thumbnail, by their
+    number. Pictures for validation are opened too.
+    """
+    args, result, ask = rehearsal.args, Dataset(), partial(attempt, report)
+    datasets = list(map(with_strategies, rehearsal.datasets))
+    every = [*datasets, *map(with_strategies, rehearsal.validation)]
+    cached = args.cache_latents or args.cache_latents_to_disk
+    caches_text = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
+    result.folders = ask("read the folders", read_folders, datasets, caches_text) or []
+    result.epoch = ask("count the batches", read_epoch, datasets, result.folders)
+    ask("check the captions", check_captions, result.folders, report)
+    ask("check the folders", check_folders, result.folders, report)
+    trained = {folder.path for folder in result.folders}
+    ask("check the dataset config", check_skipped, args, trained, report)
+    limit = limit_for(sum(len(folder.pictures) for folder in result.folders)) if limit_for else 0
+    result.opened = ask("open the pictures", open_pictures, every, cached, terminal, limit) or []
+    ask("check the opened pictures", check_opened, args, every, result, report)
+    return result
+
+
+def check_opened(args: Namespace, datasets: list[Any], result: Dataset, report: Report) -> None:
+    """Pictures that are broken, distorted or sideways, and caches that are used in their place."""
+    cached = set()
+    if args.cache_latents_to_disk:
+        for dataset in datasets:
+            cached |= check_cached_latents(dataset, result.opened, report).keys()
+    if args.cache_text_encoder_outputs_to_disk:
+        check_cached_captions(result.folders, report)
+    report.errors += broken_pictures(p for p in result.opened if p.path not in cached)
+    check_sizes(result.folders, result.opened, cached, report)
+    if datasets and not turns_photos(datasets[0]):
+        check_upright(result.opened, report)

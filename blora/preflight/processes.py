@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
@@ -45,11 +44,6 @@ def processes(accelerate: list[str], script: str) -> Started:
         raise BloraError(
             f"accelerate refuses its options: correct {OPTIONS} ({usage or error})"
         ) from error
-    return started(args, is_chosen or defaults is not None)
-
-
-def started(args: Namespace, is_chosen: bool) -> Started:
-    """The processes by accelerate's options, once it has filled in its defaults."""
     machines, wanted = args.num_machines or 1, max(1, args.num_processes or 1)
     # As its launch_command chooses: anything else starts one process, whatever number is given.
     several = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm
@@ -58,7 +52,7 @@ def started(args: Namespace, is_chosen: bool) -> Started:
         1 if is_lone else max(1, wanted // machines) * machines,
         1 if is_lone else machines,
         0 if is_lone or machines == 1 else args.machine_rank or 0,
-        is_chosen,
+        is_chosen or defaults is not None,
         lacks_multi_gpu=is_lone and not (args.cpu or args.tpu) and max(wanted, machines) > 1,
     )
 

@@ -37,12 +37,6 @@ def own_words(failure: BaseException) -> str:
     return in_english(one_line(str(failure)))
 
 
-def described(failure: BaseException, words: str) -> str:
-    """An exception as the rows describe it."""
-    way = " > ".join(frame.f_code.co_name for frame in frames(failure))
-    return f"{way}: {type(failure).__name__}: {words}"
-
-
 def names_of(failure: BaseException, args: Namespace | None) -> dict[str, Any]:
     """What a sentence can name: local variables, the innermost counting, and the options."""
     names = {name: v for frame in frames(failure) for name, v in frame.f_locals.items()}
@@ -79,14 +73,16 @@ def row_sentence(failure: BaseException, words: str, args: Namespace | None) -> 
     """The sentence of the first row that fits; `words` are the trainer's own."""
     import toml  # sd-scripts has it
 
+    way = " > ".join(frame.f_code.co_name for frame in frames(failure))
+    kind = type(failure).__name__
     for row in toml.loads(ROWS.read_text(encoding="utf-8"))["row"]:
-        if match := re.search(row["pattern"], described(failure, words)):
+        if match := re.search(row["pattern"], f"{way}: {kind}: {words}"):
             names = names_of(failure, args) | match.groupdict()
             try:
                 return f"{row['sentence'].format_map(names)} ({words})"
             except (KeyError, AttributeError):  # another release has other variables
                 break
-    return f"{OTHERS} ({type(failure).__name__}: {words})"
+    return f"{OTHERS} ({kind}: {words})"
 
 
 def exit_sentence(failure: SystemExit, args: Namespace | None, printed: str) -> str:
