@@ -218,23 +218,18 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.add_argument(
-        "--no_rehearsal",
-        action="store_true",
-        default=setting("BLORA_REHEARSAL") == "0",
-        help="check files only, without a rehearsal (or set BLORA_REHEARSAL to 0)",
-    )
-    parser.add_argument(
-        "--preview",
-        type=lambda path: Path(path).expanduser(),
-        metavar="SHEET.html",
+    add = parser.add_argument
+    # fmt: off
+    add("--version", action="version", version=f"%(prog)s {VERSION}")
+    add("--json", action="store_true", help="print it as JSON")
+    add("--no_rehearsal", action="store_true", default=setting("BLORA_REHEARSAL") == "0",
+        help="check files only, without a rehearsal (or set BLORA_REHEARSAL to 0)")
+    add("--preview", metavar="SHEET.html", type=lambda path: Path(path).expanduser(),
         default=setting("BLORA_PREVIEW") if os.environ.get("BLORA_PREVIEW") else None,
-        help="show the pictures as the trainer will see them (or set BLORA_PREVIEW)",
-    )
-    parser.add_argument("script", help="the training script")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="the options it will get")
+        help="show the pictures as the trainer will see them (or set BLORA_PREVIEW)")
+    add("script", help="the training script")
+    add("options", nargs=argparse.REMAINDER, help="the options it will get")
+    # fmt: on
     return parser
 
 

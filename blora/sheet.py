@@ -159,20 +159,16 @@ def page_html(title: str, intro: Line, sections: list[Section]) -> Iterator[str]
 # ---- The file ------------------------------------------------------------------------------------
 
 
-def is_sheet(path: Path) -> bool:
-    """Whether a file is an earlier sheet, and so may be overwritten."""
-    with suppress(OSError), path.open("rb") as file:
-        return MARK.encode() in file.read(MARK_WITHIN)
-    return False
-
-
 def check_page(path: Path, option: str) -> None:
     """Refuse, as a BloraError, a path at which an option must not write a sheet."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise BloraError(f'{option} writes a web page, not "{path}": end its name in .html')
     if not path.parent.is_dir():
         raise BloraError(f'no folder "{path.parent}" for {option}: create it, or choose another')
-    if path.exists() and not is_sheet(path):
+    if path.exists():
+        with suppress(OSError), path.open("rb") as file:
+            if MARK.encode() in file.read(MARK_WITHIN):
+                return
         raise BloraError(f'"{path}" is not an earlier sheet: give {option} another name')
 
 

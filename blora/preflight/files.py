@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +66,14 @@ def check_resume(args: Namespace, report: Report) -> None:
     folder = Path(args.resume).expanduser()  # as accelerate does
     if not folder.is_dir() or not any(folder.iterdir()):
         raise BloraError(f'no saved state in "{args.resume}": correct --resume')
-    reached, steps = reached_steps(folder), args.max_train_steps
-    counts_anew = args.max_train_epochs or args.initial_epoch or args.initial_step
-    if not counts_anew and reached >= steps:
-        raise BloraError(
-            f'the state in "{args.resume}" is of step {reached:g}, and --max_train_steps={steps} '
-            "counts from the beginning: raise it"
-        )
-
-
-def reached_steps(state: Path) -> float:
-    """The step at which a state was saved; NaN where it does not say."""
-    try:
-        saved = json.loads((state / "train_state.json").read_text(encoding="utf-8"))
-        return float(saved["current_step"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return math.nan
+    with suppress(OSError, ValueError, TypeError, KeyError):  # it may not say its step
+        saved = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
+        step, counts_anew = float(saved["current_step"]), args.initial_epoch or args.initial_step
+        if step >= args.max_train_steps and not (args.max_train_epochs or counts_anew):
+            raise BloraError(
+                f'the state in "{args.resume}" is of step {step:g}, and --max_train_steps='
+                f"{args.max_train_steps} counts from the beginning: raise it"
+            )
 
 
 # ---- The prompts of samples ----------------------------------------------------------------------

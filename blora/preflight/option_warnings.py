@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from importlib import metadata
 from typing import Any
 
 from blora.preflight.plan import MANY_BLOCKS, Built, built
@@ -66,9 +67,6 @@ def check_dora(network: Any, report: Report) -> None:
 
 def check_lycoris(report: Report) -> None:
     """A release of LyCORIS that nothing here was run with."""
-    # It imports email and zipfile, which only this check needs.
-    from importlib import metadata
-
     try:
         version = metadata.version("lycoris_lora")
     except metadata.PackageNotFoundError:
@@ -119,4 +117,5 @@ def check_options(rehearsal: Rehearsal, report: Report) -> None:
         check_network(network, args, report)
         check_dora(rehearsal.network, report)
         check_text_encoders(printed, network, args, report)
-    check_rate(rehearsal.groups, args, report)
+    optimizers = rehearsal.accelerator._optimizers
+    check_rate([group for each in optimizers for group in each.param_groups], args, report)

@@ -57,12 +57,6 @@ class Rehearsal:
     printed: io.StringIO = field(default_factory=io.StringIO)
 
     @property
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, with their learning rates."""
-        optimizers = getattr(self.accelerator, "_optimizers", [])
-        return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-    @property
     def datasets(self) -> list[Any]:
         """sd-scripts' datasets, with their pictures in buckets."""
         return list(getattr(self.group, "datasets", []))
