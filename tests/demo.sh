@@ -22,7 +22,7 @@ say "Install into \"$KOHYA\", by the README's command"
 mkdir -p "$KOHYA"
 install="$(grep -m 1 '^cp -r ' README.md)"
 echo "$install"
-eval "${install/<kohya folder>/\"\$KOHYA\"}"
+eval "${install/<kohya folder>/\$KOHYA}"
 # In place of sd-scripts, a checkpoint and a dataset: the stand-in, a toy, drawn pictures.
 cp -r tests/standin/* tests/data/sdxl_{train_network_options,checkpoint}.json "$KOHYA/"
 cd "$KOHYA"

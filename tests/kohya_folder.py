@@ -44,7 +44,7 @@ def copy_command() -> str:
 
 def install(kohya: Path) -> None:
     """Copy the bundle into the folder as the README says."""
-    command = re.sub(r"<[^>]+>/$", '"$KOHYA"/', copy_command())
+    command = re.sub(r"<[^>]+>", "$KOHYA", copy_command())
     subprocess.run(
         [BASH, "-c", command], cwd=ROOT, env={**os.environ, "KOHYA": str(kohya)}, check=True
     )

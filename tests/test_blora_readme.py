@@ -103,7 +103,7 @@ def test_the_install_lines_for_linux_install_the_bundle_and_its_packages(unpacke
     kohya, log = tmp_path / "my kohya", tmp_path / "log"
     programs = Bash().make_venv(kohya / "venv")
     Bash().install_recorder(programs, "pip")
-    lines = "\n".join(shell_block("source ")).replace("<kohya folder>", "'../my kohya'")
+    lines = "\n".join(shell_block("source ")).replace("<kohya folder>", "../my kohya")
     env = {"PATH": os.defpath, "RECORDER_LOG": str(log)}
     subprocess.run([BASH, "-ec", lines], cwd=unpacked, env=env, check=True)
     [record] = log.iterdir()

@@ -147,7 +147,7 @@ def test_a_training_that_fails_says_so_in_the_log(tmp_path):
 
 def test_its_install_command_is_the_readmes():
     [line] = [line for line in LINES if line.startswith("cp -r *blora*")]
-    assert line.replace("~/sd-scripts", "<kohya folder>") == copy_command()
+    assert line.replace("~/sd-scripts/", '"<kohya folder>/"') == copy_command()
 
 
 def test_every_line_that_starts_the_launcher_has_options_of_sd_scripts():
