@@ -179,7 +179,8 @@ def test_the_gui_gives_the_options_in_a_config_file():
     assert printed_by(SCRIPT, *line)["errors"] == ['no VAE at "gone": correct --vae']
     assert printed_by(SCRIPT, "--config_file=gui", "--vae=")["errors"] == []
     assert printed_by(SCRIPT, "--config_file=gone")["errors"] == [
-        "--config_file cannot be read: correct its path or its text (gone.toml not found.)"
+        "--config_file gone.toml cannot be read: correct its path or its text (gone.toml not "
+        "found.)"
     ]
 
 

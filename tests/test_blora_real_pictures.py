@@ -250,16 +250,17 @@ def test_what_the_trainer_does_not_say_is_said(training, options):
     assert not answer["errors"]
     found = answer["warnings"]
     expected = [
+        'no folder of images at "missing": correct image_dir in "config.toml"',
         'images in "images" have no .txt caption and are trained as "A [v]", the class_tokens: '
         "other.caption is not read",
         'trained as empty, 1 in "images": blank.txt',
         'with their first line alone, 1 in "images": lines.txt',
         'cut after 75 tokens, 1 in "images": long.png (77): shorten them, or give',
-        'left out of "images", as sd-scripts does not read such endings: left.gif',
+        'left out of "images", unsupported file type: left.gif',
         'pictures in subfolders of "images" are not trained, below: move them up',
-        "pictures an epoch train nothing, since prior_loss_weight is 0 and is_reg is set for reg",
-        "photos are trained lying on their side, as the camera stored them, since sd-scripts "
-        "does not turn them by EXIF, 1 in all: phone.jpg",
+        "pictures an epoch have no effect, since prior_loss_weight is 0 and is_reg is set for reg",
+        "photos are trained sideways, as the camera stored them, since sd-scripts does not turn "
+        "them by EXIF, 1 in all: phone.jpg",
     ]
     assert len(found) == len(expected)
     for text, warning in zip(expected, found, strict=True):
@@ -290,7 +291,7 @@ def test_an_option_that_the_config_overrides_is_named(training):
     assert silent(training.ask(*FAST))
     [warning] = training.ask(*FAST, "--flip_aug", "--resolution=768")["warnings"]
     assert warning == (
-        '--resolution=768 and --flip_aug=true do nothing, since "config.toml" says resolution = '
+        '--resolution=768 and --flip_aug=true have no effect, since "config.toml" has resolution = '
         "512 and flip_aug = false: change it there"
     )
 
@@ -307,8 +308,8 @@ def test_latents_of_a_picture_that_was_replaced_are_named_where_they_would_be_tr
     training.npz("c.npz", (600, 600))  # in 0.9's own name, which 0.10 takes too
     [warning] = training.ask(*FAST, *ON_DISK)["warnings"]
     assert warning == (
-        f"leftover latents are trained in place of pictures, 2 in all: b{suffix} (older than the "
-        "picture), c.npz (of a picture of 600x600, not 512x512): delete these files"
+        f"stale cached latents will be used in place of pictures, 2 in all: b{suffix} (older than "
+        "the picture), c.npz (of a picture of 600x600, not 512x512): delete these files"
     )
     assert silent(training.ask(*FAST))  # where nothing is read from the disk
 
@@ -323,12 +324,12 @@ def test_a_broken_picture_whose_latents_are_taken_stops_nothing(training):
 
 @pytest.mark.skipif(BEFORE_0_10, reason="0.9 opens each picture for its size")
 @pytest.mark.parametrize("options", [CLASSIC, FAST], ids=["classic", "fast"])
-def test_a_picture_that_is_squeezed_by_the_name_of_a_leftover_is_named(training, options):
+def test_a_picture_that_is_distorted_by_the_name_of_a_leftover_is_named(training, options):
     training.draw("a.png")
     training.npz("a_0768x0512_sdxl.npz", (768, 512), (640, 416))
     [warning] = training.ask(*options)["warnings"]
     assert warning == (
-        "pictures are trained squeezed, since sd-scripts takes their size from an earlier file, 1 "
+        "pictures are trained distorted, since sd-scripts takes their size from an earlier file, 1 "
         "in all: a.png (768x512, is 512x512): delete the .npz files (or metadata_cache.json) "
         "beside them"
     )
@@ -344,7 +345,7 @@ def test_cached_words_that_are_older_than_the_caption_are_named(training):
     assert silent(training.ask(*options))
     os.utime(cached, (1, 1))
     [warning] = training.ask(*options)["warnings"]
-    assert "trained in their place, 1 in all: a_te_outputs.npz: delete" in warning
+    assert "will be used in their place, 1 in all: a_te_outputs.npz: delete" in warning
 
 
 # ---- The sheet -----------------------------------------------------------------------------------

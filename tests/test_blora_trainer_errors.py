@@ -361,12 +361,12 @@ def test_an_option_that_is_none_is_told_in_argparses_words(capsys):
 
 
 def test_an_end_without_words_is_told_by_the_last_line_that_was_printed():
-    def read_config_from_file() -> None:
+    def read_config_from_file(config_path: str) -> None:
         sys.exit(1)
 
     printed = "reading\ngui.toml not found.\n"
-    assert refusal(raised(read_config_from_file), None, printed) == (
-        "--config_file cannot be read: correct its path or its text (gui.toml not found.)"
+    assert refusal(raised(read_config_from_file, "gui.toml"), None, printed) == (
+        "--config_file gui.toml cannot be read: correct its path or its text (gui.toml not found.)"
     )
     assert refusal(SystemExit(1), ARGS, printed) == (
         "the training would stop: fix the cause given (SystemExit: gui.toml not found.)"

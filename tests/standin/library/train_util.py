@@ -19,11 +19,11 @@ def read_config_from_file(
     """The options of the command line, with those of the file under them, section or not."""
     if not args.config_file:
         return args
-    path = Path(args.config_file.removesuffix(".toml") + ".toml")
-    if not path.is_file():
-        print(f"{path} not found.")
+    config_path = Path(args.config_file.removesuffix(".toml") + ".toml")
+    if not config_path.is_file():
+        print(f"{config_path} not found.")
         sys.exit(1)
     options: dict[str, object] = {}
-    for name, value in toml.loads(path.read_text(encoding="utf-8")).items():
+    for name, value in toml.loads(config_path.read_text(encoding="utf-8")).items():
         options |= value if isinstance(value, dict) else {name: value}
     return parser.parse_args(namespace=argparse.Namespace(**options))
