@@ -66,8 +66,43 @@ def bytes_trained(args: Namespace) -> int:
 
 def file_bytes(network: Built, args: Namespace) -> int:
     """Bytes of a saved LoRA."""
-    each = BYTES.get(args.save_precision, bytes_trained(args))
-    return network.parameters * each
+    return network.parameters * BYTES.get(args.save_precision, bytes_trained(args))
+
+
+def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
+    """Modules in words: "80 content (output_blocks.0.1), 80 style (output_blocks.1.1)"."""
+    groups: Counter[tuple[str, str]] = Counter()
+    for module in modules:
+        traits = [trait.name for trait in known.values() if trait.keeps(module)]
+        groups[printable(" and ".join(traits)), block_of(module)] += 1
+    if len(groups) > MANY_BLOCKS:
+        return f"{len(modules)} in {len(groups)} blocks"
+    counted = [f"{n} {t} ({b})" if t else f"{n} in {b}" for (t, b), n in groups.items()]
+    return f"{len(modules)}: {', '.join(counted)}"
+
+
+def plan_rank(network: Built, args: Namespace, report: Report) -> None:
+    """Rank, alpha, parameters and a file's size."""
+    rank, alpha = args.network_dim, args.network_alpha
+    size = f"{rank}, alpha {alpha:g}" if rank else f"{args.network_module}'s default"
+    if args.dim_from_weights:
+        size = f"as in {args.network_weights}"
+    report.plan["rank"] = (
+        f"{size}: {network.parameters:,} parameters, {file_size(file_bytes(network, args))} a file"
+    )
+    layers = layers_by_module()
+    # Where rank (in + out) passes in x out, full matrices would be smaller and could do more.
+    outgrown = [
+        name
+        for name, parameters in network.modules.items()
+        if name in layers and parameters > math.prod(layers[name].shape)
+    ]
+    if outgrown:
+        at = f"at rank {rank} " if rank and not args.dim_from_weights else ""
+        report.notes.append(
+            f"{at}the LoRA is larger than the matrix it changes in {len(outgrown)} of "
+            f"{len(network.modules)} modules"
+        )
 
 
 # ---- Its length ----------------------------------------------------------------------------------
@@ -105,48 +140,6 @@ def plan_length(
         f"batch {sizes}{several}, "
         f"{args.mixed_precision or 'no'} mixed precision"
     )
-
-
-# ---- Its modules ---------------------------------------------------------------------------------
-
-
-def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
-    """Modules in words: "80 content (output_blocks.0.1), 80 style (output_blocks.1.1)"."""
-    groups: Counter[tuple[str, str]] = Counter()
-    for module in modules:
-        traits = [trait.name for trait in known.values() if trait.keeps(module)]
-        groups[printable(" and ".join(traits)), block_of(module)] += 1
-    if len(groups) > MANY_BLOCKS:
-        return f"{len(modules)} in {len(groups)} blocks"
-    counted = [f"{n} {t} ({b})" if t else f"{n} in {b}" for (t, b), n in groups.items()]
-    return f"{len(modules)}: {', '.join(counted)}"
-
-
-# ---- Its size ------------------------------------------------------------------------------------
-
-
-def plan_rank(network: Built, args: Namespace, report: Report) -> None:
-    """Rank, alpha, parameters and a file's size."""
-    rank, alpha = args.network_dim, args.network_alpha
-    size = f"{rank}, alpha {alpha:g}" if rank else f"{args.network_module}'s default"
-    if args.dim_from_weights:
-        size = f"as in {args.network_weights}"
-    report.plan["rank"] = (
-        f"{size}: {network.parameters:,} parameters, {file_size(file_bytes(network, args))} a file"
-    )
-    layers = layers_by_module()
-    # Where rank (in + out) passes in x out, full matrices would be smaller and could do more.
-    outgrown = [
-        name
-        for name, parameters in network.modules.items()
-        if name in layers and parameters > math.prod(layers[name].shape)
-    ]
-    if outgrown:
-        at = f"at rank {rank} " if rank and not args.dim_from_weights else ""
-        report.notes.append(
-            f"{at}the LoRA is larger than the matrix it changes in {len(outgrown)} of "
-            f"{len(network.modules)} modules"
-        )
 
 
 # ---- The card's memory ---------------------------------------------------------------------------
