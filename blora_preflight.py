@@ -154,9 +154,6 @@ def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) ->
         check_processes(started, report)
 
 
-# ---- All stages ----------------------------------------------------------------------------------
-
-
 def check_start(training: Training) -> None:
     """What can be said before the trainer reads the options; BloraError for what is wrong."""
     if not training.script.is_file():

@@ -12,7 +12,6 @@ with underscores.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -48,11 +47,6 @@ class Layer(NamedTuple):
         first, *rest = self.name.split(".")
         depth = {"input_blocks": 2, "output_blocks": 2, "middle_block": 1}.get(first, 0)
         return ".".join([first, *rest[:depth]])
-
-    def parameters(self, rank: int) -> int:
-        """Numbers of a LoRA of this rank: lora_down with the kernel, and lora_up."""
-        outputs, inputs, *kernel = self.shape
-        return rank * (inputs * math.prod(kernel) + outputs)
 
 
 def resnet(name: str, diffusers: str, inputs: int, outputs: int) -> Iterator[Layer]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from blora.sdxl import Layer
+
 CONTENT, STYLE, LAYOUT = "output_blocks_0_1", "output_blocks_1_1", "input_blocks_8_1"
 EXPECTED = {
     # preset: U-Net blocks, text-encoder layers (all: attention alone, else every Linear)
@@ -32,3 +36,9 @@ def text_encoder_modules(layers: str | list[int]) -> set[str]:
         for layer in (range(depth) if layers == "all" else layers)
         for linear in (attention if layers == "all" else [*attention, "mlp_fc1", "mlp_fc2"])
     }
+
+
+def lora_parameters(layer: Layer, rank: int) -> int:
+    """Numbers of a LoRA of this rank: lora_down with the kernel, and lora_up."""
+    outputs, inputs, *kernel = layer.shape
+    return rank * (inputs * math.prod(kernel) + outputs)

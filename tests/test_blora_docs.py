@@ -22,6 +22,7 @@ from kohya_folder import BASH, ROOT, install
 from make_checkpoint import main as make_checkpoint
 from make_dataset import draw
 from PIL import Image
+from preset_modules import lora_parameters
 from readme_commands import (
     SETTINGS,
     check_cmd,
@@ -268,7 +269,7 @@ def test_the_table_of_blocks_is_that_of_the_model():
     for name, layer in layers.items():
         if found := re.match(r"(.+)\.transformer_blocks\.\d+\.attn[12]\.to_", name):
             modules, parameters = rows.get(found[1], (0, 0))
-            rows[found[1]] = modules + 1, parameters + layer.parameters(1)
+            rows[found[1]] = modules + 1, parameters + lora_parameters(layer, 1)
     told = re.findall(r"^\| `([a-z]+_.*?)` \| (.+) \|$", PAGES["own_blocks"], re.MULTILINE)
     assert [block for block, _ in told] == list(rows)
     for block, rest in told:

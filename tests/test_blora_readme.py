@@ -15,7 +15,7 @@ from bundle_files import BUNDLE, tracked
 from cmd_runner import calls, windows_path
 from kohya_folder import BASH, ROOT, Bash, Bat
 from launcher_text import FAST_CHANGES, outline
-from preset_modules import CONTENT, EXPECTED, block_modules, text_encoder_modules
+from preset_modules import CONTENT, EXPECTED, block_modules, lora_parameters, text_encoder_modules
 from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
 from rehearsed_networks import network, options, prodigy_state, told_memory
 
@@ -178,8 +178,8 @@ def test_every_setting_is_in_it_with_its_default(setting):
 def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
     layers = layers_by_module()
     for preset, (blocks, encoders) in EXPECTED.items():
-        unet = sum(layers[m].parameters(1) for block in blocks for m in block_modules(block))
-        text = sum(layers[m].parameters(1) for m in text_encoder_modules(encoders))
+        unet = sum(lora_parameters(layers[m], 1) for block in blocks for m in block_modules(block))
+        text = sum(lora_parameters(layers[m], 1) for m in text_encoder_modules(encoders))
         [row] = [line for line in README.splitlines() if line.startswith(f"| `{preset}` |")]
         told = [int(number.replace(",", "")) for number in re.findall(r"\d{2,3},\d{3}", row)]
         assert told == ([unet, text] if "clip" in preset else [unet])
@@ -208,7 +208,7 @@ def test_its_links_within_the_repository_lead_somewhere():
 def test_the_sizes_it_shows_are_those_of_the_files():
     """Content has half of the two blocks' parameters; the header of a slice is below 0.1 MB."""
     layers = layers_by_module()
-    size = 2 * sum(layers[module].parameters(64) for module in block_modules(CONTENT))
+    size = 2 * sum(lora_parameters(layers[module], 64) for module in block_modules(CONTENT))
     shown = f"-> my_content.safetensors: 80 modules, 240 tensors, rank 64, {size / 1e6:.1f} MB"
     assert shown in README
 

@@ -20,7 +20,7 @@ from bundle_files import tracked
 from kohya_folder import ONE_PROCESS, ROOT, copy_command
 from make_checkpoint import main as make_checkpoint
 from make_dataset import main as make_dataset
-from preset_modules import CONTENT, block_modules
+from preset_modules import CONTENT, block_modules, lora_parameters
 from readme_commands import check_launcher
 from rehearsed_networks import prodigy_state
 from safetensors import safe_open
@@ -169,7 +169,7 @@ def test_it_names_each_substitute():
 
 def test_its_sizes_are_those_of_the_files():
     layers = layers_by_module()
-    content = sum(layers[m].parameters(1) for m in block_modules(CONTENT))
+    content = sum(lora_parameters(layers[m], 1) for m in block_modules(CONTENT))
     size = sum(2 * math.prod(shape) for shape in sdxl_shapes().values())
     assert f"The file is {size / 1e9:.2f} GB" in PAGE
     # A slice is in fp16. A state has both blocks in fp32, and what Prodigy keeps of them.

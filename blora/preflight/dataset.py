@@ -187,9 +187,6 @@ def read_epoch(datasets: Iterable[Any], folders: Iterable[Folder]) -> Epoch:
     )
 
 
-# ---- In words ------------------------------------------------------------------------------------
-
-
 def list_folders(folders: Iterable[Folder]) -> str:
     """The folders in words: `12 in "cats" (x3), 5 in "dogs"`."""
     return ", ".join(

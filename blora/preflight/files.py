@@ -229,8 +229,6 @@ def check_overwriting(args: Namespace, report: Report) -> None:
         )
 
 
-# ---- Numbers -------------------------------------------------------------------------------------
-
 # What sd-scripts divides the step or the epoch by. It leaves 0 out by itself of sample_every_n_.
 DIVISORS = {
     "save_every_n_steps": "step",
@@ -248,8 +246,6 @@ def check_divisors(args: Namespace, report: Report) -> None:
         if getattr(args, name, None) == 0 and not replaced:  # 0.9 validates nothing
             report.errors.append(f"--{name}=0 ends the training after its first {unit}: remove it")
 
-
-# ---- All of it -----------------------------------------------------------------------------------
 
 CHECKS: tuple[Callable[[Namespace, Report], Any], ...] = (
     check_base, check_late_files, check_vae, check_resume, check_samples,

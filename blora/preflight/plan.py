@@ -353,9 +353,6 @@ def plan_saves(
         )
 
 
-# ---- All of it -----------------------------------------------------------------------------------
-
-
 def known_traits(report: Report) -> dict[str, Trait]:
     """The traits, by which blocks are named; a training needs none."""
     try:

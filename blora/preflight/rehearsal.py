@@ -270,9 +270,6 @@ def state_per_byte(args: argparse.Namespace) -> float:
     return size / sum(p.numel() * p.element_size() for p in parameters)
 
 
-# ---- Its stages ----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def trainer_environment(path: Path, words: list[str]) -> Iterator[Rehearsal]:
     """Where a rehearsal runs: as accelerate starts the script, with its output kept, not shown."""
