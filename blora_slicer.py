@@ -28,6 +28,7 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -66,7 +67,7 @@ try:
         take_slice,
     )
     from blora.slicer.metadata import build_metadata
-    from blora.slicer.modules import Lora, file_tensors
+    from blora.slicer.modules import Lora
     from blora.slicer.reader import BaseModel, lora_file, read_base_model, read_lora
     from blora.tensorfile import Tensor, fp32_holds, shorten_metadata, write_file
     from blora.text import (
@@ -93,15 +94,8 @@ def shield_negatives(argv: list[str]) -> list[str]:
 
     What does not begin with a dash is a value to it, and float() drops the space.
     """
-
-    def is_number(word: str) -> bool:
-        try:
-            float(word)
-        except ValueError:
-            return False
-        return True
-
-    return [f" {word}" if word.startswith("-") and is_number(word) else word for word in argv]
+    negative = re.compile(r"-(\.?\d[\d._e+-]*|inf|infinity|nan)", re.IGNORECASE)
+    return [f" {word}" if negative.fullmatch(word) else word for word in argv]
 
 
 def strength(text: str) -> float:
@@ -117,31 +111,30 @@ def strength(text: str) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options, the original's first."""
-    parser = argparse.ArgumentParser(
-        prog="blora_slicer.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("blora_slicer.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    help_text = "the LoRAs to cut from: files, or folders that PEFT or diffusers saved"
-    add("--loras", type=Path, nargs="+", required=True, help=help_text)
-    help_text = f"what to keep of each (default: {DEFAULT_TRAIT})"
-    add("--traits", nargs="+", default=[DEFAULT_TRAIT], help=help_text)
-    help_text = f"the strength of each: 0.5 is half, -1 the opposite (default: {DEFAULT_STRENGTH})"
-    add("--alphas", type=strength, nargs="+", default=[DEFAULT_STRENGTH], help=help_text)
-    help_text = "the file to write (default: model.safetensors beside this script)"
-    add("--output_path", type=Path, default=blora.ROOT / "model.safetensors", help=help_text)
+    # fmt: off
+    add("--loras", type=Path, nargs="+", required=True,
+        help="the LoRAs to cut from: files, or folders that PEFT or diffusers saved")
+    add("--traits", nargs="+", default=[DEFAULT_TRAIT],
+        help=f"what to keep of each (default: {DEFAULT_TRAIT})")
+    add("--alphas", type=strength, nargs="+", default=[DEFAULT_STRENGTH],
+        help=f"the strength of each: 0.5 is half, -1 the opposite (default: {DEFAULT_STRENGTH})")
+    add("--output_path", type=Path, default=blora.ROOT / "model.safetensors",
+        help="the file to write (default: model.safetensors beside this script)")
     add("--debug", action="store_true", help="name every module that is kept")
     add("--not_combined", action="store_true", help="write one file for each LoRA and trait")
-    help_text = "the traits to choose from (default: blora_traits.json beside this script)"
-    add("--traits_file", type=Path, default=blora.ROOT / "blora_traits.json", help=help_text)
-    help_text = "precision of the output (default: the input's)"
-    add("--save_precision", choices=PRECISIONS, help=help_text)
+    add("--traits_file", type=Path, default=blora.ROOT / "blora_traits.json",
+        help="the traits to choose from (default: blora_traits.json beside this script)")
+    add("--save_precision", choices=PRECISIONS,
+        help="precision of the output (default: the input's)")
     add("--base_model", type=Path, help="the SDXL checkpoint, to cut a DoRA at another strength")
     add("--no_metadata", action="store_true", help="write no metadata at all")
     add("--inspect", action="store_true", help="write nothing, show what the LoRAs hold")
     add("--json", action="store_true", help="with --inspect: show it as JSON")
     add("--version", action="version", version=f"%(prog)s {VERSION}", help="print the version")
+    # fmt: on
     return parser
 
 
@@ -202,13 +195,13 @@ def read_loras(paths: Iterable[Path]) -> dict[Path, Lora]:
     """Each LoRA by its path, with a note on what is skipped."""
     loras = {path: read_lora(path) for path in dict.fromkeys(paths)}
     for path, lora in loras.items():
-        if keys := lora.unplaced:
-            say(f"note: skipped tensors of {path.name} that SDXL has no layers for {listed(keys)}")
-        if keys := lora.layer_weights:
-            say(
-                f"note: skipped plain layer weights in {path.name}, not part of a LoRA "
-                f"{listed(keys)}"
-            )
+        skipped = {
+            f"tensors of {path.name} that SDXL has no layers for": lora.unplaced,
+            f"plain layer weights in {path.name}, not part of a LoRA": lora.layer_weights,
+        }
+        for what, keys in skipped.items():
+            if keys:
+                say(f"note: skipped {what} {listed(keys)}")
     return loras
 
 
@@ -221,7 +214,8 @@ def build_output(
     metadata = {} if args.no_metadata else build_metadata(slices, alpha, path)
     dtype = PRECISIONS.get(args.save_precision)
     modules = [module for piece in slices for module in piece.modules]
-    if dtype or alpha is not None or any(piece.is_rescaled for piece in slices):
+    strengths = {piece.cut.strength * m.factor for piece in slices for m in piece.modules}
+    if dtype or alpha is not None or strengths != {1}:
         if not base:
             # numpy's BLAS starts threads for products of matrices, of which only a DoRA has any.
             # They spin on the core that hashes: 0.235 s of CPU to cut 28 MB at 0.5, not 0.185.
@@ -229,7 +223,7 @@ def build_output(
         from blora.slicer.strength import change_values
 
         modules = change_values(slices, base, dtype, alpha)
-    tensors = file_tensors(modules)
+    tensors = {f"{m.name}.{suffix}": t for m in modules for suffix, t in m.tensors.items()}
     metadata, dropped = shorten_metadata(tensors, metadata)
     if dropped:
         say(f"note: left out metadata that makes the header too long {listed(dropped)}")

@@ -46,18 +46,12 @@ def number(dtype: str, data: bytes) -> float:
     """The number that these bytes store; NaN for a type that cannot be read."""
     if dtype in UPPER_HALVES:
         return struct.unpack(UPPER_HALVES[dtype], bytes(len(data)) + data)[0]
-    if dtype == "F8_E4M3":
-        return float8_e4m3(data[0])
+    # 1 bit of sign, 4 of exponent with a bias of 7, 3 of mantissa, no inf (arXiv 2209.05433)
+    if dtype == "F8_E4M3" and data[0] & 0x7F != 0x7F:
+        exponent, mantissa = data[0] >> 3 & 0xF, data[0] & 7
+        size = (mantissa / 8 + (exponent > 0)) * 2.0 ** (max(exponent, 1) - 7)
+        return -size if data[0] & 0x80 else size
     return float(struct.unpack(FORMATS[dtype], data)[0]) if dtype in FORMATS else math.nan
-
-
-def float8_e4m3(bits: int) -> float:
-    """1 bit of sign, 4 of exponent with a bias of 7, 3 of mantissa, no inf (arXiv 2209.05433)."""
-    exponent, mantissa = bits >> 3 & 0xF, bits & 7
-    if bits & 0x7F == 0x7F:
-        return math.nan
-    size = (mantissa / 8 + (exponent > 0)) * 2.0 ** (max(exponent, 1) - 7)
-    return -size if bits & 0x80 else size
 
 
 def as_fp32(value: float) -> float:
@@ -86,9 +80,9 @@ class Tensor(ABC):
     shape: tuple[int, ...]
 
     @property
-    @abstractmethod
     def size(self) -> int:
         """Its length in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype] // 8
 
     @abstractmethod
     def chunks(self) -> Iterator[bytes | memoryview]:
@@ -104,10 +98,6 @@ class Constant(Tensor):
     """A tensor whose bytes are in memory."""
 
     data: bytes
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         yield self.data
@@ -243,12 +233,6 @@ LONGEST_HEADER = 1 << 20  # bytes: ComfyUI shows no metadata of a longer one
 SHOW_PROGRESS = 200_000_000  # bytes; less is written within a second
 
 
-def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by type and key; a type that is not known here comes last."""
-    order = {dtype: index for index, dtype in enumerate(DTYPES)}
-    return dict(sorted(tensors.items(), key=lambda i: (order.get(i[1].dtype, len(order)), i[0])))
-
-
 def header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """A file's start: the header's length, and the header padded to a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -344,32 +328,28 @@ def write_hashed(
         raise errors[0]
 
 
-def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a whole file, with kohya's two hashes where the metadata has room for them.
-
-    As precalculate_safetensors_hashes in kohya's sd-scripts: the model hash is of all bytes after
-    the header, the legacy hash of 64 KiB of a file that has the ss_ metadata alone.
-    """
-    total = sum(tensor.size for tensor in tensors.values())
-    start = file.write(header_bytes(tensors, metadata))
-    chunks = with_progress(file_chunks(tensors.values()), total)
-    if not HASHES.keys() & metadata.keys():
-        file.writelines(chunks)
-        return
-    model = hashlib.sha256()
-    write_hashed(file, chunks, model)
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    file.seek(start - len(header_bytes(tensors, training)) + 0x100000)
-    both = zip(HASHES.items(), (model, hashlib.sha256(file.read(0x10000))), strict=True)
-    digests = {key: h.hexdigest()[:digits] for (key, digits), h in both if key in metadata}
-    file.seek(0)
-    file.write(header_bytes(tensors, metadata | digests))
-
-
 def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:
-    """Write a file, whole or not at all, with its tensors in the order of safetensors.
+    """Write a file, whole or not at all, with kohya's two hashes where the metadata has their keys.
 
+    Tensors are in safetensors' order, by type and key, those of a type unknown here last. As
+    precalculate_safetensors_hashes in kohya's sd-scripts has it, the model hash is of all bytes
+    after the header, the legacy hash of 64 KiB of a file that has the ss_ metadata alone.
     BloraError where it cannot be written.
     """
+    order = {dtype: index for index, dtype in enumerate(DTYPES)}
+    tensors = dict(sorted(tensors.items(), key=lambda i: (order.get(i[1].dtype, len(order)), i[0])))
+    total = sum(tensor.size for tensor in tensors.values())
     with written_whole(output) as part, part.open("w+b") as file:
-        write_tensors(file, in_order(tensors), metadata)
+        start = file.write(header_bytes(tensors, metadata))
+        chunks = with_progress(file_chunks(tensors.values()), total)
+        if not HASHES.keys() & metadata.keys():
+            file.writelines(chunks)
+            return
+        model = hashlib.sha256()
+        write_hashed(file, chunks, model)
+        training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+        file.seek(start - len(header_bytes(tensors, training)) + 0x100000)
+        both = zip(HASHES.items(), (model, hashlib.sha256(file.read(0x10000))), strict=True)
+        digests = {key: h.hexdigest()[:digits] for (key, digits), h in both if key in metadata}
+        file.seek(0)
+        file.write(header_bytes(tensors, metadata | digests))

@@ -40,11 +40,6 @@ class Slice:
     modules: tuple[Module, ...]
     remarks: tuple[str, ...]  # notes and warnings for the user
 
-    @property
-    def is_rescaled(self) -> bool:
-        """Whether its values change, as its modules are wanted at another strength."""
-        return any(self.cut.strength * module.factor != 1 for module in self.modules)
-
 
 def describe(cut: Cut) -> str:
     """A cut in words: "content of a.safetensors"."""
@@ -106,36 +101,24 @@ def take_slice(lora: Lora, cut: Cut) -> Slice:
 
     BloraError where there are none, or one does not fit its layer, or is there twice.
     """
-    kept = kept_modules(lora, cut)
-    whole = whole_modules(kept, cut)
+    trait = shortened(cut.trait.name)
+    kept = [module for name, module in lora.modules.items() if cut.trait.keeps(name)]
+    if not kept:
+        blocks = ", ".join(dict.fromkeys(block_of(name) for name in lora.modules))
+        raise BloraError(
+            f'{cut.lora} has no modules for the trait "{trait}": its blocks are {blocks}'
+        )
+    whole = [module for module in kept if not module.is_incomplete]
+    if not whole:
+        raise BloraError(
+            f'every "{trait}" module in {cut.lora} is incomplete '
+            f"({first_few(m.name for m in kept)}): save it again with the program that trained it"
+        )
     for module in whole:
         check_fit(module, cut.lora)
         check_copies(module, lora)
     remarks = (*notes(kept, whole, lora), *warnings(whole, lora))
     return Slice(cut, lora, tuple(map(with_rank_as_alpha, whole)), remarks)
-
-
-def kept_modules(lora: Lora, cut: Cut) -> list[Module]:
-    """The modules that the trait keeps; BloraError where there are none."""
-    kept = [module for name, module in lora.modules.items() if cut.trait.keeps(name)]
-    if not kept:
-        blocks = ", ".join(dict.fromkeys(block_of(name) for name in lora.modules))
-        raise BloraError(
-            f'{cut.lora} has no modules for the trait "{shortened(cut.trait.name)}": its blocks '
-            f"are {blocks}"
-        )
-    return kept
-
-
-def whole_modules(kept: list[Module], cut: Cut) -> list[Module]:
-    """Those that programs can load; BloraError where none is left."""
-    whole = [module for module in kept if not module.is_incomplete]
-    if not whole:
-        raise BloraError(
-            f'every "{shortened(cut.trait.name)}" module in {cut.lora} is incomplete '
-            f"({first_few(m.name for m in kept)}): save it again with the program that trained it"
-        )
-    return whole
 
 
 def check_fit(module: Module, lora: Path) -> None:
@@ -154,23 +137,17 @@ def check_fit(module: Module, lora: Path) -> None:
 
 def check_copies(module: Module, lora: Lora) -> None:
     """Refuse a module that the file holds under two names with different changes."""
-    for other in lora.copies.get(module.name, ()):
-        if not is_same_change(module, other):
-            raise BloraError(
-                f"{lora.path} holds {module.name} twice, under two names and with different "
-                "values: delete one of them, or exclude the module with a trait's "
-                "blacklist"
-            )
-
-
-def is_same_change(module: Module, other: Module) -> bool:
-    """Whether two modules have the same factors, byte for byte, and multiply them alike."""
 
     def change(m: Module) -> tuple[object, ...]:
+        """Its factors, byte for byte, and what multiplies them."""
         factors = {s: (t.dtype, t.shape, t.read()) for s, t in m.tensors.items() if s != ALPHA}
         return factors, m.scale, None if m.rank else m.alpha
 
-    return change(module) == change(other)
+    if any(change(module) != change(other) for other in lora.copies.get(module.name, ())):
+        raise BloraError(
+            f"{lora.path} holds {module.name} twice, under two names and with different values: "
+            "delete one of them, or exclude the module with a trait's blacklist"
+        )
 
 
 RESIZED = "dimension is resized from"  # what sd-scripts' resize_lora.py writes into the comment
@@ -214,13 +191,13 @@ def check_doubles(slices: list[Slice]) -> None:
     owners: dict[str, Cut] = {}
     for piece in slices:
         for module in piece.modules:
-            if module.name in owners:
+            owner = owners.setdefault(module.name, piece.cut)
+            if owner is not piece.cut:
                 raise BloraError(
-                    f"{module.name} would come from both {describe(owners[module.name])} and "
+                    f"{module.name} would come from both {describe(owner)} and "
                     f"{describe(piece.cut)}: leave one out, or write separate files with "
                     "--not_combined"
                 )
-            owners[module.name] = piece.cut
 
 
 def common_alpha(slices: list[Slice]) -> float | None:

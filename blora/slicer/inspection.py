@@ -192,8 +192,8 @@ def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
         "misfits": [name for name, m in lora.modules.items() if not (m.fits or m.is_incomplete)],
         "unknown": [f"{n}.{s}" for n, module in lora.modules.items() for s in module.unknown],
         "doubled": list(lora.copies),
-        "own": list(lora.layer_weights),
-        "unplaced": list(lora.unplaced),
+        "own": lora.layer_weights,
+        "unplaced": lora.unplaced,
     }
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from blora.slicer.cut import Slice, describe
-from blora.slicer.modules import Lora, Module
+from blora.slicer.modules import Lora
 from blora.tensorfile import HASHES, json_object
 
 KEPT = ("ss_", "modelspec.")
@@ -41,33 +41,27 @@ def build_metadata(slices: list[Slice], alpha: float | None, output: Path) -> di
     }
 
 
-def kept_metadata(lora: Lora) -> dict[str, str]:
-    """What is still true of a slice of the LoRA."""
-    return {
-        key: value for key, value in lora.metadata.items() if key.startswith(KEPT) and key != STALE
-    }
-
-
 def join_metadata(loras: list[Lora]) -> dict[str, str]:
     """Entries that are the same in all sources; the rest is listed by source in ss_blora_sources.
 
     Tag frequencies are joined, their folders named after their LoRA: A1111 shows them all.
     """
-    sources = {lora.path: kept_metadata(lora) for lora in loras}
-    first, *others = sources.values()
-    agreed = {
-        key: value for key, value in first.items() if all(o.get(key) == value for o in others)
-    }
+    sources = [
+        {key: text for key, text in lora.metadata.items() if key.startswith(KEPT) and key != STALE}
+        for lora in loras
+    ]
+    first, *others = sources
+    agreed = {key: text for key, text in first.items() if all(o.get(key) == text for o in others)}
     if not others:
         return agreed
     differing = [
-        {"file": path.name} | {key: value for key, value in source.items() if key not in agreed}
-        for path, source in sources.items()
+        {"file": lora.path.name} | {key: source[key] for key in source if key not in agreed}
+        for lora, source in zip(loras, sources, strict=True)
     ]
     tags = {
         f"{name}/{folder}": counts
-        for name, lora in zip(distinct_names(loras), loras, strict=True)
-        for folder, counts in json_object(lora.metadata.get("ss_tag_frequency")).items()
+        for name, source in zip(distinct_names(loras), sources, strict=True)
+        for folder, counts in json_object(source.get("ss_tag_frequency")).items()
     }
     if tags and "ss_tag_frequency" not in agreed:
         agreed["ss_tag_frequency"] = json.dumps(tags)
@@ -89,14 +83,14 @@ def network_size(
     slices: list[Slice], alpha: float | None, before: dict[str, str]
 ) -> dict[str, str]:
     """Rank and alpha of the modules as sd-scripts writes them, where they are known."""
-
-    def saved_alpha(module: Module) -> float:
-        return alpha if alpha is not None and module.is_ranked_lora else module.effective_alpha
-
     ranked = [module for piece in slices for module in piece.modules if module.rank]
+    alphas = {
+        module.effective_alpha if alpha is None or not module.is_ranked_lora else alpha
+        for module in ranked
+    }
     sizes = {
         "ss_network_dim": {float(module.rank or 0) for module in ranked},
-        "ss_network_alpha": {a for module in ranked if math.isfinite(a := saved_alpha(module))},
+        "ss_network_alpha": set(filter(math.isfinite, alphas)),
     }
     texts = {key: number_text(numbers, before.get(key)) for key, numbers in sizes.items()}
     return {key: text for key, text in texts.items() if text}

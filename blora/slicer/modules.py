@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +33,6 @@ class Algorithm:
     needs: tuple[tuple[str, ...], ...] = ((),)  # beside the markers, all of one of these
     may_have: tuple[str, ...] = ()
     reason: str = ""
-
-    @property
-    def parts(self) -> set[str]:
-        """Every tensor it can have."""
-        return {*self.markers, *sum(self.needs, ()), *self.may_have}
 
 
 # As LyCORIS 4.1 writes them (github.com/KohakuBlueleaf/LyCORIS, lycoris/modules); what a strength
@@ -163,7 +157,8 @@ class Module:
     @property
     def unknown(self) -> list[str]:
         """Its tensors that are not part of its algorithm: what they do is not known."""
-        known = self.algorithm.parts | {ALPHA, DORA, *ADDED}
+        kind = self.algorithm
+        known = {*kind.markers, *sum(kind.needs, ()), *kind.may_have, ALPHA, DORA, *ADDED}
         return [suffix for suffix in self.tensors if suffix not in known]
 
     @cached_property
@@ -188,8 +183,12 @@ class Module:
             # A factor of a matrix is a matrix; what changes a norm has one axis.
             if len(shape) < min(len(letters), 2 if self.layer.shape[1:] else 1):
                 return None
-            if not same_sizes(letters, shape, sizes):
-                return None
+            kept = len(letters) - 1
+            for letter, size in zip(
+                letters, (*shape[:kept], math.prod(shape[kept:])), strict=False
+            ):
+                if sizes.setdefault(letter, size) != size:
+                    return None
         return sizes
 
     @property
@@ -212,13 +211,6 @@ class Module:
             and ("c" not in sizes or sizes["c"] in inputs[:1])
             and sizes.get("m", outputs) in (outputs, *inputs[:1])
         )
-
-
-def same_sizes(letters: list[str], shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
-    """Whether a shape agrees with the sizes known of its axes, to which it adds."""
-    kept = len(letters) - 1
-    axes = zip(letters, (*shape[:kept], math.prod(shape[kept:])), strict=False)
-    return all(sizes.setdefault(letter, size) == size for letter, size in axes)
 
 
 def with_alpha(module: Module, alpha: float) -> Module:
@@ -247,12 +239,7 @@ class Lora:
     path: Path
     modules: dict[str, Module]
     metadata: dict[str, str]
-    unplaced: tuple[str, ...]  # keys of no layer of SDXL
-    layer_weights: tuple[str, ...]  # keys of plain weights or biases of a layer
-    namings: tuple[str, ...]  # which programs' naming it has
-    copies: dict[str, tuple[Module, ...]]  # further ones of modules that it holds more than once
-
-
-def file_tensors(modules: Iterable[Module]) -> dict[str, Tensor]:
-    """All tensors of the modules, by the key they have in a file."""
-    return {f"{m.name}.{suffix}": t for m in modules for suffix, t in m.tensors.items()}
+    unplaced: list[str]  # keys of no layer of SDXL
+    layer_weights: list[str]  # keys of plain weights or biases of a layer
+    namings: list[str]  # which programs' naming it has
+    copies: dict[str, list[Module]]  # further ones of modules that it holds more than once

@@ -228,17 +228,10 @@ def build_modules(name: str, copies: list[Part], peft: dict[str, Settings]) -> l
         settings = peft[module.layer.network]
         if part.is_peft or settings.where == METADATA:
             module = with_peft_alpha(module, part.spelling.name, settings)
-        if part.is_peft and lacks_alpha(module, settings):
-            module = replace(module, is_guess=True)
+        if part.is_peft and module.algorithm.rank and module.alpha is None:
+            module = replace(module, is_guess=module.rank is not None or not settings.has_alpha)
         modules.append(module)
     return sorted(modules, key=attrgetter("is_incomplete")) if modules[1:] else modules
-
-
-def lacks_alpha(module: Module, settings: Settings) -> bool:
-    """Whether a module of PEFT needs an alpha that is stored nowhere."""
-    if not module.algorithm.rank or module.alpha is not None:
-        return False
-    return module.rank is not None or not settings.has_alpha
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -270,15 +263,8 @@ def read_lora(path: Path) -> Lora:
     if not modules:
         holds = first_few(sorted(tensors)) or "no tensor at all"
         raise BloraError(f"{path} is not an SDXL LoRA: it holds {holds}")
-    return Lora(
-        path,
-        modules,
-        metadata,
-        unplaced=tuple(unplaced),
-        layer_weights=tuple(layer_weights),
-        namings=tuple(namings),
-        copies={name: tuple(others) for name, (_, *others) in copies.items() if others},
-    )
+    doubled = {name: others for name, (_, *others) in copies.items() if others}
+    return Lora(path, modules, metadata, unplaced, layer_weights, namings, doubled)
 
 
 @dataclass(frozen=True)
@@ -297,15 +283,12 @@ class BaseModel:
                 ".safetensors file, that the LoRA was trained on"
             )
         tensor = self.tensors[key]
-        return tensor if third is None else third_of_rows(tensor, third)
-
-
-def third_of_rows(tensor: Stored, third: int) -> Stored:
-    """A third of a tensor's rows, counted from 0; a DoRA that does not fit it is refused later."""
-    size = tensor.size // 3
-    start = tensor.start + third * size
-    shape = (tensor.shape[0] // 3, *tensor.shape[1:]) if tensor.shape else ()
-    return replace(tensor, shape=shape, start=start, stop=start + size)
+        if third is None:
+            return tensor
+        size = tensor.size // 3
+        start = tensor.start + third * size
+        shape = tuple(length // 3 for length in tensor.shape[:1]) + tensor.shape[1:]
+        return replace(tensor, shape=shape, start=start, stop=start + size)
 
 
 def read_base_model(path: Path) -> BaseModel:

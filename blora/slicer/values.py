@@ -80,33 +80,26 @@ class Changed(Tensor):
     source: Tensor
     factor: float = 1.0
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * FLOATS[self.dtype]
-
     def chunks(self) -> Iterator[bytes | memoryview]:
         """The bytes to write; BloraError where a finite value becomes inf."""
         source = self.source
         pieces = source.chunks(PIECE) if isinstance(source, Stored) else source.chunks()
         for piece in pieces:
-            if FLOATS.get(source.dtype) != 2:
-                data, became_inf = convert(piece, source.dtype, self.factor, self.dtype)
-                self.check(became_inf)
-                yield data
-                continue
-            table, overflows = conversion_table(source.dtype, self.factor, self.dtype)
-            bits = np.frombuffer(piece, "<u2")
-            if overflows.any():
-                self.check(np.take(overflows, bits, mode="wrap"))
-            yield np.take(table, bits, mode="wrap").view("u1").data
-
-    def check(self, became_inf: np.ndarray) -> None:
-        """Refuse values that became inf."""
-        if became_inf.any():
-            raise BloraError(
-                f"{shortened(self.key)} overflows {self.dtype}: lower --alphas, or use "
-                "--save_precision float"
-            )
+            data: bytes | memoryview
+            if FLOATS.get(source.dtype) == 2:
+                table, overflows = conversion_table(source.dtype, self.factor, self.dtype)
+                bits = np.frombuffer(piece, "<u2")
+                data = np.take(table, bits, mode="wrap").view("u1").data
+                became_inf = overflows.any() and np.take(overflows, bits, mode="wrap").any()
+            else:
+                data, overflowing = convert(piece, source.dtype, self.factor, self.dtype)
+                became_inf = overflowing.any()
+            if became_inf:
+                raise BloraError(
+                    f"{shortened(self.key)} overflows {self.dtype}: lower --alphas, or use "
+                    "--save_precision float"
+                )
+            yield data
 
 
 @dataclass(frozen=True)
@@ -114,10 +107,6 @@ class Solved(Tensor):
     """A tensor of fp32 or fp64 whose values are solved for when it is written."""
 
     solve: Callable[[], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * FLOATS[self.dtype]
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         with np.errstate(all="ignore"):  # what has no solution is refused in a sentence
