@@ -106,24 +106,18 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
     }
     known = {s: values(t) for s, t in read.items() if t.dtype in FLOATS or t.dtype in FLOAT8}
     broken = [f"{module.name}.{s}" for s, v in known.items() if not np.isfinite(v).all()]
-    complete = all(s == ALPHA or s in known for s in read) and module.fits
-    if broken or not complete or module.is_incomplete or module.unknown:
+    is_whole = module.fits and not module.is_incomplete and not module.unknown
+    change_norm = NORMS.get(module.algorithm.name)
+    if broken or not is_whole or read.keys() - known.keys() - {ALPHA} or not change_norm:
         return None, broken
-    return change_norm(module, known), []
-
-
-def change_norm(module: Module, known: Values) -> float | None:
-    """The Frobenius norm of the change of a whole module; None where it is not in the file."""
-    if module.algorithm.name not in NORMS:
-        return None
     try:
         with np.errstate(all="ignore"):
-            weight = NORMS[module.algorithm.name](known) * module.scale
             bias = stored_norm(known, [UP_BIAS]) * module.scale
-            norm = math.hypot(weight, bias, stored_norm(known, ("diff_b", "b_norm")))
+            added = stored_norm(known, ("diff_b", "b_norm"))
+            norm = math.hypot(change_norm(known) * module.scale, bias, added)
     except ValueError:  # a factor has no numbers
-        return None
-    return norm if math.isfinite(norm) else None
+        return None, []
+    return (norm if math.isfinite(norm) else None), []
 
 
 def table_row(

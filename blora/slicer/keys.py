@@ -13,8 +13,6 @@ from functools import cache, cached_property
 
 from blora.sdxl import Layer, layers_by_module, layers_by_spelling
 
-# ---- Prefixes ------------------------------------------------------------------------------------
-
 # The network that a prefix means, and who writes it. PEFT's comes before or after diffusers'.
 PEFT = "base_model.model."
 PREFIXES = {
@@ -43,14 +41,8 @@ PREFIXES = {
 }
 
 
-@cache
-def plain_prefixes() -> dict[str, tuple[str, str]]:
-    """PREFIXES with underscores, the longer ones first."""
-    plain = {prefix.replace(".", "_"): meaning for prefix, meaning in PREFIXES.items()}
-    return dict(sorted(plain.items(), key=lambda item: -len(item[0])))
-
-
-# ---- Suffixes ------------------------------------------------------------------------------------
+# With underscores, and the longer ones first.
+PLAIN_PREFIXES = {p.replace(".", "_"): PREFIXES[p] for p in sorted(PREFIXES, key=len, reverse=True)}
 
 LORA_UP, LORA_DOWN, LORA_MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 UP_BIAS = "lora_up.bias"
@@ -87,9 +79,6 @@ def suffix_pattern() -> re.Pattern[str]:
     """All suffixes after a dot or underscore; the n-th of them is the group "sN"."""
     every = "|".join(f"(?P<s{n}>{spelt})" for n, spelt in enumerate(SUFFIXES.values()))
     return re.compile(rf"[._](?:{every})\Z")
-
-
-# ---- Keys ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,7 +131,7 @@ def has_peft_factors(spelt: str) -> bool:
 @cache
 def name_naming(prefix: str, words: str, spelt: str, is_old: bool) -> str:
     """The program that uses this prefix, these words for layers, and this suffix."""
-    _, program = plain_prefixes()[prefix]
+    _, program = PLAIN_PREFIXES[prefix]
     if program == "kohya" and "lora_magnitude_vector" in spelt:
         program = "diffusers' conversion to kohya"
     elif program == "kohya" and spelt.startswith("_"):
@@ -164,7 +153,7 @@ def plain_name(text: str) -> str:
 def find_layer(stem: str) -> Spelling | None:
     """The layer that a key without its suffix names; None where SDXL has no such layer."""
     plain = plain_name(stem)
-    for prefix, (network, _) in plain_prefixes().items():
+    for prefix, (network, _) in PLAIN_PREFIXES.items():
         if plain.startswith(prefix):
             layer = layers_by_spelling()[network].get(plain[len(prefix) :])
             if layer:

@@ -183,12 +183,10 @@ class Module:
             # A factor of a matrix is a matrix; what changes a norm has one axis.
             if len(shape) < min(len(letters), 2 if self.layer.shape[1:] else 1):
                 return None
-            kept = len(letters) - 1
-            for letter, size in zip(
-                letters, (*shape[:kept], math.prod(shape[kept:])), strict=False
-            ):
-                if sizes.setdefault(letter, size) != size:
-                    return None
+            last = len(letters) - 1
+            lengths = (*shape[:last], math.prod(shape[last:]))
+            if any(sizes.setdefault(a, n) != n for a, n in zip(letters, lengths, strict=False)):
+                return None
         return sizes
 
     @property

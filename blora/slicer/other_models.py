@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from blora.sdxl import blocks_by_spelling
-from blora.slicer.keys import plain_name, plain_prefixes
+from blora.slicer.keys import PLAIN_PREFIXES, plain_name
 from blora.slicer.modules import Module
 from blora.text import BloraError, shortened
 
@@ -31,7 +31,7 @@ BLOCK = r"((?:in|out)put_blocks_\d+_\d+|(?:down|up)_blocks_\d+_[a-z]+_\d+)_"
 def foreign_block(key: str) -> str | None:
     """The block of a U-Net that a key names and that SDXL does not have."""
     plain = plain_name(key)
-    for prefix in plain_prefixes():
+    for prefix in PLAIN_PREFIXES:
         if plain.startswith(prefix) and (match := re.match(BLOCK, plain[len(prefix) :])):
             return None if match[1] in blocks_by_spelling() else match[1]
     return None
@@ -42,17 +42,16 @@ def declared_model(metadata: dict[str, str], modules: Iterable[Module]) -> str |
     entries = {name: metadata.get(name, "") for name in MODEL_METADATA}
     if any("xl" in value.lower() for value in entries.values()):
         return None
+    # Stable Diffusion 1 and 2 lack these layers, or have them less wide.
+    is_sdxls_alone = any(
+        m.layer.network == "te2" or (reads_text(m) and m.columns == TEXT_WIDTH) for m in modules
+    )
     for name, value in entries.items():
-        if value.startswith(DOUBTFUL) and any(map(is_sdxls_alone, modules)):
+        if value.startswith(DOUBTFUL) and is_sdxls_alone:
             continue
         if re.search(OTHER_MODELS, value.lower()):
             return f'its {name} is "{shortened(value)}"'
     return None
-
-
-def is_sdxls_alone(module: Module) -> bool:
-    """Whether Stable Diffusion 1 and 2 lack the module's layer, or have it less wide."""
-    return module.layer.network == "te2" or (reads_text(module) and module.columns == TEXT_WIDTH)
 
 
 def reads_text(module: Module) -> bool:

@@ -207,13 +207,6 @@ class Dora:
         """The suffix of the factor whose rows, or columns, are those of dora_scale."""
         return LORA_UP if self.axis == 0 else LORA_DOWN
 
-    @property
-    def misfit(self) -> BloraError:
-        return BloraError(
-            f"{self.module.name} does not fit its weight in {self.weight.path}: give the "
-            "checkpoint that the LoRA was trained on, or cut it at 1.0"
-        )
-
     def norm(self, matrix: np.ndarray) -> np.ndarray:
         """|matrix| by row or by column, with the matrix's number of axes."""
         others = tuple(index for index in range(matrix.ndim) if index != self.axis)
@@ -222,14 +215,19 @@ class Dora:
     @cached_property
     def solution(self) -> tuple[np.ndarray, np.ndarray]:
         """(s c / k, the new m), each of one number a row or column."""
-        strength = self.strength
+        strength, tensors = self.strength, self.module.tensors
         try:
             base = values(self.weight)
             trained = base + lora_change(self.module, base.shape)
             length = self.norm(trained)
-            c = values(self.module.tensors[DORA]).reshape(length.shape) / length
+            c = values(tensors[DORA]).reshape(length.shape) / length
+            if tensors[self.factor].shape[self.axis] != c.size:
+                raise ValueError("the factor and dora_scale disagree")
         except (IndexError, ValueError, TypeError) as error:
-            raise self.misfit from error
+            raise BloraError(
+                f"{self.module.name} does not fit its weight in {self.weight.path}: give the "
+                "checkpoint that the LoRA was trained on, or cut it at 1.0"
+            ) from error
         k = (1 - strength) + strength * c
         wanted = self.norm((1 - strength) * base + strength * c * trained)
         if not (np.isfinite(c).all() and np.isfinite(wanted).all() and k.all()):
@@ -241,14 +239,8 @@ class Dora:
     def new_factor(self) -> np.ndarray:
         """The factor times s c / k."""
         old = values(self.module.tensors[self.factor])
-        by = self.solution[0].reshape([-1 if axis == self.axis else 1 for axis in range(old.ndim)])
-        if by.size != old.shape[self.axis]:
-            raise self.misfit
-        return old * by
-
-    def new_scale(self) -> np.ndarray:
-        """The new m, in the shape of the old."""
-        return self.solution[1].reshape(self.module.tensors[DORA].shape)
+        by_axis = [-1 if axis == self.axis else 1 for axis in range(old.ndim)]
+        return old * self.solution[0].reshape(by_axis)
 
 
 def bake_dora(module: Module, strength: float, weight: Stored) -> Module:
@@ -265,8 +257,7 @@ def bake_dora(module: Module, strength: float, weight: Stored) -> Module:
         shape = old[suffix].shape
         return Changed(dtype, shape, f"{module.name}.{suffix}", Solved(wide, shape, solve))
 
-    baked = {
-        dora.factor: solved(dora.factor, old[dora.factor].dtype, dora.new_factor),
-        DORA: solved(DORA, "F64" if old[DORA].dtype == "F64" else "F32", dora.new_scale),
-    }
-    return replace(module, tensors=old | baked)
+    factor = solved(dora.factor, old[dora.factor].dtype, dora.new_factor)
+    dtype = "F64" if old[DORA].dtype == "F64" else "F32"
+    scale = solved(DORA, dtype, lambda: dora.solution[1].reshape(old[DORA].shape))
+    return replace(module, tensors=old | {dora.factor: factor, DORA: scale})
