@@ -31,8 +31,7 @@ class BLoraNetwork(lycoris.kohya.LycorisNetworkKohya):
     def prepare_grad_etc(self, text_encoder: Any, unet: nn.Module) -> None:
         """The last call before training, in sd-scripts after checkpointing was switched on."""
         super().prepare_grad_etc(text_encoder, unet)
-        bare = getattr(unet, "_orig_mod", unet)  # torch.compile wraps it
-        logger.info(stop_early(self, bare))
+        logger.info(stop_early(self, getattr(unet, "_orig_mod", unet)))  # torch.compile wraps it
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
         """Programs tell from ss_network_module how to read the tensors, which are LyCORIS' own."""
@@ -62,9 +61,6 @@ def with_stop(network: nn.Module) -> BLoraNetwork:
         )
     network.__class__ = BLoraNetwork
     return network
-
-
-# ---- The stop ------------------------------------------------------------------------------------
 
 
 def layers_in_order(unet: nn.Module) -> dict[str, nn.Module]:

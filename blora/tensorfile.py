@@ -1,7 +1,7 @@
 """What a safetensors file is: types, the one reader of headers, the writer with kohya's hashes.
 
 The slicer reads LoRAs with it and writes slices, pre-flight reads checkpoints. A tensor is bytes to
-copy here; values are changed in slicer/values.py. So only the standard library is imported.
+copy here; values are changed in slicer/strength.py. So only the standard library is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """What every program needs: the one error type, escaped text, numbers as text, and a file that is
 written whole or not at all.
-
-Bottom layer: every other file of blora may import it, and it imports none of them.
 """
 
 from __future__ import annotations

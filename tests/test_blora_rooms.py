@@ -23,7 +23,6 @@ ROOMS = [path.relative_to(ROOT) for path in sorted((ROOT / "blora").rglob("*.py"
 LATE = {
     "blora_slicer.py": {
         "blora/sheet.py", "blora/slicer/inspection.py", "blora/slicer/strength.py",
-        "blora/slicer/values.py",
     },
     "blora_preflight.py": {
         f"blora/preflight/{name}.py"

@@ -1,6 +1,6 @@
 """A cut: which trait of which LoRA goes to which file, and the modules that it keeps.
 
-blora_slicer.py plans with it. No value changes here, and only alphas are read.
+No value changes here, and only alphas are read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Slice:
     cut: Cut
     lora: Lora
     modules: tuple[Module, ...]
-    remarks: tuple[str, ...]  # notes and warnings for the user
+    remarks: list[str]  # notes and warnings for the user
 
 
 def describe(cut: Cut) -> str:
@@ -52,9 +52,6 @@ def summarize(modules: Iterable[Module]) -> str:
     parts = [f"{len(modules)} modules", f"{sum(len(m.tensors) for m in modules)} tensors"]
     ranks = [module.rank for module in modules]
     return ", ".join(parts + ([f"rank {span(ranks)}"] if any(ranks) else []))
-
-
-# ---- The plan ------------------------------------------------------------------------------------
 
 
 def plan_cuts(
@@ -73,10 +70,9 @@ def plan_cuts(
 
 
 def plan_outputs(cuts: list[Cut], output: Path, combined: bool) -> dict[Path, list[Cut]]:
-    """Which file each cut goes to.
+    """Which file each cut goes to: one for all when combined, otherwise one a cut.
 
-    One for all when combined. Otherwise one a cut, named after the output and the trait, and
-    after the LoRA as well where several LoRAs give the same trait.
+    The latter are named after their traits, and their LoRAs where several give the same trait.
     """
     if combined:
         return {output: cuts}
@@ -91,9 +87,6 @@ def plan_outputs(cuts: list[Cut], output: Path, combined: bool) -> dict[Path, li
             raise BloraError(f"two slices would both be written to {path}: cut them one by one")
         plan[path] = [cut]
     return plan
-
-
-# ---- What a cut keeps ----------------------------------------------------------------------------
 
 
 def take_slice(lora: Lora, cut: Cut) -> Slice:
@@ -117,8 +110,7 @@ def take_slice(lora: Lora, cut: Cut) -> Slice:
     for module in whole:
         check_fit(module, cut.lora)
         check_copies(module, lora)
-    remarks = (*notes(kept, whole, lora), *warnings(whole, lora))
-    return Slice(cut, lora, tuple(map(with_rank_as_alpha, whole)), remarks)
+    return Slice(cut, lora, tuple(map(with_rank_as_alpha, whole)), remarks(kept, whole, lora))
 
 
 def check_fit(module: Module, lora: Path) -> None:
@@ -153,19 +145,13 @@ def check_copies(module: Module, lora: Lora) -> None:
 RESIZED = "dimension is resized from"  # what sd-scripts' resize_lora.py writes into the comment
 
 
-def notes(kept: list[Module], whole: list[Module], lora: Lora) -> list[str]:
-    """What is left out of the slice, and what is copied without knowing what it does."""
+def remarks(kept: list[Module], whole: list[Module], lora: Lora) -> list[str]:
+    """What is left out of the slice, may be wrong with it, or is guessed."""
     name, sentences = printable(lora.path.name), []
     if half := [module.name for module in kept if module.is_incomplete]:
         sentences.append(f"note: left out incomplete modules of {name} {listed(half)}")
     if unknown := [f"{module.name}.{suffix}" for module in whole for suffix in module.unknown]:
         sentences.append(f"note: copied unknown tensors of {name} {listed(unknown)}")
-    return sentences
-
-
-def warnings(whole: list[Module], lora: Lora) -> list[str]:
-    """What may be wrong with the slice, or is guessed."""
-    name, sentences = printable(lora.path.name), []
     if any(module.is_guess for module in whole):
         sentences.append(
             f"warning: no alpha is stored for {name}, whose names are PEFT's: alpha = rank is "
@@ -181,9 +167,6 @@ def warnings(whole: list[Module], lora: Lora) -> list[str]:
     if broken := [m.name for m in whole if m.alpha_is_read and not math.isfinite(m.alpha or 0)]:
         sentences.append(f"warning: alpha is NaN or inf in modules of {name} {listed(broken)}")
     return sentences
-
-
-# ---- Joining -------------------------------------------------------------------------------------
 
 
 def check_doubles(slices: list[Slice]) -> None:

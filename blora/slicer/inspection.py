@@ -1,7 +1,4 @@
-"""What --inspect shows of a LoRA: its blocks, the size of their changes, its training, problems.
-
-blora_slicer.py imports it for --inspect alone.
-"""
+"""What --inspect shows of a LoRA: its blocks, the size of their changes, its training, problems."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from tqdm import tqdm
 from blora.sdxl import Trait, block_of
 from blora.slicer.keys import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
 from blora.slicer.modules import Lora, Module
-from blora.slicer.values import through_core, values
+from blora.slicer.strength import through_core, values
 from blora.tensorfile import FLOAT8, FLOATS, json_object
 from blora.text import file_size, listed, printable, span
 

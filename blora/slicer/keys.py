@@ -114,35 +114,24 @@ class Key:
     @property
     def is_peft(self) -> bool:
         """Whether its alpha is in PEFT's settings, rather than in a tensor."""
-        return has_peft_factors(self.spelt) or "base_model_" in self.spelling.prefix
+        has_peft_factor = "lora_A" in self.spelt or "lora_B" in self.spelt
+        return has_peft_factor or "base_model_" in self.spelling.prefix
 
     @property
     def naming(self) -> str:
-        """The program's naming scheme: "kohya, sgm names"."""
-        is_old = ".processor." in self.spelling.name
-        return name_naming(self.spelling.prefix, self.spelling.words, self.spelt, is_old)
-
-
-def has_peft_factors(spelt: str) -> bool:
-    """Whether a suffix is one of PEFT's factors."""
-    return "lora_A" in spelt or "lora_B" in spelt
-
-
-@cache
-def name_naming(prefix: str, words: str, spelt: str, is_old: bool) -> str:
-    """The program that uses this prefix, these words for layers, and this suffix."""
-    _, program = PLAIN_PREFIXES[prefix]
-    if program == "kohya" and "lora_magnitude_vector" in spelt:
-        program = "diffusers' conversion to kohya"
-    elif program == "kohya" and spelt.startswith("_"):
-        program = "OneTrainer's legacy format"
-    elif program == "diffusers" and is_old:
-        program = "older diffusers"
-    elif program == "diffusers" and has_peft_factors(spelt):
-        program = "diffusers with PEFT"
-    elif program == "diffusers" and "lora" not in spelt:
-        program = "OneTrainer"
-    return ", ".join(filter(None, (program, words)))
+        """The program that spells prefix and suffix so, and its layers: "kohya, sgm names"."""
+        _, program = PLAIN_PREFIXES[self.spelling.prefix]
+        if program == "kohya" and "lora_magnitude_vector" in self.spelt:
+            program = "diffusers' conversion to kohya"
+        elif program == "kohya" and self.spelt.startswith("_"):
+            program = "OneTrainer's legacy format"
+        elif program == "diffusers" and ".processor." in self.spelling.name:
+            program = "older diffusers"
+        elif program == "diffusers" and self.is_peft:
+            program = "diffusers with PEFT"
+        elif program == "diffusers" and "lora" not in self.spelt:
+            program = "OneTrainer"
+        return ", ".join(filter(None, (program, self.spelling.words)))
 
 
 def plain_name(text: str) -> str:

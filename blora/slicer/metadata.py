@@ -79,9 +79,7 @@ def distinct_names(loras: list[Lora]) -> list[str]:
     ]
 
 
-def network_size(
-    slices: list[Slice], alpha: float | None, before: dict[str, str]
-) -> dict[str, str]:
+def network_size(slices: list[Slice], alpha: float | None, old: dict[str, str]) -> dict[str, str]:
     """Rank and alpha of the modules as sd-scripts writes them, where they are known."""
     ranked = [module for piece in slices for module in piece.modules if module.rank]
     alphas = {
@@ -92,7 +90,7 @@ def network_size(
         "ss_network_dim": {float(module.rank or 0) for module in ranked},
         "ss_network_alpha": set(filter(math.isfinite, alphas)),
     }
-    texts = {key: number_text(numbers, before.get(key)) for key, numbers in sizes.items()}
+    texts = {key: number_text(numbers, old.get(key)) for key, numbers in sizes.items()}
     return {key: text for key, text in texts.items() if text}
 
 

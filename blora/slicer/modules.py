@@ -1,7 +1,4 @@
-"""What a LoRA is: algorithms and their tensors, a module, a file's modules.
-
-reader.py reads files as these; cut.py, strength.py and inspection.py work on them.
-"""
+"""What a LoRA is: algorithms and their tensors, a module, a file's modules."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ from pathlib import Path
 from blora.sdxl import Layer, layers_by_module
 from blora.slicer.keys import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, SUFFIXES, UP_BIAS
 from blora.tensorfile import Constant, Tensor, number
-
-# ---- Algorithms and modules ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -225,9 +220,6 @@ def with_rank_as_alpha(module: Module) -> Module:
     if module.alpha is not None or not module.algorithm.rank or module.rank == 0:
         return module
     return with_alpha(module, float(module.rank or 1))
-
-
-# ---- Files ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -84,22 +84,13 @@ def keys_of_other_model(keys: Iterable[str], modules: dict[str, Module]) -> str 
     return None
 
 
-def other_text_width(modules: Iterable[Module]) -> str | None:
-    """The width of the text that its cross-attention reads, where that is not SDXL's."""
-    for module in modules:
-        if reads_text(module) and module.columns not in (None, TEXT_WIDTH):
-            return f"its attn2 has a text width of {module.columns}, not {TEXT_WIDTH}"
-    return None
-
-
 def check_model(
     path: Path, modules: dict[str, Module], unplaced: list[str], metadata: dict[str, str]
 ) -> None:
     """Refuse a LoRA with signs that it was trained on a different model."""
-    reason = (
-        declared_model(metadata, modules.values())
-        or keys_of_other_model(unplaced, modules)
-        or other_text_width(modules.values())
-    )
+    reason = declared_model(metadata, modules.values()) or keys_of_other_model(unplaced, modules)
+    for module in modules.values():
+        if reads_text(module) and module.columns not in (None, TEXT_WIDTH):
+            reason = reason or f"its attn2 has a text width of {module.columns}, not {TEXT_WIDTH}"
     if reason:
         raise BloraError(f"{path} is a LoRA for a different model, not SDXL: {reason}")

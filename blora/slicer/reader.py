@@ -1,8 +1,4 @@
-"""A LoRA file of any program, read as modules in kohya's names, and the base model of a DoRA.
-
-keys.py says what a key means. This file brings together the tensors of a module and the alpha that
-PEFT writes into settings. blora_slicer.py reads with it, once.
-"""
+"""A LoRA file of any program, read as modules in kohya's names, and the base model of a DoRA."""
 
 from __future__ import annotations
 
@@ -53,14 +49,10 @@ def peft_settings(metadata: dict[str, str], path: Path, is_peft: bool) -> dict[s
     where = f"{METADATA} of {path}"
     try:
         entries = json.loads(metadata.get(METADATA, "{}"))
-        settings = {
-            network: Settings(METADATA, {
-                key.removeprefix(prefix): value
-                for key, value in entries.items()
-                if key.startswith(prefix)
-            })
-            for prefix, network in PEFT_NETWORKS.items()
-        }  # fmt: skip
+        settings = {}
+        for prefix, network in PEFT_NETWORKS.items():
+            values = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+            settings[network] = Settings(METADATA, values)
         config = path.with_name(PEFT_CONFIG)
         if is_peft and config.is_file():
             where = str(config)
@@ -102,9 +94,8 @@ def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
                 return replace(module, factor=alpha / rank)
             if rank != module.rank:  # the settings of a different LoRA in the same folder
                 return module
-        alpha = as_fp32(
-            alpha * (math.sqrt(module.rank) if settings.values.get("use_rslora") else 1)
-        )
+        root = math.sqrt(module.rank) if settings.values.get("use_rslora") else 1
+        alpha = as_fp32(alpha * root)
     except (TypeError, ValueError, OverflowError, ZeroDivisionError, StopIteration, re.error):
         alpha = math.nan
     if not math.isfinite(alpha):
@@ -175,9 +166,7 @@ class Part:
         return not (self.tensors.keys() & other.tensors.keys() or all(changes))
 
 
-def split_by_spelling(
-    tensors: Mapping[str, Tensor],
-) -> tuple[list[Part], list[str], list[str]]:
+def split_by_spelling(tensors: Mapping[str, Tensor]) -> tuple[list[Part], list[str], list[str]]:
     """A file's tensors by layer and spelling; the keys of no layer; the programs' namings."""
     parts: dict[str, list[Part]] = {}
     unplaced: list[str] = []
