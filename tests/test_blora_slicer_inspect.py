@@ -104,6 +104,23 @@ def test_the_change_of_every_form_is_its_frobenius_norm(tmp_path, capsys, form, 
     assert changes == pytest.approx(sorted(map(frobenius, modules.values())), rel=1e-5)
 
 
+@pytest.mark.parametrize("core", [1, 2])
+def test_a_loha_with_a_tucker_core_in_one_half_alone_has_its_size(tmp_path, capsys, core):
+    halves, tensors = [], {"alpha": torch.tensor(2.0)}
+    for i in (1, 2):
+        a, b, middle = torch.randn(1280, 2), torch.randn(2, 1280), torch.eye(2)
+        if i == core:
+            middle = tensors[f"hada_t{i}"] = torch.randn(2, 2)
+        tensors |= {f"hada_w{i}_a": a.T.contiguous() if i == core else a, f"hada_w{i}_b": b}
+        halves.append(a @ middle @ b)
+    name = CONTENT.format(0, 1, "q")
+    lora = write(tmp_path / "a.safetensors", {f"{name}.{s}": t for s, t in tensors.items()})
+    [facts] = inspected(capsys, "--loras", lora)
+    assert facts["blocks"][0]["change"] == pytest.approx(
+        float((halves[0] * halves[1]).double().norm())
+    )
+
+
 @pytest.mark.parametrize("name", BY_THE_WEIGHT)
 def test_a_change_in_proportion_to_the_weight_has_no_size(tmp_path, capsys, name):
     modules = on_each_layer(BY_THE_WEIGHT[name], 1.0, torch.float16)

@@ -43,17 +43,22 @@ def lora_norm(t: Values) -> float:
     return gram_norm(t[LORA_UP], down)
 
 
-def loha_norm(t: Values) -> float:
-    """Of (w1_a @ w1_b) * (w2_a @ w2_b), some rows at a time: a is [out, rank], b [rank, in ...].
+def factors(t: Values, name: str, core: str) -> tuple[np.ndarray, np.ndarray]:
+    """The factors a and b of a product, as matrices [out, rank] and [rank, in ...].
 
-    With tucker cores t1 and t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
+    Where they have a tucker core [rank, rank, ...], a is stored as [rank, out], b as [rank, in].
     """
+    a, b = t[f"{name}_a"], t[f"{name}_b"]
+    if core in t:
+        a, b = a.T, through_core(t[core], b)
+    return a, b.reshape(b.shape[0], -1)
+
+
+def loha_norm(t: Values) -> float:
+    """Of (w1_a @ w1_b) * (w2_a @ w2_b), some rows at a time."""
     square = 0.0
-    a1, a2 = (t[f"hada_w{i}_a"].T if "hada_t1" in t else t[f"hada_w{i}_a"] for i in (1, 2))
-    b1, b2 = t["hada_w1_b"], t["hada_w2_b"]
-    if "hada_t1" in t:
-        b1, b2 = (through_core(t[f"hada_t{i}"], t[f"hada_w{i}_b"]) for i in (1, 2))
-    b1, b2 = b1.reshape(b1.shape[0], -1), b2.reshape(b2.shape[0], -1)
+    a1, b1 = factors(t, "hada_w1", "hada_t1")
+    a2, b2 = factors(t, "hada_w2", "hada_t2")
     for start in range(0, a1.shape[0], ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         square += float(np.sum(np.square((a1[rows] @ b1) * (a2[rows] @ b2)), dtype="f8"))
@@ -61,19 +66,13 @@ def loha_norm(t: Values) -> float:
 
 
 def lokr_norm(t: Values) -> float:
-    """Of kron(w1, w2), the product of their norms; each is whole or a [out, rank] @ b [rank, ...].
-
-    With a tucker core t2 [rank, rank, ...], a is [rank, out] and b [rank, in].
-    """
+    """Of kron(w1, w2), the product of their norms; each is whole or a product."""
     norms = []
     for i in (1, 2):
         if f"lokr_w{i}" in t:
             norms.append(float(np.linalg.norm(t[f"lokr_w{i}"].astype("f8"))))
-            continue
-        a, b = t[f"lokr_w{i}_a"], t[f"lokr_w{i}_b"]
-        if f"lokr_t{i}" in t:
-            a, b = a.T, through_core(t[f"lokr_t{i}"], b)
-        norms.append(gram_norm(a, b))
+        else:
+            norms.append(gram_norm(*factors(t, f"lokr_w{i}", f"lokr_t{i}")))
     return norms[0] * norms[1]
 
 
@@ -216,18 +215,11 @@ def report(facts: dict[str, Any]) -> list[str]:
     """The facts of one file as lines of text, escaped."""
     rows = [[*COLUMNS, "share", ""]]
     for row in facts["blocks"]:
-        share = row["share"]
-        rows.append(
-            [
-                *(printable(str(row[key])) for key in ("block", "trait", "modules", "algorithm")),
-                *(span(row[key]) for key in ("ranks", "alphas")),
-                row["dtype"],
-                file_size(row["bytes"]),
-                "-" if row["change"] is None else f"{row['change']:.4g}",
-                "-" if share is None else f"{share:.1%}",
-                "#" * round(BAR * (share or 0)),
-            ]
-        )
+        names = [printable(str(row[key])) for key in ("block", "trait", "modules", "algorithm")]
+        numbers = [span(row["ranks"]), span(row["alphas"]), row["dtype"], file_size(row["bytes"])]
+        change = "-" if row["change"] is None else f"{row['change']:.4g}"
+        share = "-" if row["share"] is None else f"{row['share']:.1%}"
+        rows.append([*names, *numbers, change, share, "#" * round(BAR * (row["share"] or 0))])
     training = dict(facts["training"])
     words = training.pop("trigger_words", {})
     lines = [

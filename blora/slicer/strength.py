@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, lru_cache, partial
 
 import numpy as np
 
@@ -55,6 +55,11 @@ def encode(values: np.ndarray, dtype: str) -> bytes:
 def values(tensor: Tensor) -> np.ndarray:
     """The values of a tensor, in fp32 or better."""
     return decode(tensor.read(), tensor.dtype, tensor.shape)
+
+
+def through_core(core: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """[rank, in, ...] of a tucker core [rank, rank, ...] and the factor [rank, in] behind it."""
+    return np.einsum("rs...,si->ri...", core, factor.reshape(factor.shape[:2]))
 
 
 def convert(
@@ -261,11 +266,6 @@ def at_precision(module: Module, dtype: str) -> Module:
 # ---- DoRA ----------------------------------------------------------------------------------------
 
 
-def through_core(core: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """[rank, in, ...] of a tucker core [rank, rank, ...] and the factor [rank, in] behind it."""
-    return np.einsum("rs...,si->ri...", core, factor.reshape(factor.shape[:2]))
-
-
 def lora_change(module: Module, shape: tuple[int, ...]) -> np.ndarray:
     """alpha / rank * up @ mid @ down, in the shape of the weight it changes: [out, in, ...].
 
@@ -278,82 +278,65 @@ def lora_change(module: Module, shape: tuple[int, ...]) -> np.ndarray:
     return (product * up.dtype.type(module.scale)).reshape(shape)
 
 
-@dataclass(frozen=True)
-class Dora:
-    """A DoRA module whose final weight is (1 - s) W + s W', W' being the one that was trained.
+def solve_dora(
+    module: Module, strength: float, weight: Stored, axis: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What to multiply a DoRA's factor with, and its new dora_scale, as numbers along the axis.
 
-    With V = W + change, m = dora_scale, and norms and products by row for m of [out, 1], by
-    column for [1, in]: c = m / |V|, k = (1 - s) + s c; then the factor is multiplied by s c / k,
-    and the new m is |(1 - s) W + s c V|, with the sign of k, which V's direction has turned by.
-    The new m is stored as fp32: it is as large as the weight's rows, so that rounded to fp16 or
-    bf16 it would be off by 0.4 or 3.4 % of the change.
+    They make the final weight (1 - s) W + s W', W' being the one that was trained. With
+    V = W + change, m = dora_scale, and norms and products by row for m of [out, 1], by column for
+    [1, in]: c = m / |V|, k = (1 - s) + s c; then the factor is multiplied by s c / k, and the new m
+    is |(1 - s) W + s c V|, with the sign of k, which V's direction has turned by.
+    BloraError where module and weight do not fit.
     """
 
-    module: Module
-    strength: float
-    weight: Stored
-
-    @property
-    def axis(self) -> int:
-        """That of the weight along which dora_scale has its numbers: 0 for out, 1 for in."""
-        return 0 if self.module.tensors[DORA].shape[0] != 1 else 1
-
-    @property
-    def factor(self) -> str:
-        """The suffix of the factor whose rows, or columns, are those of dora_scale."""
-        return LORA_UP if self.axis == 0 else LORA_DOWN
-
-    def norm(self, matrix: np.ndarray) -> np.ndarray:
+    def norm(matrix: np.ndarray) -> np.ndarray:
         """|matrix| by row or by column, with the matrix's number of axes."""
-        others = tuple(index for index in range(matrix.ndim) if index != self.axis)
+        others = tuple(index for index in range(matrix.ndim) if index != axis)
         return np.sqrt(np.square(matrix).sum(axis=others, keepdims=True))
 
-    @cached_property
-    def solution(self) -> tuple[np.ndarray, np.ndarray]:
-        """(s c / k, the new m), each of one number a row or column."""
-        strength, tensors = self.strength, self.module.tensors
-        try:
-            base = values(self.weight)
-            trained = base + lora_change(self.module, base.shape)
-            length = self.norm(trained)
-            c = values(tensors[DORA]).reshape(length.shape) / length
-            if tensors[self.factor].shape[self.axis] != c.size:
-                raise ValueError("the factor and dora_scale disagree")
-        except (IndexError, ValueError, TypeError) as error:
-            raise BloraError(
-                f"{self.module.name} does not fit its weight in {self.weight.path}: give the "
-                "checkpoint that the LoRA was trained on, or cut it at 1.0"
-            ) from error
-        k = (1 - strength) + strength * c
-        wanted = self.norm((1 - strength) * base + strength * c * trained)
-        if not (np.isfinite(c).all() and np.isfinite(wanted).all() and k.all()):
-            raise BloraError(
-                f"{self.module.name} is a DoRA that cannot be cut at {strength:g}: use 1.0"
-            )
-        return strength * c / k, wanted * np.sign(k)
-
-    def new_factor(self) -> np.ndarray:
-        """The factor times s c / k."""
-        old = values(self.module.tensors[self.factor])
-        by_axis = [-1 if axis == self.axis else 1 for axis in range(old.ndim)]
-        return old * self.solution[0].reshape(by_axis)
+    try:
+        base = values(weight)
+        trained = base + lora_change(module, base.shape)
+        length = norm(trained)
+        c = values(module.tensors[DORA]).reshape(length.shape) / length
+        if module.tensors[(LORA_UP, LORA_DOWN)[axis]].shape[axis] != c.size:
+            raise ValueError("the factor and dora_scale disagree")
+    except (IndexError, ValueError, TypeError) as error:
+        raise BloraError(
+            f"{module.name} does not fit its weight in {weight.path}: give the checkpoint that the "
+            "LoRA was trained on, or cut it at 1.0"
+        ) from error
+    k = (1 - strength) + strength * c
+    wanted = norm((1 - strength) * base + strength * c * trained)
+    if not (np.isfinite(c).all() and np.isfinite(wanted).all() and k.all()):
+        raise BloraError(f"{module.name} is a DoRA that cannot be cut at {strength:g}: use 1.0")
+    return strength * c / k, wanted * np.sign(k)
 
 
 def bake_dora(module: Module, strength: float, weight: Stored) -> Module:
     """The module at this strength, which holds for this weight; solved when it is written.
 
-    BloraError then, where module and weight do not fit.
+    The new dora_scale is stored as fp32: it is as large as the weight's rows, so that rounded to
+    fp16 or bf16 it would be off by 0.4 or 3.4 % of the change.
     """
-    dora, old = Dora(module, strength, weight), module.tensors
-    check_floats(module, (dora.factor, DORA))
+    old = module.tensors
+    axis = 0 if old[DORA].shape[0] != 1 else 1  # of the weight: dora_scale has a number for each
+    factor = (LORA_UP, LORA_DOWN)[axis]  # whose rows, or columns, are those of dora_scale
+    check_floats(module, (factor, DORA))
     sources = (weight, old[LORA_UP], old[LORA_DOWN], old[DORA])
     wide = "F64" if any(DTYPES.get(tensor.dtype) == 64 for tensor in sources) else "F32"
+    solution = cache(partial(solve_dora, module, strength, weight, axis))
+
+    def new_factor() -> np.ndarray:
+        stored = values(old[factor])
+        return stored * solution()[0].reshape([-1 if n == axis else 1 for n in range(stored.ndim)])
 
     def solved(suffix: str, dtype: str, solve: Callable[[], np.ndarray]) -> Changed:
         shape = old[suffix].shape
         return Changed(dtype, shape, f"{module.name}.{suffix}", Solved(wide, shape, solve))
 
-    factor = solved(dora.factor, old[dora.factor].dtype, dora.new_factor)
     dtype = "F64" if old[DORA].dtype == "F64" else "F32"
-    scale = solved(DORA, dtype, lambda: dora.solution[1].reshape(old[DORA].shape))
-    return replace(module, tensors=old | {dora.factor: factor, DORA: scale})
+    scale = solved(DORA, dtype, lambda: solution()[1].reshape(old[DORA].shape))
+    scaled = solved(factor, old[factor].dtype, new_factor)
+    return replace(module, tensors=old | {factor: scaled, DORA: scale})
