@@ -274,7 +274,7 @@ class BaseModel:
         tensor = self.tensors[key]
         if third is None:
             return tensor
-        size = tensor.size // 3
+        size = tensor.size // 3  # a DoRA that does not fit the third is refused later
         start = tensor.start + third * size
         shape = tuple(length // 3 for length in tensor.shape[:1]) + tensor.shape[1:]
         return replace(tensor, shape=shape, start=start, stop=start + size)
