@@ -195,13 +195,13 @@ def read_loras(paths: Iterable[Path]) -> dict[Path, Lora]:
     """Each LoRA by its path, with a note on what is skipped."""
     loras = {path: read_lora(path) for path in dict.fromkeys(paths)}
     for path, lora in loras.items():
-        skipped = {
-            f"tensors of {path.name} that SDXL has no layers for": lora.unplaced,
-            f"plain layer weights in {path.name}, not part of a LoRA": lora.layer_weights,
-        }
-        for what, keys in skipped.items():
-            if keys:
-                say(f"note: skipped {what} {listed(keys)}")
+        if keys := lora.unplaced:
+            say(f"note: skipped tensors of {path.name} that SDXL has no layers for {listed(keys)}")
+        if keys := lora.layer_weights:
+            say(
+                f"note: skipped plain layer weights in {path.name}, not part of a LoRA "
+                f"{listed(keys)}"
+            )
     return loras
 
 

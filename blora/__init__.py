@@ -21,5 +21,9 @@ FLAT_FILES = tuple(
 def leftovers() -> str:
     """A sentence on files of version 1 that still lie beside the programs; empty if none do."""
     names = ", ".join(name for name in FLAT_FILES if (ROOT / name).exists())
-    sentence = "version 1 left files beside blora_slicer.py that nothing uses any more"
-    return f"{sentence}: {names}: delete them" if names else ""
+    if not names:
+        return ""
+    return (
+        "version 1 left files beside blora_slicer.py that nothing uses any more: "
+        f"{names}: delete them"
+    )
