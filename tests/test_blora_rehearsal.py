@@ -12,9 +12,11 @@ from pathlib import Path
 from unittest import mock
 
 import lycoris.kohya
+import prodigyopt
 import pytest
 import torch
 from accelerate import Accelerator
+from library import train_util  # the stand-in's
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -30,6 +32,7 @@ from blora.preflight.rehearsal import (
     is_safetensors,
     on_meta,
     open_to_read,
+    state_per_byte,
 )
 
 # ---- Tensors without numbers ---------------------------------------------------------------------
@@ -135,6 +138,40 @@ def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
     args = argparse.Namespace(vae=str(file), tokenizer_cache_dir=str(tmp_path))
     disable_side_effects(args, "temporary")
     assert (args.vae, args.tokenizer_cache_dir) == (str(file), str(tmp_path))
+
+
+# ---- The optimizer -------------------------------------------------------------------------------
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Steps in training alone, as the schedule-free ones do."""
+
+    def train(self) -> None:
+        self.defaults["momentum"] = self.param_groups[0]["momentum"] = 0.9
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option", "dtype", "expected"),
+    [
+        (torch.optim.SGD, "", torch.float32, 0),
+        (torch.optim.AdamW, "", torch.float32, 2),  # and its count of steps, which is a number
+        (torch.optim.AdamW, "full_bf16", torch.bfloat16, 2),
+        (torch.optim.AdamW, "full_fp16", torch.float16, 2),
+        (torch.optim.Adafactor, "", torch.float32, 2 / 256),  # a row and a column of each matrix
+        (prodigyopt.Prodigy, "", torch.float32, 3.5),  # no p0 of zeros
+        (ScheduleFree, "", torch.float32, 1),
+    ],
+)
+def test_an_optimizers_state_is_counted_after_a_first_step(
+    monkeypatch, optimizer, option, dtype, expected
+):
+    def get_optimizer(_args, parameters):
+        assert {parameter.dtype for parameter in parameters} == {dtype}
+        return "", "", optimizer(parameters, lr=1e-3)
+
+    monkeypatch.setattr(train_util, "get_optimizer", get_optimizer, raising=False)
+    args = argparse.Namespace(full_bf16=option == "full_bf16", full_fp16=option == "full_fp16")
+    assert state_per_byte(args) == pytest.approx(expected, abs=1e-3)
 
 
 # ---- The script ----------------------------------------------------------------------------------
