@@ -44,7 +44,7 @@ def processes(accelerate: list[str], script: str) -> Started:
         raise BloraError(
             f"accelerate refuses its options: correct {OPTIONS} ({usage or error})"
         ) from error
-    machines, wanted = args.num_machines or 1, max(1, args.num_processes or 1)
+    machines, wanted = args.num_machines or 1, args.num_processes or 1
     # As its launch_command chooses: anything else starts one process, whatever number is given.
     several = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm
     is_lone = args.cpu or not several
