@@ -162,7 +162,6 @@ def test_where_a_metadata_file_lists_the_pictures_nothing_is_looked_for_beside_t
         (76, 75, "shorten them, or give --max_token_length=150"),
         (151, 75, "shorten them, or give --max_token_length=225"),
         (226, 75, "shorten them"),
-        (76, 0, None),  # no tokenizer was found
     ],
 )
 def test_a_caption_that_is_cut_is_named_with_its_tokens(tmp_path, words, most, advice):

@@ -82,7 +82,7 @@ def check_caption_lines(folder: Folder, report: Report) -> None:
 
 def check_caption_length(folder: Folder, report: Report) -> None:
     """Captions that are cut at the trainer's number of tokens."""
-    cut = {p.path.name: p.tokens for p in folder.pictures if p.tokens > folder.most_tokens > 0}
+    cut = {p.path.name: p.tokens for p in folder.pictures if p.tokens > folder.most_tokens}
     if not cut:
         return
     longest = max(cut.values())

@@ -43,7 +43,7 @@ class Folder:
     has_affix: bool = False  # caption_prefix or caption_suffix
     is_reg: bool = False
     loss_weight: float = 1.0  # prior_loss_weight, where is_reg
-    most_tokens: int = 0  # 0 where it is unknown
+    most_tokens: int = 75
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,13 @@ def without_augmentation(subset: Any) -> Any:
     return subset
 
 
-def token_counter(dataset: Any) -> tuple[Callable[[str], int], int] | None:
+def token_counter(dataset: Any) -> tuple[Callable[[str], int], int]:
     """A function that counts a prompt's tokens as the trainer does, and the trainer's limit."""
     strategy = getattr(dataset, "tokenize_strategy", None)
     if strategy is not None:  # 0.10
         tokenizer, most = strategy.tokenizer1, strategy.max_length
-    elif hasattr(dataset, "tokenizers"):  # 0.9
+    else:  # 0.9
         tokenizer, most = dataset.tokenizers[0], dataset.tokenizer_max_length
-    else:
-        return None
     # Without the tokens that begin and end each prompt.
     return lambda text: len(tokenizer(text, verbose=False).input_ids) - 2, most - 2
 
@@ -124,14 +122,13 @@ def with_strategies(dataset: Any) -> Any:
 
 def read_folder(dataset: Any, subset: Any, caches_text: bool) -> Folder:
     """One subset; captions that are cached are trained as they are read."""
-    counter = token_counter(dataset)
+    count, most = token_counter(dataset)
     keys = [key for key, owner in dataset.image_to_subset.items() if owner is subset]
     pictures = []
     for info in (dataset.image_data[key] for key in keys):
         prompt = info.caption
         if not caches_text:
             prompt = dataset.process_caption(without_augmentation(subset), info.caption)
-        count, most = counter or (lambda _: 0, 0)
         pictures.append(
             Picture(
                 Path(info.absolute_path),
@@ -155,7 +152,7 @@ def read_folder(dataset: Any, subset: Any, caches_text: bool) -> Folder:
         bool(subset.caption_prefix or subset.caption_suffix),
         getattr(subset, "is_reg", False),
         getattr(dataset, "prior_loss_weight", 1.0),
-        counter[1] if counter else 0,
+        most,
     )
 
 
