@@ -229,7 +229,7 @@ def test_the_cards_memory_is_a_sum_of_parts():
     )
 
 
-FIRST, LAST = "input_blocks.0.0$", "out.2$"
+TIME, FIRST, LAST = "time_embed.0$", "input_blocks.0.0$", "out.2$"
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,7 @@ FIRST, LAST = "input_blocks.0.0$", "out.2$"
         (["--network_module=lycoris.kohya"], {}, "1.20 GB activations"),
         ([], {"trains_text": True}, "1.20 GB activations"),  # then it cannot stop early
         ([], {"preset": "blora_layout_style"}, "1.07 GB activations"),
+        ([], {"preset": TIME}, "1.20 GB activations"),
         ([], {"preset": FIRST}, "1.20 GB activations"),
         ([], {"preset": LAST}, " 0.0 MB activations"),
         (["--mixed_precision=no"], {}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
@@ -249,7 +250,7 @@ FIRST, LAST = "input_blocks.0.0$", "out.2$"
     ],
 )
 def test_each_part_follows_the_options_and_the_network(given, args, part):
-    if args.get("preset") in (FIRST, LAST):
+    if args.get("preset") in (TIME, FIRST, LAST):
         args = {"preset": own_preset(args["preset"])}
     told = told_memory(options(*given), network(**args))
     assert part in told

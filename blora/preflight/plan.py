@@ -167,6 +167,7 @@ FROM_BLOCK = {
     "output_blocks.4.1": (839 * MEGABYTE, 1219 * MEGABYTE),
     "output_blocks.5.1": (821 * MEGABYTE, 882 * MEGABYTE),
 }
+PARTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
 PIXELS = 1024 * 1024  # of those figures; they grow with pixels and batch alike
 SMALL_RANK = 64  # the paper's: a lower one saves little
 
@@ -183,10 +184,9 @@ class Backward:
 
 
 def position(block: str) -> tuple[int, ...]:
-    """Where a block comes in the U-Net's forward pass; what is no block comes first."""
+    """Where a block, or another part with layers, comes in the U-Net's forward pass."""
     part, *numbers = block.split(".")
-    parts = ("input_blocks", "middle_block", "output_blocks", "out")
-    return (parts.index(part) if part in parts else -1, *map(int, numbers))
+    return (PARTS.index(part), *map(int, numbers))
 
 
 def activations(backward: Backward) -> int:
