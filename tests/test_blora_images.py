@@ -5,7 +5,9 @@ test_blora_real_pictures.py has sd-scripts itself open them.
 
 from __future__ import annotations
 
+import io
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import PIL
 import pytest
 from PIL import Image
 
+from blora.preflight import images
 from blora.preflight.dataset import Folder, Picture
 from blora.preflight.images import (
     ORIENTATION,
@@ -23,6 +26,7 @@ from blora.preflight.images import (
     check_sizes,
     check_upright,
     open_one,
+    open_pictures,
     read_size,
     why_stale,
 )
@@ -132,6 +136,43 @@ def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
     assert report.warnings == ([turned] if orientation in range(2, 9) else [])
 
 
+# ---- All of them ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_all(monkeypatch):
+    """open_pictures() of files and what opens each."""
+
+    def run(*openers: object, stream: io.StringIO | None = None) -> list[Opened]:
+        info = SimpleNamespace(absolute_path="a.png", bucket_reso=BUCKET)
+        jobs = [(info, True, opener) for opener in openers]
+        monkeypatch.setattr(images, "openers", lambda dataset, _cached: dataset)
+        return open_pictures([jobs], True, stream)
+
+    return run
+
+
+def test_a_bar_shows_where_it_takes_more_than_a_second(open_all, capsys):
+    quick, slow = (lambda: None), (lambda: time.sleep(1.1))
+    stream = io.StringIO()
+    assert len(open_all(quick, quick, stream=stream)) == 2
+    assert stream.getvalue() == ""
+    open_all(slow, quick, quick, stream=stream)
+    assert "opening pictures: " in stream.getvalue()
+    open_all(slow, quick, quick)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_call_that_fits_no_picture_is_an_error_of_the_call(open_all):
+    def call() -> None:
+        raise TypeError("one argument more")
+
+    assert [picture.is_api_mismatch for picture in open_all(call, lambda: None)] == [True, False]
+    with pytest.raises(TypeError, match=r"^one argument more$"):
+        open_all(call, call)
+    assert open_all() == []
+
+
 # ---- What lies beside it -------------------------------------------------------------------------
 
 
@@ -181,9 +222,9 @@ def test_latents_of_another_picture_are_told_by_their_sizes_and_age(original, la
     [(".txt", -1, True), (".txt", 0, False), (".caption", -1, False), ("", -1, False)],
 )
 def test_outputs_that_are_older_than_the_caption_are_named(extension, age, is_named):
-    for name, time in (("a.txt", 1000), ("a_te_outputs.npz", 1000 + age)):
+    for name, seconds in (("a.txt", 1000), ("a_te_outputs.npz", 1000 + age)):
         Path(name).touch()
-        os.utime(name, (time, time))
+        os.utime(name, (seconds, seconds))
     report = Report()
     check_cached_captions([make_folder(BUCKET, caption_extension=extension)], report)
     assert [" 1 in all: a_te_outputs.npz: " in text for text in report.warnings] == [

@@ -230,6 +230,7 @@ def test_the_cards_memory_is_a_sum_of_parts():
 
 
 TIME, FIRST, LAST = "time_embed.0$", "input_blocks.0.0$", "out.2$"
+ATTENTION = "input_blocks.4.1.proj_in$"  # the first block in the table
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,7 @@ TIME, FIRST, LAST = "time_embed.0$", "input_blocks.0.0$", "out.2$"
         ([], {"preset": "blora_layout_style"}, "1.07 GB activations"),
         ([], {"preset": TIME}, "1.20 GB activations"),
         ([], {"preset": FIRST}, "1.20 GB activations"),
+        ([], {"preset": ATTENTION}, "1.15 GB activations"),
         ([], {"preset": LAST}, " 0.0 MB activations"),
         (["--mixed_precision=no"], {}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
         (["--mixed_precision=no"], {}, "activations of unknown size"),
@@ -250,7 +252,7 @@ TIME, FIRST, LAST = "time_embed.0$", "input_blocks.0.0$", "out.2$"
     ],
 )
 def test_each_part_follows_the_options_and_the_network(given, args, part):
-    if args.get("preset") in (TIME, FIRST, LAST):
+    if args.get("preset") in (TIME, FIRST, ATTENTION, LAST):
         args = {"preset": own_preset(args["preset"])}
     told = told_memory(options(*given), network(**args))
     assert part in told

@@ -227,6 +227,30 @@ def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
     assert preview() == Path()
 
 
+@pytest.mark.parametrize(
+    ("deepspeed", "failure", "errors", "notes"),
+    [
+        (False, None, 0, 0),
+        (False, ValueError("a"), 1, 0),  # of --optimizer_args
+        (False, RuntimeError("a"), 0, 1),
+        (True, RuntimeError("a"), 0, 0),  # which has its own optimizer
+    ],
+)
+def test_what_an_optimizer_keeps_is_counted_where_it_can_be(
+    monkeypatch, deepspeed, failure, errors, notes
+):
+    def count(_args: Namespace) -> float:
+        if failure:
+            raise failure
+        return 2.0
+
+    monkeypatch.setattr(blora_preflight, "state_per_byte", count)
+    rehearsal, report = Rehearsal(args=Namespace(deepspeed=deepspeed)), Report()
+    blora_preflight.count_state(rehearsal, report)
+    assert rehearsal.optimizer_state == (None if failure else 2.0)
+    assert (len(report.errors), len(report.notes)) == (errors, notes)
+
+
 NAMES = [*OPTIONS, "network_args", "network_module", "config_file", "resume", "vae", "output_nam"]
 NAMES += ["save_every_n_steps", "max_train_steps", "sample_prompts", "sample_at_first"]
 VALUES = st.sampled_from(["", "0", "-1", "nan", "1e999", "config.toml", "images", "lycoris.kohya"])
