@@ -95,7 +95,7 @@ def plan_rank(network: Built, args: Namespace, report: Report) -> None:
     outgrown = [
         name
         for name, parameters in network.modules.items()
-        if name in layers and parameters > math.prod(layers[name].shape)
+        if parameters > math.prod(layers[name].shape)
     ]
     if outgrown:
         at = f"at rank {rank} " if rank and not args.dim_from_weights else ""
