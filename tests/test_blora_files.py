@@ -312,16 +312,14 @@ def test_a_training_that_saves_nowhere_is_an_error(given):
 # the folders above.
 AS_NOBODY = """
 import os, sys
-from argparse import Namespace
 from blora.preflight.files import check_folder
-from blora.text import BloraError
+from blora.preflight.report import Report
 if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
-try:
-    check_folder(Namespace(output_dir=sys.argv[1]), "output_dir")
-except BloraError as error:
-    print(error)
+report = Report()
+check_folder(sys.argv[1], "output_dir", report)
+print(*report.errors, sep="\\n")
 """
 
 

@@ -167,34 +167,29 @@ DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9]) *(\..*)?", re.IGNOREC
 CORRECT_NAME = "correct --output_name (BLORA_NAME in the launcher)"
 
 
-def check_folder(args: Namespace, option: str) -> None:
+def check_folder(text: str, option: str, report: Report) -> None:
     """Whether a folder can be created and written to, by the nearest one that exists."""
-    text = getattr(args, option)
     path = Path(text)
     # On Windows there may be none, where the drive is missing.
     nearest = next((folder for folder in (path, *path.parents) if os.path.lexists(folder)), path)
     shown = text if nearest == path else nearest.absolute()
     if not nearest.is_dir():
-        raise BloraError(
+        report.errors.append(
             f'"{shown}" is not a folder, so nothing can be saved there: correct --{option}'
         )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BloraError(
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        report.errors.append(
             f'no permission to write to "{shown}": correct --{option}, or the permissions'
         )
 
 
-def check_output_folder(args: Namespace, report: Report) -> None:
-    """Whether the LoRA can be saved."""
+def check_folders(args: Namespace, report: Report) -> None:
+    """Whether the LoRA can be saved, and the logs where they are wanted."""
     if not args.output_dir:
-        raise BloraError("there is no folder to save to: add --output_dir")
-    check_folder(args, "output_dir")
-
-
-def check_logs_folder(args: Namespace, report: Report) -> None:
-    """Whether logs can be saved, where they are wanted."""
-    if args.logging_dir:
-        check_folder(args, "logging_dir")
+        report.errors.append("there is no folder to save to: add --output_dir")
+    for option in ("output_dir", "logging_dir"):
+        if folder := getattr(args, option):
+            check_folder(folder, option, report)
 
 
 def check_output_name(args: Namespace, report: Report) -> None:
@@ -248,9 +243,8 @@ def check_divisors(args: Namespace, report: Report) -> None:
 
 
 CHECKS: tuple[Callable[[Namespace, Report], Any], ...] = (
-    check_base, check_late_files, check_vae, check_resume, check_samples,
-    check_output_folder, check_logs_folder, check_output_name, check_overwriting, check_divisors,
-    check_images,
+    check_base, check_late_files, check_vae, check_resume, check_samples, check_folders,
+    check_output_name, check_overwriting, check_divisors, check_images,
 )  # fmt: skip
 
 

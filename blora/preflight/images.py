@@ -249,10 +249,7 @@ def stumbled_over(error: BaseException) -> list[str]:
     nothing = (0, 0)
     return broken_pictures(
         Opened(
-            path,
-            nothing,
-            nothing,
-            error=what_is_wrong(path, nothing, PIL.UnidentifiedImageError()),
+            path, nothing, nothing, error=what_is_wrong(path, nothing, PIL.UnidentifiedImageError())
         )
         for path in dict.fromkeys(paths)
         if read_size(path)[0] == nothing
@@ -339,8 +336,7 @@ def why_stale(picture: Path, npz: Path, size: tuple[int, int], bucket: tuple[int
         height, width = latents["latents"].shape[-2:]
     if (8 * width, 8 * height) != bucket:
         return f"of {8 * width}x{8 * height}, not {in_size(bucket)}"
-    newer = picture.stat().st_mtime > npz.stat().st_mtime
-    return "older than the picture" if newer else ""
+    return "older than the picture" if picture.stat().st_mtime > npz.stat().st_mtime else ""
 
 
 def check_cached_latents(

@@ -136,9 +136,8 @@ def plan_length(
     several = f" in each of {started.processes} processes" if started.processes > 1 else ""
     several += f" on {started.machines} machines" if started.machines > 1 else ""
     report.plan["training"] = (
-        f"{counted(length.steps, 'step')}, {counted(length.epochs, 'epoch')}, "
-        f"batch {sizes}{several}, "
-        f"{args.mixed_precision or 'no'} mixed precision"
+        f"{counted(length.steps, 'step')}, {counted(length.epochs, 'epoch')}, batch {sizes}"
+        f"{several}, {args.mixed_precision or 'no'} mixed precision"
     )
 
 
@@ -239,11 +238,7 @@ def backward_pass(network: Built, args: Namespace, pixels: int, stops_early: boo
 
 
 def plan_memory(
-    network: Built,
-    state: float | None,
-    backward: Backward,
-    args: Namespace,
-    report: Report,
+    network: Built, state: float | None, backward: Backward, args: Namespace, report: Report
 ) -> None:
     """The card's memory as a sum of its parts; what is unknown is named, and not in the sum."""
     lora = network.parameters * bytes_trained(args)
@@ -323,11 +318,7 @@ def saves(length: Length, args: Namespace, kind: str = "") -> int:
 
 
 def plan_saves(
-    length: Length,
-    network: Built,
-    state: float | None,
-    args: Namespace,
-    report: Report,
+    length: Length, network: Built, state: float | None, args: Namespace, report: Report
 ) -> None:
     """The saves to come against the free space of the output folder."""
     output = Path(args.output_dir or ".")
