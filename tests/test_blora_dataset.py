@@ -195,7 +195,10 @@ LEFT_OUT = {
     "of another kind": ("b.gif", "save as .png or .jpg"),
     "of a phone": ("b.heic", "save as .png or .jpg"),
     "of the web": ("b.jfif", "save as .png or .jpg"),
-    "with a capital": ("b.Png", "write the ending in lower case"),
+    **{
+        f"with a capital in .{ending}": (f"b.{ending}", "write the ending in lower case")
+        for ending in ("Png", "Jpg", "Jpeg", "Webp", "Bmp")
+    },
     "for a plugin": ("b.avif", "pip install pillow-avif-plugin"),
     "without an ending": ("b", "save as .png or .jpg"),
     "with an ending of its own": ("b.jpg_large", "save as .png or .jpg"),
@@ -314,7 +317,14 @@ def one_table(**settings) -> dict:
 OVERRIDDEN = {
     "the recipe, and a config with a mind of its own": (
         RECIPE,
-        one_table(resolution=768, random_crop=False, caption_extension=".caption"),
+        one_table(
+            resolution=768,
+            enable_bucket=False,
+            min_bucket_reso=256,
+            bucket_reso_steps=64,
+            random_crop=False,
+            caption_extension=".caption",
+        ),
         "",
     ),
     "what both say": ({"train_batch_size": 4}, one_table(batch_size=4), ""),
@@ -325,6 +335,11 @@ OVERRIDDEN = {
         {"train_batch_size": 4, "seed": 0},
         one_table(batch_size=1),
         '--train_batch_size=4 has no effect, since "c.toml" has batch_size = 1: change it there',
+    ),
+    "other repeats": (
+        {"dataset_repeats": 4},
+        one_table(num_repeats=1),
+        '--dataset_repeats=4 has no effect, since "c.toml" has num_repeats = 1: change it there',
     ),
     "several": (
         {"train_batch_size": 4, "resolution": (768, 512), "flip_aug": True},

@@ -120,6 +120,7 @@ def test_an_alpha_above_the_rank_is_a_warning(given, times):
         ({"dora_wd": "True", "bypass_mode": "False"}, False),
         ({"dora_wd": "True"}, False),
         ({"bypass_mode": "True"}, False),
+        ({"bypass_mode": "True", "algo": "dylora"}, False),  # which knows no DoRA
     ],
 )
 def test_dora_that_lycoris_would_drop_is_a_warning(args, warned):

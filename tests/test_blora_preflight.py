@@ -25,8 +25,11 @@ from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 import blora
 import blora_preflight
+from blora.preflight import images
+from blora.preflight.dataset import Epoch
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report, attempt
+from blora.sheet import thumbnail_limit
 from blora_preflight import Training
 
 PROGRAM = ROOT / "blora_preflight.py"
@@ -75,6 +78,7 @@ def asked(capsys, *words: str) -> dict:
     printed = capsys.readouterr()
     assert printed.err == ""
     report = json.loads(printed.out)
+    assert printed.out == f"{json.dumps(report, indent=2)}\n"
     assert code == (1 if report["errors"] else 0)
     return report
 
@@ -225,6 +229,22 @@ def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
     assert preview() is None
     monkeypatch.setenv("BLORA_PREVIEW", '""')  # set, to a launcher: so it is refused
     assert preview() == Path()
+
+
+def test_thumbnails_are_drawn_for_a_preview_alone(monkeypatch):
+    limits = []
+
+    def check_dataset(_rehearsal, _terminal, limit_for, _report):
+        limits.append(limit_for)
+        return images.Dataset(epoch=Epoch(1, 1, 1, 1, 64))
+
+    monkeypatch.setattr(images, "check_dataset", check_dataset)
+    for preview in (None, Path("sheet.html")):
+        assert not Path("sheet.html").exists()
+        training = Training(Path(SCRIPT), [], [], preview=preview)
+        assert blora_preflight.check_pictures(training, Rehearsal(), Report()) == 64
+    assert limits == [None, thumbnail_limit]
+    assert Path("sheet.html").exists()
 
 
 @pytest.mark.parametrize(

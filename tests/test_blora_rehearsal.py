@@ -33,6 +33,7 @@ from blora.preflight.rehearsal import (
     on_meta,
     open_to_read,
     state_per_byte,
+    trainer_environment,
 )
 
 # ---- Tensors without numbers ---------------------------------------------------------------------
@@ -185,6 +186,19 @@ def test_the_scripts_folder_comes_first_as_where_accelerate_runs_it(tmp_path, mo
         assert sys.path == [str(tmp_path), "/elsewhere"]
         assert sys.argv == [str(tmp_path / "script.py"), "--a", "b"]
     assert sys.path == before
+
+
+@pytest.mark.parametrize(("before", "width"), [(None, "1000"), ("80", "80")])
+def test_what_the_trainer_prints_is_kept_in_lines_of_their_own_length(
+    monkeypatch, capsys, before, width
+):
+    monkeypatch.setattr(os, "environ", {"COLUMNS": before} if before else {})
+    with trainer_environment(Path("script.py"), []) as environment:
+        print("log")
+        print("warning", file=sys.stderr)
+        assert os.environ == {"COLUMNS": width}
+    assert environment.printed.getvalue() == "log\nwarning\n"
+    assert capsys.readouterr() == ("", "")
 
 
 def test_our_folder_stays_where_pythonpath_has_it(tmp_path, monkeypatch):
