@@ -302,8 +302,8 @@ def saves(length: Length, args: Namespace, kind: str = "") -> int:
         return total // every if every else 0
 
     def kept(unit: str) -> int | None:
-        last = getattr(args, f"save_last_n_{unit}", None)
-        return (kind and getattr(args, f"save_last_n_{unit}_state", None)) or last
+        last = getattr(args, f"save_last_n_{unit}")
+        return (kind and getattr(args, f"save_last_n_{unit}_state")) or last
 
     by_step = count(args.save_every_n_steps, length.steps)
     every_epochs = args.save_every_n_epochs

@@ -222,9 +222,7 @@ def train(rehearsal: Rehearsal) -> None:
     args = rehearsal.args
     dataset_module = inspect.getmodule(train_util.DreamBoothDataset)
     with contextlib.ExitStack() as stack:
-        disable_side_effects(
-            args, stack.enter_context(tempfile.TemporaryDirectory(prefix="blora-"))
-        )
+        disable_side_effects(args, stack.enter_context(tempfile.TemporaryDirectory()))
         for owner, values in (
             (Accelerator, dict.fromkeys(BRAKES, raise_ready)),
             (DataLoader, {FIRST_BATCH: raise_ready}),
