@@ -11,7 +11,6 @@ from PIL import Image
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
 from blora.preflight.folders import (
-    RECIPE,
     check_folders,
     config_subsets,
     overridden,
@@ -316,7 +315,14 @@ def one_table(**settings) -> dict:
 
 OVERRIDDEN = {
     "the recipe, and a config with a mind of its own": (
-        RECIPE,
+        {
+            "resolution": (1024, 1024),
+            "enable_bucket": True,
+            "min_bucket_reso": 512,
+            "bucket_reso_steps": 32,
+            "random_crop": True,
+            "caption_extension": ".txt",
+        },
         one_table(
             resolution=768,
             enable_bucket=False,
