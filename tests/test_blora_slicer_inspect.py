@@ -249,6 +249,29 @@ def test_it_says_which_programs_naming_a_file_has(tmp_path, capsys, naming):
     assert f"naming: {facts['naming']}" in shown(capsys, "--loras", lora)
 
 
+PREFIXES = {
+    "unet.unet.": "diffusers",
+    "text_encoder.": "diffusers", "text_encoder_2.": "diffusers",
+    "text_encoders.clip_l.transformer.": "ComfyUI", "text_encoders.clip_g.transformer.": "ComfyUI",
+    "clip_l.": "OneTrainer", "clip_g.": "OneTrainer",
+    "text_encoder.base_model.model.": "SimpleTuner",
+    "text_encoder_2.base_model.model.": "SimpleTuner",
+    "base_model.model.unet.": "PEFT",
+    "base_model.model.text_encoder.": "PEFT", "base_model.model.text_encoder_2.": "PEFT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_each_prefix_tells_its_program(tmp_path, capsys, prefix):
+    layer = f"{SGM}.attn1.to_q" if "unet" in prefix else TEXT
+    lora = write(
+        tmp_path / "a.safetensors",
+        {f"{prefix}{layer}{end}": torch.ones(1280, 1) for end in UP_DOWN},
+    )
+    [facts] = inspected(capsys, "--loras", lora)
+    assert facts["naming"] == PREFIXES[prefix] + ", sgm names" * ("unet" in prefix)
+
+
 # ---- What stops a cut, or is left out ------------------------------------------------------------
 
 
