@@ -135,12 +135,17 @@ def test_a_locon_module_with_a_mid_weight_is_scaled_once(tmp_path, output):
     assert all(torch.equal(load_file(output)[k], locon[k]) for k in locon if k != up)
 
 
-def test_a_change_of_the_bias_beside_the_factors_is_multiplied_too(tmp_path, output):
-    name = CONTENT.format(0, 1, "q")
-    tensors = lora_module(name, dtype=torch.float32) | {f"{name}.diff_b": torch.ones(1280)}
-    lora = write_lora(tmp_path / "bias.safetensors", tensors)
+@pytest.mark.parametrize(
+    ("suffix", "shape"), [("diff", (1280, 1280)), ("diff_b", (1280,)), ("b_norm", (1280,))]
+)
+def test_a_change_that_is_added_beside_the_factors_is_multiplied_too(
+    tmp_path, output, suffix, shape
+):
+    key = f"{(name := CONTENT.format(0, 1, 'q'))}.{suffix}"
+    tensors = lora_module(name, dtype=torch.float32) | {key: torch.ones(shape)}
+    lora = write_lora(tmp_path / "added.safetensors", tensors)
     assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 0
-    assert torch.equal(load_file(output)[f"{name}.diff_b"], torch.full((1280,), 0.5))
+    assert torch.equal(load_file(output)[key], torch.full(shape, 0.5))
 
 
 @pytest.mark.parametrize("strength", ["-1e-5", "-.5", "-2"])
