@@ -485,7 +485,8 @@ def test_what_has_a_say_in_a_slice_does_not_go_with_inspect(lora, capsys, option
 def test_every_option_is_for_a_slice_or_goes_with_inspect(capsys):
     with pytest.raises(SystemExit):
         slice_lora("--help")
-    options = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
+    # Each has a sentence beside it or below it.
+    options = set(re.findall(r"^  (--\w+)(?=.*(?:  |\n {10,})\w)", capsys.readouterr().out, re.M))
     assert options == {*WRITING, "--loras", "--traits_file", "--inspect", "--json", "--version"}
 
 
