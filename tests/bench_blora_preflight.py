@@ -42,7 +42,7 @@ OPTIONS = (
 
 def make_folder(folder: Path) -> None:
     """The bundle, and all that a training needs beside its trainer."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "standin")]
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS / "standin")]
     from kohya_folder import install
     from make_dataset import make_dataset
     from sdxl_checkpoint import sdxl_shapes, write_checkpoint

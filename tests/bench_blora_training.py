@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+
 import torch
 from make_random_sdxl import fill
 from torch import Tensor, nn

@@ -57,7 +57,7 @@ def test_the_ground_floor_stands_on_nothing_of_the_halls():
 
 
 def test_no_file_imports_a_test_file():
-    tests = {path.stem for path in TESTS.glob("test_*.py")}
+    tests = {path.stem for path in TESTS.rglob("test_*.py")}
     found = {path.name: imported(path) & tests for path in TESTS.rglob("*.py")}
     assert {name: imports for name, imports in found.items() if imports} == {}
 

@@ -16,7 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/support"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/standin"))
 
 from kohya_folder import CHECKPOINT, ROOT, SCRIPT, Bash, make_kohya

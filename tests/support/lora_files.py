@@ -15,7 +15,7 @@ STYLE = "lora_unet_output_blocks_1_1_transformer_blocks_{}_attn{}_to_{}"
 LAYOUT = "lora_unet_input_blocks_8_1_transformer_blocks_{}_attn{}_to_{}"
 TE2 = "lora_te2_text_model_encoder_layers_{}_self_attn_{}_proj"
 
-SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
+SDXL = json.loads(Path(__file__).parents[1].joinpath("data/sdxl_modules.json").read_text())
 SHAPES = {
     f"lora_{part}_{layer.replace('.', '_')}": shape
     for part in ("unet", "te1", "te2")

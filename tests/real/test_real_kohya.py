@@ -1,12 +1,12 @@
 """The launchers, presets and slicer on a real sd-scripts checkout, with real LyCORIS.
 
   KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
-    .venv/bin/python -m pytest tests/test_blora_real_kohya.py
+    .venv/bin/python -m pytest tests/real/test_real_kohya.py
 
 takes a minute: sd-scripts' own parser and LyCORIS on sd-scripts' own SDXL. With BLORA_E2E=1 each
 recipe also trains two steps of a full-size SDXL with random weights on the CPU, which takes minutes
-a recipe and 16 GB of memory; BLORA_RANDOM_SDXL names a folder that tests/make_random_sdxl.py
-filled, or is to fill. The checkout is only read: the bundle goes into a copy of its tracked files.
+a recipe and 16 GB of memory; BLORA_RANDOM_SDXL names a folder that make_random_sdxl.py filled
+or is to fill. The checkout is only read: the bundle goes into a copy of its tracked files.
 
 KOHYA_PYTHON needs kohya's requirements, lycoris_lora and prodigyopt; BLORA_E2E open_clip_torch too.
 """
@@ -158,7 +158,7 @@ class Kohya:
         """The answers of kohya_probe.py."""
         question = {"command_lines": {}, "continue": {}, "from_file": [], **question}
         probe = self.python(
-            TESTS / "kohya_probe.py", self.path, input=json.dumps(question), check=True
+            TESTS / "support/kohya_probe.py", self.path, input=json.dumps(question), check=True
         )
         return json.loads(probe.stdout)
 
@@ -300,7 +300,7 @@ def steps(kohya, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """The cases of network_cases.py that need no text encoder: see network_probe.py."""
     asked = cases(preset_files(tmp_path_factory.mktemp("presets")), "")
     done = kohya.python(
-        TESTS / "network_probe.py",
+        TESTS / "support/network_probe.py",
         kohya.path,
         input=json.dumps({"steps": with_both(asked), "layers": {}}),
         env=os.environ | {"PYTHONPATH": str(kohya.path)},
@@ -329,7 +329,9 @@ def test_the_models_have_as_many_parameters_as_preflight_says(kohya):
         "models = models_on_meta(import_models(Path(sys.argv[1])))\n"
         "print(*(sum(p.numel() for p in model.parameters()) for model in models))"
     )
-    done = kohya.python("-c", code, kohya.path, env=os.environ | {"PYTHONPATH": str(TESTS)})
+    done = kohya.python(
+        "-c", code, kohya.path, env=os.environ | {"PYTHONPATH": str(TESTS / "support")}
+    )
     first, second, vae, unet = map(int, done.stdout.splitlines()[-1].split())
     told = (plan.TEXT_ENCODERS, plan.VAE, plan.UNET)
     assert told == (first + second, vae, unet)
@@ -398,7 +400,7 @@ def random_sdxl(tmp_path_factory) -> Path:
     """The folder of make_random_sdxl.py, filled where it is not yet."""
     folder = Path(os.environ.get("BLORA_RANDOM_SDXL") or tmp_path_factory.mktemp("random_sdxl"))
     if not (folder / "random_sdxl.safetensors").exists():
-        made = [TESTS / "make_random_sdxl.py", "--kohya", KOHYA_ROOT, "--out", folder]
+        made = [TESTS / "support/make_random_sdxl.py", "--kohya", KOHYA_ROOT, "--out", folder]
         subprocess.run([KOHYA_PYTHON, *made], check=True)
     return folder.resolve()
 

@@ -1,6 +1,6 @@
 """The recipes for the kohya_ss GUI are the launchers', in the GUI's own keys.
 
-What the real GUI makes of them is in test_blora_real_gui.py.
+What the real GUI makes of them is in test_real_gui.py.
 """
 
 from __future__ import annotations

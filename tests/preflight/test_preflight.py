@@ -1,7 +1,7 @@
 """blora_preflight.py as a program: its command line, what it prints, and in which order it asks.
 
 The script of these tests reads sd-scripts' options and trains nothing, so nothing is rehearsed:
-test_blora_real_kohya.py and test_blora_real_cases.py rehearse.
+test_real_kohya.py and test_real_cases.py rehearse.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a checkpoint is, by its name and header.
 
-Whether sd-scripts loads a whole one is asked of its own loader, in test_blora_real_cases.py.
+Whether sd-scripts loads a whole one is asked of its own loader, in test_real_cases.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """blora/sheet.py: a page's words, its thumbnails, and where it may be written.
 
-What a browser makes of a page is in test_blora_sheet_browser.py.
+What a browser makes of a page is in test_sheet_browser.py.
 """
 
 from __future__ import annotations

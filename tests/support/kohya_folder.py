@@ -18,13 +18,13 @@ from pathlib import Path
 
 from cmd_runner import Call, Cmd, Finished, calls, native_path, windows_path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Not found by name: on Windows that would be the one of System32, which starts WSL.
 BASH = shutil.which("bash") or "bash"
 CHECKPOINT = "models/sd_xl_base_1.0.safetensors"
 SCRIPT = "sdxl_train_network.py"
 PROGRAMS = ("accelerate", "python")
-# One record a call, with what tests/windows/recorder.c notes too.
+# One record a call, with what tests/support/windows/recorder.c notes too.
 RECORDER = """#!/usr/bin/env bash
 mkdir -p "$RECORDER_LOG"
 record="$RECORDER_LOG/$(ls "$RECORDER_LOG" | wc -l)"

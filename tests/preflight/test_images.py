@@ -1,6 +1,6 @@
 """What pre-flight says of a picture, by what sd-scripts raises or what lies beside the file.
 
-test_blora_real_pictures.py has sd-scripts itself open them.
+test_real_pictures.py has sd-scripts itself open them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sheet of --preview: what stands on it, and what the report says of it.
 
-The page itself is tested in test_blora_sheet.py and in a browser in test_blora_sheet_browser.py.
+The page itself is tested in test_sheet.py and in a browser in test_sheet_browser.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The exceptions are the real libraries' own. The functions that raise them here have the names of
 sd-scripts' functions, by which they are known; sd-scripts itself is asked by
-test_blora_real_cases.py.
+test_real_cases.py.
 """
 
 from __future__ import annotations

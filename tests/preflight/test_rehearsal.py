@@ -1,6 +1,6 @@
 """What of the rehearsal needs no sd-scripts: tensors without numbers, and what is never written.
 
-sd-scripts' own train() is rehearsed by test_blora_real_kohya.py and test_blora_real_cases.py.
+sd-scripts' own train() is rehearsed by test_real_kohya.py and test_real_cases.py.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch
     assert not is_safetensors("models")
 
 
-# ---- The brakes: test_blora_real_cases.py takes them out of sd-scripts itself --------------------
+# ---- The brakes: test_real_cases.py takes them out of sd-scripts itself --------------------
 
 
 def train(dropped: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kohya_folder import ROOT
 
 # Where a file of the repository is imported from, as in pytest.ini.
-FOLDERS = (ROOT / "tests", ROOT, ROOT / "tests/standin", ROOT / "tools")
+FOLDERS = (ROOT / "tests/support", ROOT, ROOT / "tests/standin", ROOT / "tools")
 
 
 def imported_modules(path: Path) -> set[str]:

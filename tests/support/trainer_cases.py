@@ -2,7 +2,7 @@
 
 A case is a folder (trainer_folder.py), what is changed in it, and options behind those of a recipe.
 sd-scripts' own train() is asked whether it trains (toy_training.py), pre-flight what it says, and
-test_blora_real_cases.py compares the two. `fails` means an error, `warns` a warning, because
+test_real_cases.py compares the two. `fails` means an error, `warns` a warning, because
 something else is trained than was meant, and `trains` that pre-flight says nothing new. The second
 text of the first two is a pattern that has to be in the sentence. `truth` is what the trainer
 itself shows of the training.

@@ -1,7 +1,7 @@
 """Make an SDXL checkpoint of full size with random weights, and the two tokenizers of SDXL.
 
-  KOHYA_PYTHON tests/make_random_sdxl.py --kohya KOHYA_ROOT --out FOLDER
-  KOHYA_PYTHON tests/make_random_sdxl.py --kohya KOHYA_ROOT --out FOLDER --no_checkpoint
+  KOHYA_PYTHON tests/support/make_random_sdxl.py --kohya KOHYA_ROOT --out FOLDER
+  KOHYA_PYTHON tests/support/make_random_sdxl.py --kohya KOHYA_ROOT --out FOLDER --no_checkpoint
 
 Run it with the Python that sd-scripts runs with: the models are sd-scripts' own, and so is the code
 that saves them. Writes FOLDER/random_sdxl.safetensors (2,514 tensors in fp16, 6.9 GB) and

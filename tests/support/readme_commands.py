@@ -14,7 +14,7 @@ import blora_slicer
 from blora.preflight.processes import processes
 from blora.sdxl import load_traits
 
-# Those of sd-scripts' networks/resize_lora.py that the recipe speaks of; test_blora_real_tools.py
+# Those of sd-scripts' networks/resize_lora.py that the recipe speaks of; test_real_tools.py
 # runs its command on the real one.
 RESIZE = ("--model", "--save_to", "--new_rank", "--save_precision")
 RESIZE += ("--dynamic_method", "--device", "--verbose")

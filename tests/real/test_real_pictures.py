@@ -1,12 +1,12 @@
 """What pre-flight says of pictures, on the datasets that a real sd-scripts makes.
 
   KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
-    .venv/bin/python -m pytest tests/test_blora_real_pictures.py
+    .venv/bin/python -m pytest tests/real/test_real_pictures.py
 
 takes five minutes: each case is a process with sd-scripts' imports. No model is loaded.
-BLORA_RANDOM_SDXL names a folder that tests/make_random_sdxl.py filled, for its tokenizers; without
-it they are made, which needs open_clip_torch. BLORA_WRITE_PREVIEW=1 writes docs/preview.png and
-docs/preview_dark.png anew. The checkout is only read.
+BLORA_RANDOM_SDXL names a folder that make_random_sdxl.py filled, for its tokenizers;
+without it they are made, which needs open_clip_torch. BLORA_WRITE_PREVIEW=1 writes docs/preview.png
+and docs/preview_dark.png anew. The checkout is only read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tokenizers(tmp_path_factory) -> Path:
     """The two tokenizers of SDXL."""
     made = os.environ.get("BLORA_RANDOM_SDXL") or tmp_path_factory.mktemp("tokenizers")
     if not (folder := Path(made, "tokenizers")).is_dir():
-        command = [KOHYA_PYTHON, ROOT / "tests/make_random_sdxl.py", "--kohya", KOHYA_ROOT]
+        command = [KOHYA_PYTHON, ROOT / "tests/support/make_random_sdxl.py", "--kohya", KOHYA_ROOT]
         subprocess.run([*command, "--out", made, "--no_checkpoint"], check=True)
     return folder
 
@@ -95,7 +95,12 @@ class Training:
             *options,
         ]
         drawn = ["--sheet", str(sheet)] if sheet else []
-        command = [KOHYA_PYTHON, str(ROOT / "tests/dataset_probe.py"), KOHYA_ROOT, str(ROOT)]
+        command = [
+            KOHYA_PYTHON,
+            str(ROOT / "tests/support/dataset_probe.py"),
+            KOHYA_ROOT,
+            str(ROOT),
+        ]
         before = self.contents()
         done = subprocess.run(
             [*command, *drawn, "--", *given], cwd=self.path, capture_output=True, text=True

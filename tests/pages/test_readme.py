@@ -72,7 +72,7 @@ def check_script(command: list[str]) -> None:
 CHECKS = {
     r"source |cp -r ": None,  # run below, in bash
     r"\"<kohya folder>|x?copy |mkdir _in\\": None,  # run below, in cmd.exe
-    r"mkdir -p |cp blora_dataset\.toml ": None,  # tests/test_blora_docs.py loads that file
+    r"mkdir -p |cp blora_dataset\.toml ": None,  # tests/pages/test_docs.py loads that file
     r"bash ": check_script,
     r"(BLORA_.*)?\./sdxl_": check_launcher,
     r"sdxl_|set ": check_cmd,
@@ -227,6 +227,7 @@ def test_the_memory_it_tells_is_what_preflight_computes():
 def test_the_readme_of_the_tests_names_every_test_file_and_benchmark():
     folder = ROOT / "tests"
     rows = re.findall(r"^\| (`.*?) \|", (folder / "README.md").read_text(), re.MULTILINE)
-    named = re.findall(r"`(\w+\.py)`", "".join(rows))
-    there = [path.name for kind in ("test", "bench") for path in folder.glob(f"{kind}_*.py")]
+    named = re.findall(r"`([\w/]+\.py)`", "".join(rows))
+    files = [path for kind in ("test", "bench") for path in folder.rglob(f"{kind}_*.py")]
+    there = [path.relative_to(folder).as_posix() for path in files]
     assert sorted(named) == sorted(there)

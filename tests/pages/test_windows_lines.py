@@ -12,7 +12,7 @@ from windows_lines import PAGES, Block, blocks, powershell
 
 pytestmark = pytest.mark.shell
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-# Those that install the bundle are run by test_blora_readme.py.
+# Those that install the bundle are run by test_readme.py.
 IN_KOHYA = [block for block in BLOCKS if "<kohya folder>" not in "".join(block.lines)]
 LAUNCHING = [block for block in IN_KOHYA if block.lines[-1].startswith("sdxl_")]
 # Those that launch are run beside their twins, which Windows does not have.

@@ -178,7 +178,7 @@ COMFYUI = os.environ.get("COMFYUI_ROOT", ""), os.environ.get("COMFYUI_PYTHON", "
 @pytest.mark.skipif(not all(COMFYUI), reason="NOT RUN: COMFYUI_ROOT, COMFYUI_PYTHON are not set")
 def test_comfyui_has_these_nodes_with_these_inputs_and_choices():
     folder, python = COMFYUI
-    command = [python, TESTS / "comfyui_nodes.py", *CORE]
+    command = [python, TESTS / "support/comfyui_nodes.py", *CORE]
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     real = json.loads(done.stdout)
     for name, known in CORE.items():

@@ -1,14 +1,14 @@
 """The recipes in a real kohya_ss GUI: what it prints trains what the launchers train.
 
   KOHYA_SS_ROOT=<kohya_ss> KOHYA_SS_PYTHON=<its python> KOHYA_ROOT=<sd-scripts> \\
-    KOHYA_PYTHON=<its python> .venv/bin/python -m pytest tests/test_blora_real_gui.py
+    KOHYA_PYTHON=<its python> .venv/bin/python -m pytest tests/real/test_real_gui.py
 
 takes a minute. The recipes are loaded and the commands printed by the GUI's own code, as for a
 browser: see gui_probe.py. sd-scripts' own parser reads both command lines, and LyCORIS makes the
 networks of both. The checkouts are only read.
 
 KOHYA_SS_PYTHON needs what the GUI itself imports of kohya_ss' requirements, accelerate included;
-KOHYA_PYTHON as for test_blora_real_kohya.py.
+KOHYA_PYTHON as for test_real_kohya.py.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def gui(tmp_path_factory) -> Gui:
     # The GUI looks for accelerate as in an active environment.
     programs = Path(KOHYA_SS_PYTHON).absolute().parent
     done = subprocess.run(
-        [programs / Path(KOHYA_SS_PYTHON).name, TESTS / "gui_probe.py"],
+        [programs / Path(KOHYA_SS_PYTHON).name, TESTS / "support/gui_probe.py"],
         cwd=path,
         env=os.environ | {"PATH": os.pathsep.join([str(programs), os.defpath])},
         input=json.dumps({name: [*deeds, {"fields": FILLED}] for name, deeds in LOADS.items()}),
@@ -147,7 +147,7 @@ def answer(gui) -> dict[str, Any]:
     command_lines = {name: options_of(line) for name, line in gui.printed.items()}
     command_lines |= {name: launcher_options(name) for name in RECIPES}
     question = {"command_lines": command_lines, "continue": {}, "from_file": []}
-    done = gui.python(TESTS / "kohya_probe.py", gui.path / "sd-scripts", question=question)
+    done = gui.python(TESTS / "support/kohya_probe.py", gui.path / "sd-scripts", question=question)
     return json.loads(done.stdout)
 
 
@@ -182,7 +182,9 @@ def steps(gui, answer) -> dict[str, Any]:
         cases[name] = case | {"checkpointing": options["gradient_checkpointing"]}
     # Loads of one recipe ask for the same step, which takes seconds.
     question = {"steps": {json.dumps(case): case for case in cases.values()}, "layers": {}}
-    done = gui.python(TESTS / "network_probe.py", gui.path / "sd-scripts", question=question)
+    done = gui.python(
+        TESTS / "support/network_probe.py", gui.path / "sd-scripts", question=question
+    )
     steps = json.loads(done.stdout.splitlines()[-1])["steps"]
     return {name: steps[json.dumps(case)] for name, case in cases.items()}
 

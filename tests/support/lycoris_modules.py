@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
+SDXL = json.loads(Path(__file__).parents[1].joinpath("data/sdxl_modules.json").read_text())
 RANK = 1
 # Classes of the containers that the data does not list, by the end of their names.
 CONTAINERS = {

@@ -1,7 +1,7 @@
 """The recipes "a smaller file" and "go on training a slice", with sd-scripts' own programs.
 
   KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
-    .venv/bin/python -m pytest tests/test_blora_real_tools.py
+    .venv/bin/python -m pytest tests/real/test_real_tools.py
 
 takes a minute. networks/resize_lora.py resizes files as wide as SDXL's layers, and LyCORIS loads
 slices into sd-scripts' own SDXL. The checkout is only read. KOHYA_PYTHON needs kohya's requirements
@@ -343,7 +343,7 @@ def going_on(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
         "save": {path(n): path(f"{n}, trained") for n in ("alone", "half the alpha", "DoRA")},
     }
     printed = kohya_python(
-        ROOT / "tests/kohya_probe.py", KOHYA_ROOT, cwd=ROOT, input=json.dumps(question)
+        ROOT / "tests/support/kohya_probe.py", KOHYA_ROOT, cwd=ROOT, input=json.dumps(question)
     )
     answer = json.loads(printed)
     found = answer["continued"] | answer["from_file"]

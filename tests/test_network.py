@@ -1,8 +1,8 @@
 """blora_network: LyCORIS' own network and gradients, with a backward pass that ends early.
 
-The steps are those of tests/network_probe.py: the stand-in's U-Net, prepared and called as
+The steps are those of tests/support/network_probe.py: the stand-in's U-Net, prepared and called as
 sd-scripts prepares and calls its own, with real LyCORIS of three releases. What is equal here is
-equal bit for bit. tests/test_blora_real_kohya.py asks the same of sd-scripts' own U-Net.
+equal bit for bit. tests/real/test_real_kohya.py asks the same of sd-scripts' own U-Net.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def probe(release: str, **question: Any) -> dict[str, Any]:
     folders = [RELEASES / release] if release != NEWEST else []
     path = os.pathsep.join(map(str, [*folders, ROOT, ROOT / "tests/standin"]))
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/network_probe.py"],
+        [sys.executable, ROOT / "tests/support/network_probe.py"],
         env={**os.environ, "PYTHONPATH": path},
         input=json.dumps({"steps": {}, "layers": {}, **question}),
         stdout=subprocess.PIPE,

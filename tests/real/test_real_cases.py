@@ -1,7 +1,7 @@
 """Pre-flight and sd-scripts' own train() are asked about the same trainings, and have to agree.
 
   KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
-    .venv/bin/python -m pytest tests/test_blora_real_cases.py
+    .venv/bin/python -m pytest tests/real/test_real_cases.py
 
 The cases are in trainer_cases.py and trainer_option_cases.py; -k chooses among them by name, and
 only those are run. All of them took nine minutes on two cores. No graphics card is needed: what the
@@ -10,7 +10,7 @@ its tracked files.
 
 KOHYA_PYTHON needs kohya's requirements, lycoris_lora and prodigyopt, and no bitsandbytes, xformers,
 wandb or dadaptation, whose absence is a case. The tokenizers of SDXL come from BLORA_RANDOM_SDXL, a
-folder that tests/make_random_sdxl.py filled; without it that script makes them, for which
+folder that tests/support/make_random_sdxl.py filled; without it that script makes them, for which
 open_clip_torch is needed. It forks: not on Windows.
 """
 
@@ -119,7 +119,7 @@ def bench(tmp_path_factory) -> Bench:
     kohya, checkpoint = tmp / "sd-scripts", tmp / "sdxl.safetensors"
     make_copy(kohya)
     install(kohya)
-    make = [TESTS / "toy_training.py", "--checkpoint", kohya, checkpoint]
+    make = [TESTS / "support/toy_training.py", "--checkpoint", kohya, checkpoint]
     subprocess.run([KOHYA_PYTHON, *make], check=True)
     with safe_open(checkpoint, "np") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -159,7 +159,7 @@ def ask_trainer(bench: Bench, cases: list[Case]) -> dict[str, dict[str, Any]]:
     """What sd-scripts makes of them: see toy_training.py."""
     for case in cases:
         bench.make_folder(case, "trainer")
-    answers = ask(bench, cases, "trainer", TESTS / "toy_training.py", "--many")
+    answers = ask(bench, cases, "trainer", TESTS / "support/toy_training.py", "--many")
     return {answer["name"]: answer for answer in answers}
 
 
@@ -174,7 +174,7 @@ def ask_preflight(bench: Bench, cases: list[Case]) -> dict[str, dict[str, Any]]:
     folders = {case.name: bench.make_folder(case, "preflight") for case in cases}
     before = {name: files(folder) for name, folder in folders.items()}
     reports = {}
-    for answer in ask(bench, cases, "preflight", TESTS / "preflight_many.py"):
+    for answer in ask(bench, cases, "preflight", TESTS / "support/preflight_many.py"):
         try:
             report = json.loads(answer["out"])
         except json.JSONDecodeError:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from slicing import all_traits, refusal, slice_lora, stored
 from torch import Tensor
 
-TRAITS = Path(__file__).parents[1] / "blora_traits.json"
+TRAITS = Path(__file__).parents[2] / "blora_traits.json"
 
 
 # ---- One module under two names ------------------------------------------------------------------
