@@ -99,7 +99,7 @@ def conclude(rehearsal: Rehearsal, report: Report) -> None:
         from blora.preflight.images import stumbled_over
 
         report.errors += stumbled_over(failure) or [refusal(failure, rehearsal.args, printed)]
-    elif rehearsal.args and not rehearsal.ready and not report.errors:
+    elif not rehearsal.ready and not report.errors:
         report.errors.append(ended_sentence(printed))
 
 
@@ -136,7 +136,7 @@ def count_state(rehearsal: Rehearsal, report: Report) -> None:
 
 def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) -> None:
     """Everything that the trainer's own code says of the training, and what it does not say."""
-    rehearse(rehearsal)
+    rehearse(training.script, rehearsal)
     conclude(rehearsal, report)
     pixels = 0
     if rehearsal.group:
@@ -168,7 +168,7 @@ def check_start(training: Training) -> None:
 def check_trainer(training: Training, rehearsal: Rehearsal, report: Report) -> None:
     """Let the trainer read the options, check the files that they name, and rehearse."""
     read_options(training.script, training.words, rehearsal)
-    if rehearsal.args is None:
+    if rehearsal.missing or rehearsal.failure:
         conclude(rehearsal, report)
         return
     check_files(rehearsal.args, report)
@@ -196,7 +196,8 @@ def check(training: Training) -> Report:
         report.errors.append(str(error))
     except ImportError as error:  # of what only the pictures need
         is_ours = (error.name or "").startswith("blora")
-        report.errors.append(cannot_load(error) if is_ours else refusal(error, None, ""))
+        sentence = cannot_load(error) if is_ours else refusal(error, argparse.Namespace(), "")
+        report.errors.append(sentence)
     return report
 
 

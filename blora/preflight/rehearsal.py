@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import inspect
 import io
 import os
 import sys
@@ -43,8 +42,8 @@ FIRST_BATCH = "__iter__"  # of torch's DataLoader
 class Rehearsal:
     """How far the trainer came, and what it had built by then. None: not reached."""
 
-    script: ModuleType | None = None
-    args: argparse.Namespace | None = None  # after sd-scripts' own checks of the command line
+    trainer: Any = None  # the script's SdxlNetworkTrainer
+    args: argparse.Namespace = field(default_factory=argparse.Namespace)  # empty: not yet read
     given: dict[str, Any] = field(default_factory=dict)  # options of the command line alone
     group: Any = None  # the DatasetGroup
     validation: list[Any] = field(default_factory=list)  # datasets of the validation split
@@ -65,7 +64,7 @@ class Rehearsal:
 # ---- Tensors without numbers ---------------------------------------------------------------------
 
 
-def header_tensors(path: str | os.PathLike, *_args: Any, **_options: Any) -> dict[str, Any]:
+def header_tensors(path: str | os.PathLike[str], *_args: Any, **_options: Any) -> dict[str, Any]:
     """A .safetensors file's tensors on the meta device, in place of safetensors' load_file.
 
     A single number, such as an alpha, is read: LyCORIS uses its value.
@@ -96,7 +95,9 @@ def on_meta() -> contextlib.ExitStack:
         return "meta" if is_device else value
 
     class KeepOnMeta(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
             kwargs = kwargs or {}
             # Of a number: an alpha, whose value LyCORIS reads.
             if func is torch.tensor:
@@ -171,11 +172,11 @@ def is_safetensors(name: str) -> bool:
     return target.is_file() and target.suffix.lower() == ".safetensors"
 
 
-def rehearsing(rehearsal: Rehearsal, stack: contextlib.ExitStack) -> Any:
+def rehearsing(trainer: Any, rehearsal: Rehearsal, stack: contextlib.ExitStack) -> Any:
     """sd-scripts' SDXL trainer, which records what it is given and loads no weights."""
 
-    class Rehearsing(rehearsal.script.SdxlNetworkTrainer):
-        def assert_extra_args(self, args, group, *others):
+    class Rehearsing(trainer):
+        def assert_extra_args(self, args: argparse.Namespace, group: Any, *others: Any) -> None:
             for each in (group, *others):
                 for name in ("cache_latents", "new_cache_latents"):
                     if each is not None:
@@ -184,12 +185,12 @@ def rehearsing(rehearsal: Rehearsal, stack: contextlib.ExitStack) -> Any:
             rehearsal.validation = [d for each in others if each for d in each.datasets]
             super().assert_extra_args(args, group, *others)
 
-        def load_target_model(self, args, weight_dtype, accelerator):
+        def load_target_model(self, args: Any, weight_dtype: Any, accelerator: Any) -> Any:
             rehearsal.accelerator = accelerator
             stack.enter_context(on_meta())
             return super().load_target_model(args, weight_dtype, accelerator)
 
-        def cache_text_encoder_outputs_if_needed(self, *args, **options):
+        def cache_text_encoder_outputs_if_needed(self, *args: Any, **options: Any) -> None:
             """They would be computed here."""
 
     return Rehearsing()
@@ -220,7 +221,6 @@ def train(rehearsal: Rehearsal) -> None:
     from torch.utils.data import DataLoader
 
     args = rehearsal.args
-    dataset_module = inspect.getmodule(train_util.DreamBoothDataset)
     with contextlib.ExitStack() as stack:
         disable_side_effects(args, stack.enter_context(tempfile.TemporaryDirectory()))
         for owner, values in (
@@ -229,14 +229,14 @@ def train(rehearsal: Rehearsal) -> None:
             (safetensors.torch, {"load_file": header_tensors}),
             (sdxl_model_util, {"load_file": header_tensors}),
             (model_util, {"load_file": header_tensors}),
-            (dataset_module, {"open": open_to_read}),
+            (sys.modules[train_util.DreamBoothDataset.__module__], {"open": open_to_read}),
         ):
             stack.enter_context(mock.patch.multiple(owner, create=True, **values))
         if not is_safetensors(args.pretrained_model_name_or_path or ""):
             loader = blank_models(sdxl_model_util)
             stack.enter_context(mock.patch.object(sdxl_train_util, "_load_target_model", loader))
         try:
-            rehearsing(rehearsal, stack).train(args)
+            rehearsing(rehearsal.trainer, rehearsal, stack).train(args)
             return  # it came back without training
         except Ready:
             rehearsal.ready = True
@@ -290,12 +290,13 @@ def read_options(path: Path, words: list[str], rehearsal: Rehearsal) -> None:
         rehearsal.missing = f'"{path}" is not part of sd-scripts'
         return
     try:
-        rehearsal.script = script = importlib.import_module(path.stem)
+        script = importlib.import_module(path.stem)
         if not hasattr(script, "setup_parser"):
             rehearsal.missing = f'"{path}" is not a training script of sd-scripts'
             return
         from library import train_util
 
+        rehearsal.trainer = getattr(script, "SdxlNetworkTrainer", None)
         parser = script.setup_parser()
         args = parser.parse_args(words)
         args.output_config = False  # it would write a config and exit
@@ -308,13 +309,13 @@ def read_options(path: Path, words: list[str], rehearsal: Rehearsal) -> None:
         rehearsal.failure = failure
 
 
-def rehearse(rehearsal: Rehearsal) -> None:
+def rehearse(path: Path, rehearsal: Rehearsal) -> None:
     """Let sd-scripts train with the options as far as its first step.
 
     What it raises becomes the rehearsal's failure.
     """
-    if not hasattr(rehearsal.script, "SdxlNetworkTrainer"):
-        rehearsal.missing = f'"{rehearsal.script.__file__}" does not train a LoRA of SDXL'
+    if rehearsal.trainer is None:
+        rehearsal.missing = f'"{path.absolute()}" does not train a LoRA of SDXL'
         return
     try:
         train(rehearsal)

@@ -37,14 +37,14 @@ def own_words(failure: BaseException) -> str:
     return in_english(one_line(str(failure)))
 
 
-def names_of(failure: BaseException, args: Namespace | None) -> dict[str, Any]:
+def names_of(failure: BaseException, args: Namespace) -> dict[str, Any]:
     """What a sentence can name: local variables, the innermost counting, and the options."""
     names = {name: v for frame in frames(failure) for name, v in frame.f_locals.items()}
     items = ("network_args", "optimizer_args")  # as they are typed
     return names | {"args": args} | {n: " ".join(getattr(args, n, None) or []) for n in items}
 
 
-def missing_packages(failure: BaseException) -> Iterator[str]:
+def missing_packages(failure: BaseException | None) -> Iterator[str]:
     """Modules that Python did not find, also behind sd-scripts' own "No xformers"."""
     while failure:
         if isinstance(failure, ModuleNotFoundError) and failure.name:
@@ -52,7 +52,7 @@ def missing_packages(failure: BaseException) -> Iterator[str]:
         failure = failure.__cause__ or failure.__context__
 
 
-def package_sentence(name: str, args: Namespace | None) -> str:
+def package_sentence(name: str, args: Namespace) -> str:
     """What to do about a module that Python does not find."""
     module = getattr(args, "network_module", None) or ""
     if name == "blora_network":
@@ -64,12 +64,12 @@ def package_sentence(name: str, args: Namespace | None) -> str:
         return f"unknown --network_module={args.network_module}: correct it"
     name = name.split(".")[0]
     lacks = f"this Python ({sys.executable}) has no {name}"
-    if args is None:  # sd-scripts itself cannot be imported
+    if not vars(args):  # sd-scripts itself cannot be imported
         return f"{lacks}: install kohya's requirements, or activate the environment that has them"
     return f"{lacks}: pip install {INSTALLED_AS.get(name, name)}"
 
 
-def row_sentence(failure: BaseException, words: str, args: Namespace | None) -> str:
+def row_sentence(failure: BaseException, words: str, args: Namespace) -> str:
     """The sentence of the first row that fits; `words` are the trainer's own."""
     import toml  # sd-scripts has it
 
@@ -85,17 +85,17 @@ def row_sentence(failure: BaseException, words: str, args: Namespace | None) -> 
     return f"{OTHERS} ({kind}: {words})"
 
 
-def exit_sentence(failure: SystemExit, args: Namespace | None, printed: str) -> str:
+def exit_sentence(failure: SystemExit, args: Namespace, printed: str) -> str:
     """The sentence for a trainer that ended Python: the reason is what it printed last."""
     if isinstance(failure.code, str):
         return failure.code.removeprefix("error: ")  # as blora_network ends
-    if args is None and ": error: " in printed:  # argparse's
+    if not vars(args) and ": error: " in printed:  # argparse's
         words = printed.rpartition(": error: ")[2].splitlines()[0]
         return f"sd-scripts refuses the options: correct them ({words})"
     return row_sentence(failure, one_line(printed.strip().rpartition("\n")[2]), args)
 
 
-def refusal(failure: BaseException, args: Namespace | None, printed: str) -> str:
+def refusal(failure: BaseException, args: Namespace, printed: str) -> str:
     """The sentence for what the trainer raised; `printed` is what it printed before."""
     if isinstance(failure, SystemExit):
         return exit_sentence(failure, args, printed)

@@ -42,6 +42,7 @@ ARGS = argparse.Namespace(
     pretrained_model_name_or_path="sdxl.safetensors",
     vae=None,
 )
+NOT_READ = argparse.Namespace()  # by sd-scripts
 MATRIX = nn.Parameter(torch.ones(2, 2))
 
 
@@ -328,7 +329,7 @@ def test_lycoris_is_installed_by_another_name():
 
 
 def test_without_what_sd_scripts_imports_kohyas_requirements_are_missing():
-    assert refusal(ModuleNotFoundError("No module", name="torch"), None, "") == (
+    assert refusal(ModuleNotFoundError("No module", name="torch"), NOT_READ, "") == (
         f"this Python ({sys.executable}) has no torch: install kohya's requirements, or activate "
         "the environment that has them"
     )
@@ -355,7 +356,7 @@ def test_a_network_module_that_is_missing_is_named(module):
 def test_an_option_that_is_none_is_told_in_argparses_words(capsys):
     parser = argparse.ArgumentParser(prog="sdxl_train_network.py")
     failure = raised(parser.parse_args, ["--max_train_stepz=2"])
-    assert refusal(failure, None, capsys.readouterr().err) == (
+    assert refusal(failure, NOT_READ, capsys.readouterr().err) == (
         "sd-scripts refuses the options: correct them (unrecognized arguments: --max_train_stepz=2)"
     )
 
@@ -365,7 +366,7 @@ def test_an_end_without_words_is_told_by_the_last_line_that_was_printed():
         sys.exit(1)
 
     printed = "reading\ngui.toml not found.\n"
-    assert refusal(raised(read_config_from_file, "gui.toml"), None, printed) == (
+    assert refusal(raised(read_config_from_file, "gui.toml"), NOT_READ, printed) == (
         "--config_file gui.toml cannot be read: correct its path or its text (gui.toml not found.)"
     )
     assert refusal(SystemExit(1), ARGS, printed) == (
