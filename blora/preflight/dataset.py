@@ -6,7 +6,7 @@ Known to work with sd-scripts 0.9.0, 0.9.1 and 0.10.1. Datasets are left as they
 from __future__ import annotations
 
 import copy
-import inspect
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ def letters_kept(text: str, count: Callable[[str], int], most: int) -> int:
 
 def module_of(dataset: Any) -> ModuleType:
     """The module of sd-scripts that a dataset is from, and that reads its pictures."""
-    return inspect.getmodule(type(dataset))
+    return sys.modules[type(dataset).__module__]
 
 
 def without_augmentation(subset: Any) -> Any:

@@ -65,29 +65,23 @@ class Opened:
 
 
 def open_pictures(
-    datasets: Iterable[Any], cached: bool, stream: TextIO | None, limit: int = 0
+    datasets: Iterable[Any], cached: bool, file: TextIO | None, limit: int = 0
 ) -> list[Opened]:
     """Every picture as sd-scripts opens it, in the order of the datasets.
 
     `cached` as with --cache_latents, where sd-scripts resizes whatever it finds; else as its
-    DataLoader does. A progress bar goes to `stream` where it takes more than a second. With a
+    DataLoader does. A progress bar goes to `file` where it takes more than a second. With a
     `limit` each has a thumbnail of at most so many bytes.
     """
-    jobs = [job for dataset in datasets for job in openers(dataset, cached)]
+    jobs = [partial(open_one, *job, limit) for data in datasets for job in openers(data, cached)]
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool,
     ):
         warnings.simplefilter("ignore")  # PIL's on large pictures and odd EXIF
-        opened = pool.map(lambda job: open_one(*job, limit), jobs)
+        opened: Iterator[Opened] = pool.map(lambda job: job(), jobs)
         bar = tqdm(
-            opened,
-            "opening pictures",
-            len(jobs),
-            leave=False,
-            file=stream,
-            disable=stream is None,
-            delay=1,
+            opened, "opening pictures", len(jobs), leave=False, file=file, disable=not file, delay=1
         )
         pictures = list(bar)
     if pictures and all(picture.is_api_mismatch for picture in pictures):
@@ -118,15 +112,17 @@ def open_for_cache(module: ModuleType, info: Any, subset: Any) -> np.ndarray:
     # Since 0.10 the way of resizing can be chosen.
     way = getattr(info, "resize_interpolation", None)
     chosen = {"resize_interpolation": way} if way else {}
-    return module.trim_and_resize_if_required(
+    array: np.ndarray = module.trim_and_resize_if_required(
         subset.random_crop, image, info.bucket_reso, info.resized_size, **chosen
-    )[0][:, :, :3]
+    )[0]
+    return array[:, :, :3]
 
 
 def open_for_step(dataset: Any, number: int) -> np.ndarray:
     """The picture of a batch of one."""
     image = dataset[number]["images"][0]  # 3 x height x width, -1 to 1
-    return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    array: np.ndarray = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return array
 
 
 def one_by_one(dataset: Any) -> Any:
@@ -243,9 +239,8 @@ def stumbled_over(error: BaseException) -> list[str]:
     0.10 divides by the height of 0 that it gives a file that is no picture, and some broken JPEGs
     stop its reader of sizes; neither names the file. Empty where the error is another one.
     """
-    owners = [frame.f_locals.get("self") for frame in frames(error)]
-    datasets = [owner for owner in owners if hasattr(owner, "image_data")]
-    paths = [Path(i.absolute_path) for dataset in datasets for i in dataset.image_data.values()]
+    held = [getattr(frame.f_locals.get("self"), "image_data", {}) for frame in frames(error)]
+    paths = [Path(info.absolute_path) for pictures in held for info in pictures.values()]
     nothing = (0, 0)
     return broken_pictures(
         Opened(
@@ -262,7 +257,7 @@ def turns_photos(dataset: Any) -> bool:
     exif[ORIENTATION] = 6
     Image.new("RGB", (2, 1)).save(photo, "JPEG", exif=exif)
     photo.seek(0)
-    return module_of(dataset).load_image(photo).shape[:2] == (2, 1)
+    return bool(module_of(dataset).load_image(photo).shape[:2] == (2, 1))
 
 
 def check_upright(opened: Iterable[Opened], report: Report) -> None:
@@ -420,7 +415,7 @@ def check_dataset(
 
 def check_opened(args: Namespace, datasets: list[Any], result: Dataset, report: Report) -> None:
     """Pictures that are broken, distorted or sideways, and caches that are used in their place."""
-    cached = set()
+    cached: set[Path] = set()
     if args.cache_latents_to_disk:
         for dataset in datasets:
             cached |= check_cached_latents(dataset, result.opened, report).keys()

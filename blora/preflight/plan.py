@@ -218,7 +218,7 @@ def model_parts(args: Namespace) -> dict[str, float]:
     unet_alone = getattr(args, "fp8_base_unet", False)
     unet_each = 1 if args.fp8_base or unet_alone else each
     text_each = 1 if args.fp8_base and not unet_alone else each
-    parts = {f"U-Net in {8 * unet_each} bits": unet_each * UNET}
+    parts: dict[str, float] = {f"U-Net in {8 * unet_each} bits": unet_each * UNET}
     if not args.cache_text_encoder_outputs:
         parts["text encoders"] = text_each * TEXT_ENCODERS
     if not args.cache_latents:
@@ -302,7 +302,7 @@ def saves(length: Length, args: Namespace, kind: str = "") -> int:
         return total // every if every else 0
 
     def kept(unit: str) -> int | None:
-        last = getattr(args, f"save_last_n_{unit}")
+        last: int | None = getattr(args, f"save_last_n_{unit}")
         return (kind and getattr(args, f"save_last_n_{unit}_state")) or last
 
     by_step = count(args.save_every_n_steps, length.steps)
@@ -310,10 +310,10 @@ def saves(length: Length, args: Namespace, kind: str = "") -> int:
     if args.save_n_epoch_ratio:  # takes its place, in sd-scripts' train() after its network
         every_epochs = length.epochs // args.save_n_epoch_ratio or 1
     by_epoch = count(every_epochs, length.epochs - 1)
-    if kept("steps") is not None:  # sd-scripts keeps those within this distance
-        by_step = min(by_step, count(args.save_every_n_steps, kept("steps")) + 1)
-    if kept("epochs") is not None:
-        by_epoch = min(by_epoch, kept("epochs"))
+    if (distance := kept("steps")) is not None:  # sd-scripts keeps those within this distance
+        by_step = min(by_step, count(args.save_every_n_steps, distance) + 1)
+    if (most := kept("epochs")) is not None:
+        by_epoch = min(by_epoch, most)
     return by_step + by_epoch
 
 
@@ -326,7 +326,7 @@ def plan_saves(
         parent for parent in (output.absolute(), *output.absolute().parents) if parent.is_dir()
     )
     size, number = file_bytes(network, args), saves(length, args) + 1
-    free, total = shutil.disk_usage(folder).free, number * size
+    free, total = shutil.disk_usage(folder).free, float(number * size)
     files = f"{number} of {file_size(size)}"
     if args.save_state or getattr(args, "save_state_on_train_end", False):
         # A state holds the LoRA as it is trained, and what the optimizer keeps of it.
