@@ -51,7 +51,7 @@ def create_network_from_weights(*args: Any, **kwargs: Any) -> tuple[BLoraNetwork
     return with_stop(network), weights
 
 
-def with_stop(network: nn.Module) -> BLoraNetwork:
+def with_stop(network: lycoris.kohya.LycorisNetworkKohya) -> BLoraNetwork:
     """The same network; refused where LyCORIS would drop DoRA without a word."""
     loras = [*network.unet_loras, *network.text_encoder_loras]
     if any(lora.bypass_mode and getattr(lora, "wd", False) for lora in loras):
@@ -59,11 +59,12 @@ def with_stop(network: nn.Module) -> BLoraNetwork:
             "error: with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for "
             "it: remove one of the two from --network_args"
         )
-    network.__class__ = BLoraNetwork
-    return network
+    stopping: BLoraNetwork = network
+    stopping.__class__ = BLoraNetwork
+    return stopping
 
 
-def layers_in_order(unet: nn.Module) -> dict[str, nn.Module]:
+def layers_in_order(unet: Any) -> dict[str, nn.Module]:
     """The layers of sd-scripts' SDXL U-Net by name, in the order in which its forward runs them.
 
     Those before the blocks, time_embed and label_emb, are not among them. Raises AttributeError or
@@ -74,7 +75,7 @@ def layers_in_order(unet: nn.Module) -> dict[str, nn.Module]:
     return {names[layer]: layer for block in blocks for layer in block}
 
 
-def stop_early(network: nn.Module, unet: nn.Module) -> str:
+def stop_early(network: BLoraNetwork, unet: nn.Module) -> str:
     """End the backward pass of the U-Net where it may end, and say in one line where that is."""
     if network.text_encoder_loras:
         return (
@@ -98,7 +99,7 @@ def stop_early(network: nn.Module, unet: nn.Module) -> str:
     for layer in list(layers.values())[:first]:
         stop_checkpointing(layer)
     unet.register_forward_pre_hook(detach_inputs, with_kwargs=True)
-    for layer in filter(checkpoints, (layers[name] for name in trained)):
+    for layer in filter(checkpointing, (layers[name] for name in trained)):
         layer.register_forward_pre_hook(require_gradient)
     kept = sum(map(count_layers, list(layers.values())[first:]))
     total = count_layers(unet)
@@ -113,16 +114,15 @@ def count_layers(module: nn.Module) -> int:
     return sum(isinstance(inner, (nn.Linear, nn.Conv2d)) for inner in module.modules())
 
 
-def checkpoints(layer: nn.Module) -> bool:
-    """Whether anything in it is computed twice in place of being kept."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in layer.modules())
+def checkpointing(layer: nn.Module) -> list[Any]:
+    """Those of its modules that are computed twice in place of being kept."""
+    return [m for m in layer.modules() if getattr(m, "gradient_checkpointing", False)]
 
 
 def stop_checkpointing(layer: nn.Module) -> None:
     """Where no gradient passes nothing is kept, and so there is nothing to compute twice."""
-    for module in layer.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
+    for module in checkpointing(layer):
+        module.gradient_checkpointing = False
 
 
 def detach_inputs(
