@@ -45,7 +45,7 @@ UPPER_HALVES = {"BF16": "<f", "F8_E5M2": "<e"}
 def number(dtype: str, data: bytes) -> float:
     """The number that these bytes store; NaN for a type that cannot be read."""
     if dtype in UPPER_HALVES:
-        return struct.unpack(UPPER_HALVES[dtype], bytes(len(data)) + data)[0]
+        return float(struct.unpack(UPPER_HALVES[dtype], bytes(len(data)) + data)[0])
     # 1 bit of sign, 4 of exponent with a bias of 7, 3 of mantissa, no inf (arXiv 2209.05433)
     if dtype == "F8_E4M3" and data[0] & 0x7F != 0x7F:
         exponent, mantissa = data[0] >> 3 & 0xF, data[0] & 7
@@ -57,7 +57,7 @@ def number(dtype: str, data: bytes) -> float:
 def as_fp32(value: float) -> float:
     """The nearest number that fp32 holds; inf where it is too large."""
     try:
-        return struct.unpack("<f", struct.pack("<f", value))[0]
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.inf
 

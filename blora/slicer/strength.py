@@ -34,7 +34,7 @@ def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...] = (-1,))
         return wide.view("<f4").reshape(shape)
     if dtype in FLOAT8:
         every = np.array([number(dtype, bytes([bits])) for bits in range(256)], dtype="f4")
-        return every[np.frombuffer(data, "u1")].reshape(shape)
+        return every.take(np.frombuffer(data, "u1")).reshape(shape)
     if dtype not in FORMATS:
         raise BloraError(f"values of type {dtype} can be copied, but not changed: cut at 1.0")
     stored = np.frombuffer(data, FORMATS[dtype]).reshape(shape)
@@ -59,7 +59,8 @@ def values(tensor: Tensor) -> np.ndarray:
 
 def through_core(core: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """[rank, in, ...] of a tucker core [rank, rank, ...] and the factor [rank, in] behind it."""
-    return np.einsum("rs...,si->ri...", core, factor.reshape(factor.shape[:2]))
+    behind: np.ndarray = np.einsum("rs...,si->ri...", core, factor.reshape(factor.shape[:2]))
+    return behind
 
 
 def convert(
@@ -274,8 +275,9 @@ def lora_change(module: Module, shape: tuple[int, ...]) -> np.ndarray:
     up, down = (values(module.tensors[suffix]) for suffix in (LORA_UP, LORA_DOWN))
     if LORA_MID in module.tensors:
         down = through_core(values(module.tensors[LORA_MID]), down)
-    product = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
-    return (product * up.dtype.type(module.scale)).reshape(shape)
+    product: np.ndarray = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
+    product *= up.dtype.type(module.scale)
+    return product.reshape(shape)
 
 
 def solve_dora(
@@ -293,7 +295,8 @@ def solve_dora(
     def norm(matrix: np.ndarray) -> np.ndarray:
         """|matrix| by row or by column, with the matrix's number of axes."""
         others = tuple(index for index in range(matrix.ndim) if index != axis)
-        return np.sqrt(np.square(matrix).sum(axis=others, keepdims=True))
+        lengths: np.ndarray = np.sqrt(np.square(matrix).sum(axis=others, keepdims=True))
+        return lengths
 
     try:
         base = values(weight)
@@ -328,15 +331,13 @@ def bake_dora(module: Module, strength: float, weight: Stored) -> Module:
     wide = "F64" if any(DTYPES.get(tensor.dtype) == 64 for tensor in sources) else "F32"
     solution = cache(partial(solve_dora, module, strength, weight, axis))
 
-    def new_factor() -> np.ndarray:
-        stored = values(old[factor])
-        return stored * solution()[0].reshape([-1 if n == axis else 1 for n in range(stored.ndim)])
-
     def solved(suffix: str, dtype: str, solve: Callable[[], np.ndarray]) -> Changed:
         shape = old[suffix].shape
         return Changed(dtype, shape, f"{module.name}.{suffix}", Solved(wide, shape, solve))
 
     dtype = "F64" if old[DORA].dtype == "F64" else "F32"
     scale = solved(DORA, dtype, lambda: solution()[1].reshape(old[DORA].shape))
-    scaled = solved(factor, old[factor].dtype, new_factor)
+    stored = old[factor]
+    along = [-1 if n == axis else 1 for n in range(len(stored.shape))]
+    scaled = solved(factor, stored.dtype, lambda: values(stored) * solution()[0].reshape(along))
     return replace(module, tensors=old | {factor: scaled, DORA: scale})
