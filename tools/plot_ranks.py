@@ -57,9 +57,17 @@ def size_text(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def plot_sizes(axes: Axes, per_rank: float, **line: str) -> None:
+def plot_sizes(axes: Axes, per_rank: float, *, color: str, marker: str, label: str) -> None:
     """A line over all ranks, each marker with its size in bytes."""
-    axes.plot(list(RANKS), [per_rank * rank for rank in RANKS], ms=15, lw=3, **line)
+    axes.plot(
+        list(RANKS),
+        [per_rank * rank for rank in RANKS],
+        ms=15,
+        lw=3,
+        color=color,
+        marker=marker,
+        label=label,
+    )
     for rank in RANKS:
         at = (rank, per_rank * rank)
         # The line rises to the right of every marker but the last.
