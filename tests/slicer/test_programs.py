@@ -17,7 +17,7 @@ from lycoris_files import lycoris_change
 from lycoris_modules import SDXL, make_tree
 from namings import with_alpha
 from safetensors.torch import load_file, save_file
-from slicing import all_traits, slice_lora, stored
+from slicing import all_traits, stored
 from torch import Tensor, nn
 
 # A matrix, a convolution of 1 x 1 and one of 3 x 3, as diffusers and as kohya call them.

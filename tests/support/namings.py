@@ -110,26 +110,17 @@ def with_alpha(module: Module) -> Module:
     return module | {"alpha": torch.tensor(float(rank))}
 
 
-def in_kohyas_names(network: str, modules: dict[str, Module]) -> dict[str, Module]:
-    """The modules as a slice at 1.0 should hold them."""
-    return {kohya_name(network, layer): with_alpha(m) for layer, m in modules.items()}
-
-
 # ---- All namings ---------------------------------------------------------------------------------
 
+# kohya's, LyCORIS' wrapper's, sd-scripts' OFT's, ComfyUI's, diffusers', PEFT's, SimpleTuner's.
 UNET_PREFIXES = (
     "lora_unet_", "lycoris_", "oft_unet_", "diffusion_model.", "unet.", "unet.unet.",
     "base_model.model.", "unet.base_model.model.", "",
 )  # fmt: skip
+# Those of the first text encoder, and of the second. clip_l and clip_g are OneTrainer's.
 TEXT_PREFIXES = {
-    "lora_te1_": "te1",
-    "lora_te2_": "te2",
-    "text_encoder.": "te1",
-    "text_encoder_2.": "te2",
-    "text_encoders.clip_l.transformer.": "te1",
-    "text_encoders.clip_g.transformer.": "te2",
-    "clip_l.": "te1",
-    "clip_g.": "te2",
+    "te1": ("lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer.", "clip_l."),
+    "te2": ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g."),
 }
 
 
@@ -164,7 +155,8 @@ UNET_NAMINGS = [Naming("unet", *parts) for parts in product(
     UNET_PREFIXES, ("sgm", "diffusers"), "._", "._")]  # fmt: skip
 TEXT_NAMINGS = [
     Naming(network, prefix, "its own", dot, before)
-    for (prefix, network), dot, before in product(TEXT_PREFIXES.items(), "._", "._")
+    for network, prefixes in TEXT_PREFIXES.items()
+    for prefix, dot, before in product(prefixes, "._", "._")
 ]
 NAMINGS = UNET_NAMINGS + TEXT_NAMINGS
 # Those that differ in the layer's name alone: a suffix has what stands before it in itself.
