@@ -1,4 +1,4 @@
-"""What stands beside a module's factors, and modules of which a part is missing."""
+"""What stands beside a module's factors, and modules with a factor too few or an axis too long."""
 
 from __future__ import annotations
 
@@ -11,22 +11,31 @@ import torch
 from exact_strength import both_traits, slice_all
 from lora_algebra import Module, alpha_over_rank, read_modules, weight_change
 from lora_files import weight_shape
-from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, make_module, write_modules
+from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, axis_lengths, make_module, write_modules
 from namings import with_alpha
-from slicing import all_traits, refusal, slice_lora, stored
+from slicing import all_traits, slice_lora, stored
+
+from blora.slicer import modules
+from blora.tensorfile import Constant
 
 FIRST, SECOND = INPUT["attention"], OUTPUT["attention"]
-UNKNOWN = "foo_bar"
+EVERY = FORMS | REFUSED
+
+
+def on_a_layer(form: str) -> tuple[str, Module]:
+    """A module of the form, and the small layer that it changes."""
+    name = INPUT[EVERY[form].kinds[0]]
+    return name, make_module(name, EVERY[form], 2, 1.0, torch.float16)
 
 
 def numbers(count: int, seed: int) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
 
 
-def everything(folder: Path, *options: object) -> tuple[object, ...]:
-    """Options to keep all of a file, in a folder of the test's own."""
-    traits = ("--traits", "all", "--traits_file", all_traits(folder))
-    return (*traits, "--output_path", folder / "out.safetensors", *options)
+@pytest.fixture
+def everything(tmp_path: Path) -> tuple[object, ...]:
+    """The options to keep all of a file."""
+    return ("--traits", "all", "--traits_file", all_traits(tmp_path, other=SECOND))
 
 
 # ---- Biases --------------------------------------------------------------------------------------
@@ -67,14 +76,13 @@ def test_every_bias_beside_the_factors_takes_the_strength(tmp_path, strength):
 
 @pytest.mark.parametrize("strengths", [("1", "1"), ("0.5", "-1")], ids=" ".join)
 def test_what_alpha_multiplies_takes_the_ratio_of_a_common_alpha_and_diff_b_does_not(
-    tmp_path, strengths
+    tmp_path, output, strengths
 ):
     sources = {FIRST: with_biases(FIRST, 3.0, 1), SECOND: with_biases(SECOND, 0.7, 2)}
     loras = [
         write_modules(tmp_path / f"{number}.safetensors", {name: module})
         for number, (name, module) in enumerate(sources.items())
     ]
-    output = tmp_path / "out.safetensors"
     args = (*both_traits(tmp_path), "--alphas", *strengths, "--output_path", output)
     assert slice_lora("--loras", *loras, *args) == 0
     result = read_modules(output)
@@ -85,141 +93,119 @@ def test_what_alpha_multiplies_takes_the_ratio_of_a_common_alpha_and_diff_b_does
 
 # ---- Tensors that nobody knows -------------------------------------------------------------------
 
-EVERY = FORMS | REFUSED
-
-
-def with_unknown(form: str) -> tuple[str, Module]:
-    """A module of the form with a tensor beside it that no program here is known to write."""
-    name = INPUT[EVERY[form].kinds[0]]
-    module = make_module(name, EVERY[form], 2, 1.0, torch.float16)
-    return name, module | {UNKNOWN: numbers(3, 0).half()}
-
 
 @pytest.mark.parametrize("form", EVERY)
-def test_a_tensor_that_is_not_known_is_copied_at_1_and_named(tmp_path, capsys, form):
-    name, module = with_unknown(form)
-    lora = write_modules(tmp_path / "in.safetensors", {name: module})
-    assert slice_lora("--loras", lora, *everything(tmp_path)) == 0
-    wanted = write_modules(tmp_path / "wanted.safetensors", {name: with_alpha(module)})
-    assert stored(tmp_path / "out.safetensors") == stored(wanted)
-    err = capsys.readouterr().err
-    assert err.startswith("note: ")
-    assert err.count("\n") == 1
-    assert f"{name}.{UNKNOWN}" in err
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("strength", ["0.5", "0"])
-def test_a_tensor_that_is_not_known_is_refused_at_another_strength(
-    tmp_path, capsys, form, strength
+def test_a_tensor_that_no_program_writes_is_copied_at_1_and_named_or_refused(
+    slicer, everything, form
 ):
-    name, module = with_unknown(form)
-    lora = write_modules(tmp_path / "in.safetensors", {name: module})
-    sentence = refusal(capsys, "--loras", lora, *everything(tmp_path, "--alphas", strength))
-    assert f"{name}.{UNKNOWN}" in sentence
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-@pytest.mark.parametrize("form", EVERY)
-def test_every_tensor_of_every_algorithm_is_known(tmp_path, capsys, form):
-    name, module = with_unknown(form)
-    del module[UNKNOWN]
-    lora = write_modules(tmp_path / "in.safetensors", {name: module})
-    assert slice_lora("--loras", lora, *everything(tmp_path)) == 0
-    assert capsys.readouterr().err == ""
+    name, module = on_a_layer(form)
+    lora = write_modules(slicer.folder / "known.safetensors", {name: module})
+    assert slicer(lora, *everything) == 0
+    assert slicer.err == ""
+    module["foo_bar"] = numbers(3, 0).half()
+    lora = write_modules(slicer.folder / "in.safetensors", {name: module})
+    wanted = write_modules(slicer.folder / "wanted.safetensors", {name: with_alpha(module)})
+    assert slicer(lora, *everything) == 0
+    assert stored(slicer.output) == stored(wanted)
+    assert slicer.err == f"note: copied unknown tensors of in.safetensors (1): {name}.foo_bar\n"
+    for strength in ("0.5", "0") if form in FORMS else ():
+        assert slicer(lora, *everything, "--alphas", strength) == 1
+        assert f", because what {name}.foo_bar does is unknown: " in slicer.sentence
 
 
 # ---- Half a module -------------------------------------------------------------------------------
 
-FACTORED = ["LoRA", "LoCon, tucker", "LoHa", "LoHa, tucker", "GLoRA", "DoRA"]
+FACTORED = ["LoRA", "LoCon, tucker", "LoHa", "LoHa, tucker", "GLoRA", "T-LoRA", "DoRA"]
 FACTORED += [form for form in FORMS if form.startswith("LoKr")]
 # What a module can do without: the rest is then another module, though perhaps one that misfits.
 NOT_A_HALF = {"lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2", "dora_scale"}
-MISFIT = "a lora_mid of another rank"
-HALVES: dict[str, tuple[str, str]] = {
-    f"{form}, no {suffix}": (form, suffix)
-    for form in FACTORED
-    for suffix in EVERY[form].axes
-    if suffix not in NOT_A_HALF
+# Tucker cores that do not fit: (rank, rank, kernel), where it should be 2, 2, 3, 3.
+MISFITS = {
+    "a tucker core of another rank": (3, 3, 3, 3),
+    "a tucker core of another kernel": (2, 2, 5, 5),
+}
+# A form, and which of its tensors are there.
+HALVES: dict[str, tuple[str, set[str]]] = {
+    "alpha alone": ("LoRA", {"alpha"}),
+    "a LoKr's w1 and core": ("LoKr, tucker", {"lokr_w1", "lokr_t2"}),
+    **dict.fromkeys(MISFITS, ("LoCon, tucker", {*EVERY["LoCon, tucker"].axes, "alpha"})),
+    **{f"{factor} alone": (form, {factor}) for form in FACTORED for factor in EVERY[form].axes},
+    **{
+        f"{form}, no {factor}": (form, {*EVERY[form].axes, "alpha"} - {factor})
+        for form in FACTORED
+        for factor in EVERY[form].axes
+        if factor not in NOT_A_HALF
+    },
 }
 
 
-def half(what: str) -> tuple[str, Module]:
-    """A module of which a part is missing, by the name of a small layer that could have it."""
-    form, missing = HALVES.get(what, ("LoCon, tucker", ""))
-    name = INPUT[EVERY[form].kinds[0]]
-    module = make_module(name, EVERY[form], 2, 1.0, torch.float16)
-    if what == "alpha alone":
-        return name, {"alpha": module["alpha"]}
-    if what == MISFIT:
-        return name, module | {"lora_mid.weight": torch.ones(3, 3, 3, 3).half()}
-    return name, {suffix: tensor for suffix, tensor in module.items() if suffix != missing}
-
-
-INCOMPLETE = [*HALVES, "alpha alone", MISFIT]
-
-
-@pytest.mark.parametrize("strength", ["1", "0.5"])
-@pytest.mark.parametrize("what", INCOMPLETE)
-def test_half_a_module_is_left_out_beside_a_sound_one_and_named(tmp_path, capsys, what, strength):
-    name, module = half(what)
-    sound = make_module(SECOND, FORMS["LoRA"], 2, 1.0, torch.float16)
-    lora = write_modules(tmp_path / "in.safetensors", {name: module, SECOND: sound})
-    assert slice_lora("--loras", lora, *everything(tmp_path, "--alphas", strength)) == 0
-    result = read_modules(tmp_path / "out.safetensors")
-    assert set(result) == {SECOND}
-    wanted = float(strength) * weight_change(sound)
-    torch.testing.assert_close(weight_change(result[SECOND]), wanted, rtol=1e-3, atol=1e-3)
-    err = capsys.readouterr().err
-    assert err.startswith("note: ")
-    assert err.count("\n") == 1
-    assert name in err
-
-
-@pytest.mark.parametrize("strength", ["1", "0.5"])
-@pytest.mark.parametrize("what", INCOMPLETE)
-def test_half_a_module_alone_is_refused_by_its_name(tmp_path, capsys, what, strength):
-    name, module = half(what)
-    lora = write_modules(tmp_path / "in.safetensors", {name: module})
-    sentence = refusal(capsys, "--loras", lora, *everything(tmp_path, "--alphas", strength))
-    assert name in sentence
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-@pytest.mark.parametrize("what", INCOMPLETE)
-def test_half_a_module_that_the_trait_does_not_keep_stops_no_cut(tmp_path, what):
-    name, module = half(what)
-    sound = make_module(SECOND, FORMS["LoRA"], 2, 1.0, torch.float16)
-    lora = write_modules(tmp_path / "in.safetensors", {name: module, SECOND: sound})
-    traits = all_traits(tmp_path, other=SECOND)
-    output = tmp_path / "out.safetensors"
-    args = ("--traits", "other", "--traits_file", traits, "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    alone = write_modules(tmp_path / "alone.safetensors", {SECOND: sound})
-    assert stored(output) == stored(alone)
-
-
-@pytest.mark.parametrize("what", INCOMPLETE)
-def test_half_a_module_is_shown_as_that(tmp_path, capsys, what):
-    name, module = half(what)
-    lora = write_modules(tmp_path / "in.safetensors", {name: module})
-    assert slice_lora("--loras", lora, "--inspect", "--json") == 0
-    [facts] = json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize("what", HALVES)
+def test_half_a_module_is_left_out_and_named_and_refused_where_nothing_else_is_kept(
+    slicer, everything, what
+):
+    form, there = HALVES[what]
+    name, whole = on_a_layer(form)
+    half = {suffix: tensor for suffix, tensor in whole.items() if suffix in there}
+    if what in MISFITS:
+        half["lora_mid.weight"] = torch.ones(MISFITS[what]).half()
+    sound = {SECOND: make_module(SECOND, FORMS["LoRA"], 2, 1.0, torch.float16)}
+    alone = write_modules(slicer.folder / "alone.safetensors", {name: half})
+    beside = write_modules(slicer.folder / "beside.safetensors", {name: half} | sound)
+    without = write_modules(slicer.folder / "without.safetensors", sound)
+    for way in (everything, (*everything, "--alphas", "0.5")):
+        assert slicer(without, *way) == 0
+        wanted = stored(slicer.output)
+        assert slicer(beside, *way) == 0
+        assert stored(slicer.output) == wanted
+        assert (
+            slicer.err == f"note: left out incomplete modules of beside.safetensors (1): {name}\n"
+        )
+        assert slicer(alone, *way) == 1
+        assert slicer.sentence == (
+            f'every "all" module in {alone} is incomplete ({name}): save it again with the program '
+            "that trained it"
+        )
+    assert slicer(beside, *everything, "--traits", "other") == 0
+    assert slicer.err == ""
+    assert slicer(alone, "--inspect", "--json") == 0
+    [facts] = json.loads(slicer.out)
     assert (facts["incomplete"], facts["misfits"]) == ([name], [])
+    assert [row["change"] for row in facts["blocks"]] == [None]
+    assert slicer(alone, "--inspect") == 0
+    assert f"incomplete modules (1): {name}" in slicer.out
 
 
 @pytest.mark.parametrize(("form", "is_wrong"), [("LoCon, tucker", True), ("LoRA", False)])
-def test_a_tucker_core_of_a_resized_file_is_warned_of(tmp_path, capsys, form, is_wrong):
+def test_a_tucker_core_of_a_resized_file_is_warned_of(slicer, everything, form, is_wrong):
     """sd-scripts' tool resizes the factors alone; at the same rank no shape shows it."""
-    name = INPUT["3x3"]
-    module = make_module(name, FORMS[form], 2, 1.0, torch.float16)
+    name, module = on_a_layer(form)
     comment = {"ss_training_comment": "dimension is resized from 2 to 2; None"}
-    lora = write_modules(tmp_path / "in.safetensors", {name: module}, comment)
-    assert slice_lora("--loras", lora, *everything(tmp_path)) == 0
-    assert capsys.readouterr().err == is_wrong * (
+    lora = write_modules(slicer.folder / "in.safetensors", {name: module}, comment)
+    assert slicer(lora, *everything) == 0
+    assert slicer.err == is_wrong * (
         "warning: in.safetensors was resized, and sd-scripts' tool does not resize tucker "
         f"cores, so these modules are wrong (1): {name}\n"
     )
+
+
+# ---- An axis too long ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_module_fits_until_one_of_its_axes_is_longer(form):
+    def fits(name: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+        tensors = {suffix: Constant("F32", shape, b"") for suffix, shape in shapes.items()}
+        return modules.Module(name, tensors).fits
+
+    for kind in form.kinds:
+        lengths = axis_lengths(INPUT[kind], 3)  # a rank unlike any axis of the layers
+        shapes = {s: tuple(n for a in axes for n in lengths[a]) for s, axes in form.axes.items()}
+        assert fits(INPUT[kind], shapes)
+        for suffix, shape in shapes.items():
+            for axis, length in enumerate(shape):
+                # By two: twice the 320 inputs of the 1x1 convolution would be its 640 outputs.
+                longer = (*shape[:axis], length + 2, *shape[axis + 1 :])
+                assert not fits(INPUT[kind], shapes | {suffix: longer}), (kind, suffix, axis)
 
 
 # ---- An alpha that nothing reads -----------------------------------------------------------------
@@ -236,23 +222,23 @@ UNREAD = {
 def whole_lokr(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A LoKr of two whole factors, on a layer of each kind, with an alpha that nothing reads."""
     form = FORMS["LoKr, both whole"]
-    modules = {
+    lokrs = {
         INPUT[kind]: make_module(INPUT[kind], form, 2, None, torch.float32)
         | {"alpha": request.param}
         for kind in form.kinds
     }
-    return write_modules(tmp_path / "in.safetensors", modules)
+    return write_modules(tmp_path / "in.safetensors", lokrs)
 
 
-def test_an_alpha_that_nothing_reads_is_not_reported_as_inf(whole_lokr, capsys):
-    assert slice_lora("--loras", whole_lokr, "--inspect", "--json") == 0
-    [facts] = json.loads(capsys.readouterr().out)
+def test_an_alpha_that_nothing_reads_is_not_reported_as_inf(slicer, everything, whole_lokr):
+    assert slicer(whole_lokr, "--inspect", "--json") == 0
+    [facts] = json.loads(slicer.out)
     assert facts["not_finite"] == []
     assert all(row["change"] > 0 for row in facts["blocks"])
-    assert slice_lora("--loras", whole_lokr, "--inspect") == 0
-    assert "NaN or inf" not in capsys.readouterr().out
-    slice_all(whole_lokr, 0.5)
-    assert capsys.readouterr().err == ""
+    assert slicer(whole_lokr, "--inspect") == 0
+    assert "NaN or inf" not in slicer.out
+    assert slicer(whole_lokr, *everything, "--alphas", "0.5") == 0
+    assert slicer.err == ""
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])

@@ -1,4 +1,4 @@
-"""Modules that are incomplete, odd or of extreme numbers: what cuts, joins and looks make of them.
+"""Modules that are odd or of extreme numbers: what cuts, joins and looks make of them.
 
 Each row of the table says which tensors a strength multiplies, or why it is refused. What the
 numbers become is computed here, with torch.
@@ -16,6 +16,7 @@ import pytest
 import torch
 from broken_files import raw, survey, tensor
 from lora_files import CONTENT, STYLE, change, lora_module, write
+from lora_forms import FORMS, REFUSED
 from safetensors import safe_open
 from safetensors.torch import load_file
 from slicing import Slicer, stored
@@ -62,10 +63,6 @@ DORA = no_strength(
     "it is DoRA and it needs the weights it was trained on",
     f"give the checkpoint as --base_model, or {USE_1}",
 )
-INCOMPLETE = (
-    'every "content" module in {lora} is incomplete '
-    f"({NAME}): save it again with the program that trained it"
-)
 PARTS = ", ".join(f"{NAME}.{suffix}" for suffix in ("hada_w1_a", "lambda_layer", "lokr_w1"))
 PARTS = f"what {PARTS} does is unknown"
 OTHER_PARTS = no_strength(PARTS)
@@ -95,7 +92,6 @@ class Case:
     joined: set[str] | str = frozenset()  # what a join with an alpha of 2 alters, or the refusal
     not_finite: tuple[str, ...] = ()
     converted: bool = False  # whether a strength goes in once --save_precision makes it a float
-    whole: bool = True  # else it is refused at 1.0 too, by the sentence that is in `scaled`
 
     def copied(self) -> dict[str, Tensor]:
         """What a cut at 1.0 makes of it: an alpha is added where a LoRA has none."""
@@ -148,24 +144,10 @@ def of_type(dtype: torch.dtype, name: str, tensors: dict[str, Tensor] = PLAIN) -
     return Case(factors, stored_as(name), 640 if is_float else None, {"alpha"}, converted=is_float)
 
 
-def half(*names: str, **shapes: tuple[int, ...]) -> Case:
-    """A module that lacks a factor, of tensors of a plain LoRA and of others."""
-    others = {suffix: numbers(*shape) for suffix, shape in shapes.items()}
-    plain = PLAIN | {"alpha": numbers(), "lora_mid.weight": numbers(2, 2, 3, 3)}
-    plain |= {"a2.weight": numbers(2, 1280)}
-    return Case({s: plain[s] for s in names} | others, INCOMPLETE, None, INCOMPLETE, whole=False)
-
-
 RANK_0 = {UP: numbers(1280, 0), DOWN: numbers(0, 1280)}
 CASES: dict[str, Case] = {
     "rank 0": Case(RANK_0, {UP}),
     "rank 0 with alpha": Case(RANK_0 | {"alpha": numbers()}, {UP}),
-    "up alone": half(UP),
-    "up and alpha": half(UP, "alpha"),
-    "down alone": half(DOWN),
-    "mid alone": half("lora_mid.weight"),
-    "a core that does not fit": half(UP, DOWN, "lora_mid.weight"),
-    "alpha alone": half("alpha"),
     "alpha of one element": with_alpha(numbers(1), 160),
     "alpha of 1 x 1": with_alpha(numbers(1, 1), 160),
     "alpha of two elements": with_alpha(numbers(2), 160),
@@ -219,11 +201,6 @@ CASES: dict[str, Case] = {
     "large fp64": large(1e100, F64),
     "the smallest fp32": large(1e-45, F32, 0.0),
     "DoRA of a vector": Case(PLAIN | {"dora_scale": numbers(1280)}, DORA, 640, {"alpha"}),
-    "DoRA alone": half(dora_scale=(1280, 1)),
-    "half a LoHa": half(hada_w1_a=(1280, 2)),
-    "half a LoKr": half(lokr_w1=(2, 2)),
-    "half a factored LoKr": half(lokr_w1_a=(2, 2)),
-    "a LoKr with a core alone": half(lokr_w1=(2, 2), lokr_t2=(2, 2, 3, 3)),
     "a LoKr of rank 0": Case(
         {
             "lokr_w1": numbers(2, 2), "lokr_w2_a": numbers(640, 0), "lokr_w2_b": numbers(0, 640),
@@ -232,14 +209,12 @@ CASES: dict[str, Case] = {
         {"lokr_w1"},
     ),
     "a bias alone": Case({"diff_b": numbers(1280)}, {"diff_b"}, 0.5 * 1280**0.5),
-    "half a GLoRA": half("a2.weight"),
     "OFT without alpha": Case({"oft_blocks": numbers(640, 2, 2)}, OFT),
     "OFT with alpha NaN": Case(
         {"oft_blocks": numbers(640, 2, 2), "alpha": numbers(value=math.nan)},
         OFT,
         not_finite=("alpha",),
     ),
-    "half a T-LoRA": half(lambda_layer=(2,)),
     "T-LoRA": Case(
         {
             "q_layer.weight": numbers(2, 1280), "p_layer.weight": numbers(1280, 2),
@@ -289,7 +264,7 @@ def expected(case: Case, strength: float, precision: str | None) -> dict[str, Te
 
 def refusals(case: Case, strength: float, precision: str | None) -> set[str]:
     """The sentences that a cut may be refused with: none where it must not be."""
-    is_plain = (strength == 1 and case.whole) or (case.converted and precision)
+    is_plain = strength == 1 or (case.converted and precision)
     if isinstance(case.scaled, str) and not is_plain:
         return {case.scaled}
     return {
@@ -308,47 +283,19 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[f"{NAME}.{suffix}"], value, **options)
 
 
-WHOLE = [what for what, case in CASES.items() if case.whole]
-NO_NUMBER = [what for what, case in CASES.items() if "alpha" in case.not_finite]
-HALVES = [what for what, case in CASES.items() if not case.whole]
-
-
-@pytest.mark.parametrize("what", WHOLE)
+@pytest.mark.parametrize("what", CASES)
 def test_at_strength_1_a_strange_module_is_copied_to_the_byte(slicer, what):
-    lora = strange(slicer, what)
-    wanted = write(slicer.folder / "wanted.safetensors", named(CASES[what].copied()))
-    for way in ([], ["--no_metadata"]):
+    lora, case = strange(slicer, what), CASES[what]
+    wanted = write(slicer.folder / "wanted.safetensors", named(case.copied()))
+    for way in (["--no_metadata"], []):
         assert slicer(lora, *way) == 0
         assert stored(slicer.output) == stored(wanted)
-
-
-@pytest.mark.parametrize("what", NO_NUMBER)
-def test_an_alpha_that_is_no_number_is_warned_of(slicer, what):
-    lora = strange(slicer, what)
-    assert slicer(lora) == 0
-    assert slicer.err == (f"warning: alpha is NaN or inf in modules of {lora.name} (1): {NAME}\n")
-    with safe_open(slicer.output, "pt") as file:
-        assert "ss_network_alpha" not in file.metadata() or CASES[what].scaled == OFT
-
-
-@pytest.mark.parametrize("what", HALVES)
-def test_half_a_module_is_refused_and_named_where_nothing_else_is_kept(slicer, what):
-    lora = strange(slicer, what)
-    assert slicer(lora) == 1
-    assert slicer.err == f"error: {INCOMPLETE.format(lora=lora)}\n"
-
-
-@pytest.mark.parametrize("what", HALVES)
-@pytest.mark.parametrize("strength", ["1", "0.5"])
-def test_half_a_module_is_named_and_left_out_where_others_are_kept(slicer, what, strength):
-    lora, sound = strange(slicer, what), lora_module(CONTENT.format(1, 1, "q"))
-    write(lora, load_file(lora) | sound)
-    assert slicer(lora, "--alphas", strength) == 0
-    assert set(stored(slicer.output)) == set(sound)
-    assert slicer.err == (f"note: left out incomplete modules of {lora.name} (1): {NAME}\n")
-    assert slicer(lora, "--inspect", "--json") == 0
-    [facts] = json.loads(slicer.out)
-    assert (facts["incomplete"], facts["misfits"]) == ([NAME], [])
+    warning = f"warning: alpha is NaN or inf in modules of {lora.name} (1): {NAME}\n"
+    is_no_number = "alpha" in case.not_finite or what == "alpha as complex"
+    assert (slicer.err == warning) == is_no_number
+    if is_no_number and case.scaled != OFT:
+        with safe_open(slicer.output, "pt") as file:
+            assert "ss_network_alpha" not in file.metadata()
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -415,7 +362,9 @@ SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3":
 
 def module_by_chance(chance: random.Random) -> bytes:
     """A sound file of one module with some tensors of any kinds, shapes, types and numbers."""
-    suffixes = sorted({suffix for case in CASES.values() for suffix in case.tensors})
+    suffixes = sorted(
+        {"strange", "alpha"}.union(*(form.axes for form in (FORMS | REFUSED).values()))
+    )
     offset, header = 0, {}
     for suffix in chance.sample(suffixes, chance.randrange(1, 5)):
         shape, dtype = chance.choice(SHAPES), chance.choice(list(SIZES))
