@@ -160,24 +160,22 @@ CASES: dict[str, Case] = {
     "alpha tiny": with_alpha(torch.tensor(1e-45), 320 * 2**-149, NO_FACTOR),
     "alpha huge": with_alpha(torch.tensor(3e38), 320 * 3e38, cannot_hold(UP, "F16")),
     "alpha beyond fp32": with_alpha(torch.tensor(1e300, dtype=F64), 320 * 1e300, NO_FP32),
-    "alpha as bf16": with_alpha(numbers(dtype=BF), 160),
-    "alpha as fp64": with_alpha(numbers(dtype=F64), 160),
+    **{f"alpha as {t}": with_alpha(numbers(dtype=t), 160) for t in (BF, F64, F8, F8B)},
     "alpha as int64": with_alpha(torch.tensor(2), 640),
     "alpha as the largest int64": with_alpha(
         torch.tensor(2**63 - 1), 320 * 2**63, cannot_hold(UP, "F16")
     ),
     "alpha as uint8": with_alpha(torch.tensor(2, dtype=torch.uint8), 640),
     "alpha as bool": with_alpha(torch.tensor(True), 320),
-    "alpha as fp8": with_alpha(numbers(dtype=F8), 160),
-    "alpha as fp8 of the other kind": with_alpha(numbers(dtype=F8B), 160),
     "alpha as complex": with_alpha(torch.tensor(1 + 2j), None, NO_FP32),
-    "fp8": of_type(F8, "F8_E4M3"),
-    "fp8 of the other kind": of_type(F8B, "F8_E5M2"),
-    "fp8 up alone": of_type(F8, "F8_E4M3", {UP: PLAIN[UP]}),
-    "int8": of_type(torch.int8, "I8"),
-    "bool": of_type(torch.bool, "BOOL"),
-    "complex": of_type(torch.complex64, "C64"),
-    "int64": of_type(torch.int64, "I64"),
+    **{
+        name: of_type(dtype, name)
+        for name, dtype in {
+            "F8_E4M3": F8, "F8_E5M2": F8B, "I8": torch.int8, "I64": torch.int64,
+            "BOOL": torch.bool, "C64": torch.complex64,
+        }.items()
+    },
+    "F8_E4M3 up alone": of_type(F8, "F8_E4M3", {UP: PLAIN[UP]}),
     "all types": Case(
         {
             f"part{index}": numbers(3, dtype=dtype)
@@ -187,10 +185,7 @@ CASES: dict[str, Case] = {
         },
         unknown("part8", "part0", "part1", more=" and 6 more"),
     ),
-    "NaN and inf in fp16": odd(HALF),
-    "NaN and inf in bf16": odd(BF),
-    "NaN and inf in fp32": odd(F32),
-    "NaN and inf in fp64": odd(F64),
+    **{f"NaN and inf in {dtype}": odd(dtype) for dtype in FLOATS},
     "a signalling NaN": lora(
         {UP: torch.full((1280, 2), 0x7C01, dtype=torch.int16).view(HALF)}, None, not_finite=(UP,)
     ),
@@ -244,9 +239,15 @@ def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{NAME}.{suffix}": t.contiguous().clone() for suffix, t in tensors.items()}
 
 
-def strange(slicer: Slicer, what: str) -> Path:
-    """One of the modules above as a file."""
-    return write(slicer.folder / "strange.safetensors", named(CASES[what].tensors))
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def strange(slicer: Slicer, case: Case) -> Path:
+    """The module of the case as a file."""
+    return write(slicer.folder / "strange.safetensors", named(case.tensors))
 
 
 def expected(case: Case, strength: float, precision: str | None) -> dict[str, Tensor]:
@@ -275,51 +276,42 @@ def refusals(case: Case, strength: float, precision: str | None) -> set[str]:
     }  # fmt: skip
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert set(found) == {f"{NAME}.{suffix}" for suffix in wanted}
-    for suffix, value in wanted.items():
-        # Not by their bits, as there are many NaN.
-        options = {"rtol": 0, "atol": 0, "equal_nan": True}
-        torch.testing.assert_close(found[f"{NAME}.{suffix}"], value, **options)
-
-
-@pytest.mark.parametrize("what", CASES)
-def test_at_strength_1_a_strange_module_is_copied_to_the_byte(slicer, what):
-    lora, case = strange(slicer, what), CASES[what]
+def test_at_strength_1_a_strange_module_is_copied_to_the_byte(slicer, case, strange):
     wanted = write(slicer.folder / "wanted.safetensors", named(case.copied()))
     for way in (["--no_metadata"], []):
-        assert slicer(lora, *way) == 0
+        assert slicer(strange, *way) == 0
         assert stored(slicer.output) == stored(wanted)
-    warning = f"warning: alpha is NaN or inf in modules of {lora.name} (1): {NAME}\n"
-    is_no_number = "alpha" in case.not_finite or what == "alpha as complex"
+    warning = f"warning: alpha is NaN or inf in modules of {strange.name} (1): {NAME}\n"
+    is_no_number = "alpha" in case.not_finite or case is CASES["alpha as complex"]
     assert (slicer.err == warning) == is_no_number
     if is_no_number and case.scaled != OFT:
         with safe_open(slicer.output, "pt") as file:
             assert "ss_network_alpha" not in file.metadata()
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_a_strange_module_is_multiplied_where_it_says_or_refused_with_its_sentence(slicer, what):
-    lora, case = strange(slicer, what), CASES[what]
+def test_a_strange_module_is_multiplied_where_it_says_or_refused_with_its_sentence(
+    slicer, case, strange
+):
     for strength, precision in WAYS:
         way = [f"--alphas={strength}", *(["--save_precision", precision] if precision else [])]
         sentences = refusals(case, float(strength), precision)
-        assert slicer(lora, *way) == bool(sentences), way
+        assert slicer(strange, *way) == bool(sentences), way
         if sentences:
-            assert slicer.sentence in {text.format(lora=lora) for text in sentences}
+            assert slicer.sentence in {text.format(lora=strange) for text in sentences}
         else:
-            assert_same(load_file(slicer.output), expected(case, float(strength), precision))
+            # Not by their bits, as there are many NaN.
+            exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+            wanted = named(expected(case, float(strength), precision))
+            torch.testing.assert_close(load_file(slicer.output), wanted, **exact)
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_a_strange_module_is_shown_with_the_size_of_its_change(slicer, what):
+def test_a_strange_module_is_shown_with_the_size_of_its_change(slicer, case, strange):
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    lora, case = strange(slicer, what), CASES[what]
-    assert slicer(lora, "--inspect") == 0
+    assert slicer(strange, "--inspect") == 0
     assert "\x1b" not in slicer.out
-    assert slicer(lora, "--inspect", "--json") == 0
+    assert slicer(strange, "--inspect", "--json") == 0
     [facts] = json.loads(slicer.out, parse_constant=refuse)
     [row] = facts["blocks"]
     size = None if case.change is None else pytest.approx(case.change, rel=1e-3)
@@ -334,10 +326,8 @@ def altered(before: Path, after: Path) -> set[str]:
     return {key.removeprefix(f"{NAME}.") for key in keys}
 
 
-@pytest.mark.parametrize("what", CASES)
 @pytest.mark.parametrize("strength", ["1", "0.5"])
-def test_a_strange_module_is_joined_with_a_sound_one_or_refused(slicer, what, strength):
-    lora, case = strange(slicer, what), CASES[what]
+def test_a_strange_module_is_joined_with_a_sound_one_or_refused(slicer, case, strange, strength):
     sound = slicer.folder / "sound.safetensors"
     write(sound, lora_module(OTHER, alpha=2.0, dtype=F32))
     outcome, scaled = case.joined, set()
@@ -345,11 +335,13 @@ def test_a_strange_module_is_joined_with_a_sound_one_or_refused(slicer, what, st
         outcome = case.scaled if isinstance(case.scaled, str) else case.joined
         scaled = {suffix for suffix in case.tensors if suffix in case.scaled}
     way = ("--traits", "content", "style", f"--alphas={strength}")
-    assert slicer(lora, sound, *way) == isinstance(outcome, str)
+    assert slicer(strange, sound, *way) == isinstance(outcome, str)
     if isinstance(outcome, str):
-        assert slicer.sentence == outcome.format(lora=lora)
+        assert slicer.sentence == outcome.format(lora=strange)
         return
-    assert altered(lora, slicer.output) == outcome | {s for s in scaled if case.tensors[s].numel()}
+    assert altered(strange, slicer.output) == outcome | {
+        s for s in scaled if case.tensors[s].numel()
+    }
     error = change(slicer.output, OTHER) - change(sound, OTHER)
     assert error.norm() < 1e-6 * change(sound, OTHER).norm()
 

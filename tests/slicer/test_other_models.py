@@ -17,10 +17,9 @@ NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
 # ---- One module under two names ------------------------------------------------------------------
 
 PEFT = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+ALIAS = "lora_unet_up_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 ALIASES = {
-    "kohya, diffusers names": (
-        "lora_unet_up_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    ),
+    "kohya, diffusers names": ALIAS,
     "PEFT": PEFT,
     "ComfyUI": "diffusion_model.output_blocks.0.1.transformer_blocks.0.attn1.to_q",
 }
@@ -29,15 +28,9 @@ ONE, SECOND = lora_module(NAME, alpha=2.0), lora_module(OTHER, alpha=2.0)
 
 def renamed(tensors: Tensors, alias: str) -> Tensors:
     """Copies of a module's tensors under another of its names."""
-    if alias == PEFT:
-        factors = {"lora_up": "lora_B", "lora_down": "lora_A", "alpha": "alpha"}
-    else:
-        factors = {factor: factor for factor in ("lora_up", "lora_down", "alpha")}
-    return {
-        f"{alias}.{factors[factor]}{rest and f'.{rest}'}": tensor.clone()
-        for key, tensor in tensors.items()
-        for factor, _, rest in [key.removeprefix(f"{NAME}.").partition(".")]
-    }
+    up, down = ("lora_B", "lora_A") if alias == PEFT else ("lora_up", "lora_down")
+    names = {key: key.replace(NAME, alias).replace("lora_up", up) for key in tensors}
+    return {names[key].replace("lora_down", down): t.clone() for key, t in tensors.items()}
 
 
 @pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
@@ -68,20 +61,14 @@ DIFFERENT = {
     "half of it": {f"{NAME}.lora_up.weight": ONE[f"{NAME}.lora_up.weight"]},
     "another alpha": ONE | {f"{NAME}.alpha": torch.tensor(1.0)},
 }
-ALIAS = ALIASES["kohya, diffusers names"]
+ROTATION = {f"{NAME}.oft_blocks": torch.ones(640, 2, 2), f"{NAME}.alpha": torch.tensor(0.0)}
 TWICE = {
     f"{what}, {alias}": ONE | renamed(copy, ALIASES[alias])
     for what, copy in DIFFERENT.items()
     for alias in ALIASES
 } | {
-    "rotations of two alphas": {
-        f"{name}.{suffix}": tensor.clone()
-        for name, alpha in ((NAME, 0.0), (ALIAS, 1.0))
-        for suffix, tensor in (
-            ("oft_blocks", torch.ones(640, 2, 2)),
-            ("alpha", torch.tensor(alpha)),
-        )
-    },
+    "rotations of two alphas": ROTATION
+    | renamed(ROTATION | {f"{NAME}.alpha": torch.tensor(1.0)}, ALIAS),
     # Programs keep one change of a layer, so one of the two would be lost.
     "two kinds of change": ONE | {f"{ALIAS}.diff": torch.ones(1280, 1280)},
 }
@@ -146,6 +133,8 @@ MID_BLOCK = {key: tensor for key, tensor in sd_15(text=False).items() if "mid_bl
 VERSION, ARCHITECTURE = "ss_base_model_version", "modelspec.architecture"
 TEXT_ENCODER = "it has lora_te_, the one text encoder of Stable Diffusion 1 and 2"
 BLOCK = "it has down_blocks_0_attentions_0, a block that SDXL does not have"
+OTHER_VERSIONS = ["sd_v1", "sd_v2_v", "sd3.5-large", "SD_V1", "flux1", "Wan2.1", "hunyuan_video"]
+OTHER_VERSIONS += ["HiDream-I1"]
 # LoRAs of which a part, or all, would fit layers of SDXL: tensors, metadata, what gives them away.
 STRANGERS: dict[str, tuple[Tensors, dict[str, str] | None, str]] = {
     "SD 1.5": (sd_15(), {VERSION: "sd_v1"}, f'its {VERSION} is "sd_v1"'),
@@ -158,6 +147,11 @@ STRANGERS: dict[str, tuple[Tensors, dict[str, str] | None, str]] = {
         lora_module(NAME) | lora_module(OTHER),
         {ARCHITECTURE: "stable-diffusion-v1/lora"},
         f'its {ARCHITECTURE} is "stable-diffusion-v1/lora"',
+    ),
+    "what fits, but of flux-1-dev": (
+        SDXL,
+        {ARCHITECTURE: "flux-1-dev/lora"},
+        f'its {ARCHITECTURE} is "flux-1-dev/lora"',
     ),
     "Flux": (
         {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.ones(1)},
@@ -184,15 +178,8 @@ STRANGERS: dict[str, tuple[Tensors, dict[str, str] | None, str]] = {
         }.items()
     },
     **{
-        f"what fits, but of {said}": (SDXL, {entry: said}, f'its {entry} is "{said}"')
-        for entry, models in {
-            VERSION: (
-                *("sd_v1", "sd_v2_v", "sd3.5-large", "SD_V1"),
-                *("flux1", "Wan2.1", "hunyuan_video", "HiDream-I1"),
-            ),
-            ARCHITECTURE: ("flux-1-dev/lora",),
-        }.items()
-        for said in models
+        f"what fits, but of {said}": (SDXL, {VERSION: said}, f'its {VERSION} is "{said}"')
+        for said in OTHER_VERSIONS
     },
 }
 # Layers of both models, of one shape in both.

@@ -78,14 +78,6 @@ def survey(slicer: Slicer, cases: Iterable[tuple[object, bytes]]) -> dict[int, i
     return codes
 
 
-def pickled(path: Path) -> None:
-    torch.save(small_lora(), path)
-
-
-def old_pickled(path: Path) -> None:
-    torch.save(small_lora(), path, _use_new_zipfile_serialization=False)
-
-
 STRANGERS: dict[str, Callable[[Path], object]] = {
     "an empty file": lambda path: path.write_bytes(b""),
     "a text": lambda path: path.write_text("404: Not Found\n"),
@@ -97,8 +89,10 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
     "ones": lambda path: path.write_bytes(b"\xff" * 100_000),
     "noise": lambda path: path.write_bytes(random.Random(0).randbytes(100_000)),
     "a zip": lambda path: path.write_bytes(b"PK\x05\x06" + b"\0" * 18),
-    "a pickle": pickled,
-    "an old pickle": old_pickled,
+    "a pickle": lambda path: torch.save(small_lora(), path),
+    "an old pickle": lambda path: torch.save(
+        small_lora(), path, _use_new_zipfile_serialization=False
+    ),
     "a folder": lambda path: path.mkdir(),
     "nothing": lambda path: None,
 }

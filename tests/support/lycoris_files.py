@@ -36,13 +36,9 @@ SCALED = {
     "norm": {"algo": "lora", "train_norm": "True"},
 }
 DORA = {
-    f"{algo}, by {'row' if on_output == 'True' else 'column'}": {
-        "algo": algo,
-        "dora_wd": "True",
-        "wd_on_output": on_output,
-    }
+    f"{algo}, by {side}": {"algo": algo, "dora_wd": "True", "wd_on_output": by_row}
     for algo in ("lora", "loha", "lokr")
-    for on_output in ("True", "False")
+    for side, by_row in (("row", "True"), ("column", "False"))
 }
 REFUSED = DORA | {
     "OFT": {"algo": "diag-oft"},
@@ -64,12 +60,11 @@ def models() -> tuple[nn.Module, list[nn.Module]]:
 def base_weights() -> dict[str, Tensor]:
     """The weights of the models' layers by the names of LyCORIS' modules."""
     unet, encoders = models()
-    parts = {"lora_unet": (unet, UNET)}
-    parts |= {f"lora_te{i}": (encoder, [TEXT]) for i, encoder in enumerate(encoders, start=1)}
+    layers = [("unet", unet, name) for name in UNET]
+    layers += [(f"te{i}", encoder, TEXT) for i, encoder in enumerate(encoders, start=1)]
     return {
-        f"{part}_{name.replace('.', '_')}": model.get_submodule(name).weight.detach()
-        for part, (model, names) in parts.items()
-        for name in names
+        f"lora_{network}_{name.replace('.', '_')}": model.get_submodule(name).weight.detach()
+        for network, model, name in layers
     }
 
 

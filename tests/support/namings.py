@@ -13,8 +13,11 @@ from torch import Tensor
 
 # ---- Layers --------------------------------------------------------------------------------------
 
-# Blocks of the U-Net as sgm and as diffusers call them, and what is in a residual block.
-BLOCKS = {
+# sgm's words for layers of the U-Net, their blocks, and what is in a residual block; diffusers'.
+WORDS = {
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+    "out.2": "conv_out",
     "input_blocks.1.0": "down_blocks.0.resnets.0",
     "input_blocks.2.0": "down_blocks.0.resnets.1",
     "input_blocks.4.0": "down_blocks.1.resnets.0",
@@ -23,13 +26,6 @@ BLOCKS = {
     "output_blocks.6.0": "up_blocks.2.resnets.0",
     "output_blocks.7.0": "up_blocks.2.resnets.1",
     "output_blocks.8.0": "up_blocks.2.resnets.2",
-}
-LAYERS = {
-    "input_blocks.0.0": "conv_in",
-    "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
-    "out.2": "conv_out",
-}
-RESIDUAL = {
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
     "out_layers.3": "conv2",
@@ -70,11 +66,9 @@ TEXT = {
 
 def in_diffusers_words(layer: str) -> str:
     """diffusers' name of a layer of the U-Net above, from sgm's."""
-    if layer in LAYERS:
-        return LAYERS[layer]
-    block = next(block for block in BLOCKS if layer.startswith(f"{block}."))
-    part = layer.removeprefix(f"{block}.")
-    return f"{BLOCKS[block]}.{RESIDUAL.get(part, part)}"
+    for sgm, diffusers in WORDS.items():
+        layer = layer.replace(sgm, diffusers)
+    return layer
 
 
 def spread(forms: Mapping[object, Form], network: str, alpha: float | None) -> dict[str, Module]:
