@@ -24,7 +24,7 @@ from namings import (
     with_alpha,
 )
 from safetensors.torch import load_file, save_file
-from slicing import Stored, all_traits, refusal, stored
+from slicing import all_traits, refusal, stored
 from torch import Tensor
 
 from blora.slicer.keys import read_key
@@ -46,29 +46,10 @@ def assert_comes_out(folder: Path, tensors: dict[str, Tensor], wanted: dict[str,
 
 @pytest.mark.parametrize("naming", NAMINGS, ids=str)
 def test_every_algorithm_in_every_naming_comes_out_in_kohyas_names_to_the_byte(tmp_path, naming):
-    for forms in (FORMS, REFUSED):
-        modules = spread(forms, naming.network, None)
+    for forms, alpha in ((FORMS, None), (FORMS, 0.3), (REFUSED, None)):
+        modules = spread(forms, naming.network, alpha)
         wanted = in_kohyas_names(naming.network, modules)
         assert_comes_out(tmp_path, naming.keys(modules), wanted)
-
-
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
-    """Half of every algorithm in kohya's own names."""
-    folder, found = tmp_path_factory.mktemp("halves"), {}
-    for network in ("unet", "te1", "te2"):
-        modules = in_kohyas_names(network, spread(FORMS, network, 0.3))
-        lora = write_modules(folder / "in.safetensors", modules)
-        found[network] = stored(slice_all(lora, 0.5))
-    return found
-
-
-@pytest.mark.parametrize("naming", NAMINGS, ids=str)
-def test_half_of_every_algorithm_in_every_naming_is_half_of_it_in_kohyas_names(
-    tmp_path, halves, naming
-):
-    save_file(naming.keys(spread(FORMS, naming.network, 0.3)), tmp_path / "in.safetensors")
-    assert stored(slice_all(tmp_path / "in.safetensors", 0.5)) == halves[naming.network]
 
 
 def test_what_cannot_be_halved_is_refused_by_its_kohya_name(tmp_path, capsys):

@@ -12,15 +12,17 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from broken_files import raw, survey, tensor
+from broken_files import survey
 from lora_files import CONTENT, STYLE, change, lora_module, write
-from lora_forms import FORMS, REFUSED
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from slicing import Slicer, stored
 from torch import Tensor
+
+from blora.slicer.keys import SUFFIXES
 
 # A warning would be a line on stderr that tells the user nothing.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -349,21 +351,17 @@ def test_a_strange_module_is_joined_with_a_sound_one_or_refused(slicer, case, st
 # ---- Modules by chance ---------------------------------------------------------------------------
 
 SHAPES = [(1280, 2), (2, 1280), (1280,), (1280, 1), (), (2,), (0, 1280), (1280, 0), (2, 2, 3, 3)]
-SIZES = {"F16": 2, "BF16": 2, "F32": 4, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F64": 8}
+TYPES = [HALF, BF, F32, F64, F8, torch.int64, torch.uint8, torch.bool]
 
 
 def module_by_chance(chance: random.Random) -> bytes:
     """A sound file of one module with some tensors of any kinds, shapes, types and numbers."""
-    suffixes = sorted(
-        {"strange", "alpha"}.union(*(form.axes for form in (FORMS | REFUSED).values()))
-    )
-    offset, header = 0, {}
-    for suffix in chance.sample(suffixes, chance.randrange(1, 5)):
-        shape, dtype = chance.choice(SHAPES), chance.choice(list(SIZES))
-        stop = offset + math.prod(shape) * SIZES[dtype]
-        header[f"{NAME}.{suffix}"] = tensor(dtype, shape, [offset, stop])
-        offset = stop
-    return raw(header, chance.randbytes(offset))
+    tensors = {}
+    for suffix in chance.sample(["strange", *SUFFIXES], chance.randrange(1, 5)):
+        shape, dtype = chance.choice(SHAPES), chance.choice(TYPES)
+        data = np.frombuffer(chance.randbytes(math.prod(shape) * dtype.itemsize), np.uint8)
+        tensors[suffix] = torch.tensor(data).view(dtype).reshape(shape)
+    return save(named(tensors))
 
 
 def test_a_module_by_chance_does_no_harm(slicer):

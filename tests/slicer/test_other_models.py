@@ -29,8 +29,10 @@ ONE, SECOND = lora_module(NAME, alpha=2.0), lora_module(OTHER, alpha=2.0)
 def renamed(tensors: Tensors, alias: str) -> Tensors:
     """Copies of a module's tensors under another of its names."""
     up, down = ("lora_B", "lora_A") if alias == PEFT else ("lora_up", "lora_down")
-    names = {key: key.replace(NAME, alias).replace("lora_up", up) for key in tensors}
-    return {names[key].replace("lora_down", down): t.clone() for key, t in tensors.items()}
+    return {
+        key.replace(NAME, alias).replace("lora_up", up).replace("lora_down", down): tensor.clone()
+        for key, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
@@ -100,7 +102,6 @@ def test_a_module_that_differs_under_two_names_is_refused_only_where_it_would_be
 SD_15 = {"mid_block_attentions_0": 1280}
 SD_15 |= {f"down_blocks_{n}_attentions_{i}": 320 * 2**n for n in range(3) for i in range(2)}
 SD_15 |= {f"up_blocks_{n}_attentions_{i}": 2560 // 2**n for n in range(1, 4) for i in range(3)}
-TEXT_768 = "lora_te_text_model_encoder_layers_{}_self_attn_{}_proj"
 
 
 def lora_of(name: str, outputs: int, inputs: int) -> Tensors:
@@ -121,9 +122,8 @@ def sd_15(attentions: tuple[int, ...] = (1, 2), text: bool = True) -> Tensors:
                 layer = f"lora_unet_{block}_transformer_blocks_0_attn{attention}_{projection}"
                 reads_text = attention == 2 and projection in ("to_k", "to_v")
                 tensors |= lora_of(layer, width, 768 if reads_text else width)
-    for index in (0, 11) if text else ():
-        for projection in "qkv":
-            tensors |= lora_of(TEXT_768.format(index, projection), 768, 768)
+    for layer in ((0, "q"), (11, "v")) if text else ():
+        tensors |= lora_of(TE2.replace("te2", "te").format(*layer), 768, 768)
     return tensors
 
 
