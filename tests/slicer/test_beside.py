@@ -218,36 +218,30 @@ UNREAD = {
 }
 
 
-@pytest.fixture(params=UNREAD.values(), ids=UNREAD)
-def whole_lokr(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A LoKr of two whole factors, on a layer of each kind, with an alpha that nothing reads."""
+@pytest.mark.parametrize("alpha", UNREAD.values(), ids=UNREAD)
+def test_an_alpha_that_nothing_reads_is_not_reported_as_inf_and_stops_no_save_precision(
+    slicer, everything, alpha
+):
     form = FORMS["LoKr, both whole"]
-    lokrs = {
-        INPUT[kind]: make_module(INPUT[kind], form, 2, None, torch.float32)
-        | {"alpha": request.param}
+    source = {
+        INPUT[kind]: make_module(INPUT[kind], form, 2, None, torch.float32) | {"alpha": alpha}
         for kind in form.kinds
     }
-    return write_modules(tmp_path / "in.safetensors", lokrs)
-
-
-def test_an_alpha_that_nothing_reads_is_not_reported_as_inf(slicer, everything, whole_lokr):
-    assert slicer(whole_lokr, "--inspect", "--json") == 0
+    lora = write_modules(slicer.folder / "in.safetensors", source)
+    assert slicer(lora, "--inspect", "--json") == 0
     [facts] = json.loads(slicer.out)
     assert facts["not_finite"] == []
     assert all(row["change"] > 0 for row in facts["blocks"])
-    assert slicer(whole_lokr, "--inspect") == 0
+    assert slicer(lora, "--inspect") == 0
     assert "NaN or inf" not in slicer.out
-    assert slicer(whole_lokr, *everything, "--alphas", "0.5") == 0
-    assert slicer.err == ""
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "float"])
-def test_an_alpha_that_nothing_reads_does_not_stop_save_precision(whole_lokr, precision, strength):
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[precision]
-    source = read_modules(whole_lokr)
-    result = read_modules(slice_all(whole_lokr, strength, "--save_precision", precision))
-    assert set(result) == set(source)
-    for name, module in source.items():
-        for suffix, factor in (("lokr_w1", strength), ("lokr_w2", 1)):
-            assert torch.equal(result[name][suffix], (module[suffix] * factor).to(dtype))
+    types = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    for precision, dtype in (*types.items(), (None, torch.float32)):
+        options = ("--save_precision", precision) if precision else ()
+        for strength in (1.0, 0.5):
+            assert slicer(lora, *everything, "--alphas", strength, *options) == 0
+            assert slicer.err == ""
+            result = read_modules(slicer.output)
+            assert set(result) == set(source)
+            for name, module in source.items():
+                for suffix, factor in (("lokr_w1", strength), ("lokr_w2", 1)):
+                    assert torch.equal(result[name][suffix], (module[suffix] * factor).to(dtype))

@@ -13,28 +13,14 @@ from exact_strength import slice_all
 from lora_algebra import Module
 from lora_files import CONTENT, SDXL, SHAPES, blora_modules, lora_module, write
 from lora_forms import FORMS, REFUSED, write_modules
-from namings import (
-    LAYER_NAMINGS,
-    MAGNITUDES,
-    NAMINGS,
-    SPELLINGS,
-    Naming,
-    kohya_name,
-    spread,
-    with_alpha,
-)
+from namings import LAYER_NAMINGS, MAGNITUDES, NAMINGS, SPELLINGS, Naming, in_kohyas_names, spread
 from safetensors.torch import load_file, save_file
-from slicing import all_traits, refusal, stored
+from slicing import all_traits, stored
 from torch import Tensor
 
 from blora.slicer.keys import read_key
 
 # ---- Every naming by every algorithm -------------------------------------------------------------
-
-
-def in_kohyas_names(network: str, modules: dict[str, Module]) -> dict[str, Module]:
-    """Modules, given by their layers' names, as a slice at 1.0 should hold them."""
-    return {kohya_name(network, layer): with_alpha(m) for layer, m in modules.items()}
 
 
 def assert_comes_out(folder: Path, tensors: dict[str, Tensor], wanted: dict[str, Module]) -> None:
@@ -52,16 +38,15 @@ def test_every_algorithm_in_every_naming_comes_out_in_kohyas_names_to_the_byte(t
         assert_comes_out(tmp_path, naming.keys(modules), wanted)
 
 
-def test_what_cannot_be_halved_is_refused_by_its_kohya_name(tmp_path, capsys):
+def test_what_cannot_be_halved_is_refused_by_its_kohya_name(slicer):
     modules = spread(REFUSED, "unet", None)
-    lora, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    lora = slicer.folder / "in.safetensors"
     save_file(Naming("unet", "unet.", "diffusers").keys(modules), lora)
     names = in_kohyas_names("unet", modules)
-    traits = all_traits(tmp_path, **{name: name for name in names})
+    traits = all_traits(slicer.folder, **{name: name for name in names})
     for name in names:
-        args = ("--traits", name, "--traits_file", traits, "--alphas", "0.5")
-        sentence = refusal(capsys, "--loras", lora, *args, "--output_path", output)
-        assert sentence.startswith(f"cannot rescale {name} in ")
+        assert slicer(lora, "--traits", name, "--traits_file", traits, "--alphas", "0.5") == 1
+        assert slicer.sentence.startswith(f"cannot rescale {name} in ")
 
 
 # ---- Every spelling of LoRA and DoRA -------------------------------------------------------------
@@ -98,6 +83,7 @@ def test_every_spelling_of_a_doras_magnitudes_comes_out_by_row_as_lycoris_has_th
 QUERY, OUT = CONTENT.format(0, 1, "q"), CONTENT.format(0, 1, "out_0")
 TE2_K = "lora_te2_text_model_encoder_layers_0_self_attn_k_proj"
 BLOCK = "up_blocks.0.attentions.0.transformer_blocks.0.attn1"
+TE1_PREFIXES = ("text_encoder", "base_model.model.text_encoder", "text_encoder.base_model.model")
 TE2_LAYER = "text_encoder_2.text_model.encoder.layers.0.self_attn"
 KEYS = {
     # a module and a tensor of it: keys that mean it
@@ -143,9 +129,11 @@ KEYS = {
         f"{TE2_LAYER}.k_proj.lora_B.weight",
         f"{TE2_LAYER}.k_proj.lora_linear_layer.up.weight",
         f"{TE2_LAYER}.to_k_lora.up.weight",
+        f"base_model.model.{TE2_LAYER}.k_proj.lora_B.weight",
+        f"{TE2_LAYER.replace('.', '.base_model.model.', 1)}.k_proj.lora.up.weight",
     ],
     "lora_te1_text_model_encoder_layers_11_mlp_fc1.lora_down.weight": [
-        "text_encoder.text_model.encoder.layers.11.mlp.fc1.lora_A.weight"
+        f"{prefix}.text_model.encoder.layers.11.mlp.fc1.lora_A.weight" for prefix in TE1_PREFIXES
     ],
     # Blocks of the U-Net as sgm and as diffusers call them.
     **{
@@ -175,9 +163,16 @@ def test_a_key_of_any_naming_is_placed(key, wanted):
     assert f"{found.spelling.layer.module}.{found.suffix}" == wanted
 
 
-@pytest.mark.parametrize("layer", [QUERY, OUT, OUT.removesuffix("_0")])
-def test_sgms_words_are_known_with_and_without_the_number_of_an_output(layer):
-    assert read_key(f"{layer}.lora_up.weight").naming == "kohya, sgm names"
+PROGRAMS = {
+    # with and without the number of an output
+    **{f"{x}.lora_up.weight": "kohya, sgm names" for x in (QUERY, OUT, OUT.removesuffix("_0"))},
+    f"unet.{BLOCK}.processor.to_q_lora.up.weight": "older diffusers, diffusers names",
+}
+
+
+@pytest.mark.parametrize(("key", "naming"), PROGRAMS.items())
+def test_a_key_tells_its_program_and_whose_words_it_has(key, naming):
+    assert read_key(key).naming == naming
 
 
 def test_every_layer_that_sd_scripts_builds_is_placed_under_its_own_name():

@@ -104,6 +104,11 @@ def with_alpha(module: Module) -> Module:
     return module | {"alpha": torch.tensor(float(rank))}
 
 
+def in_kohyas_names(network: str, modules: dict[str, Module]) -> dict[str, Module]:
+    """Modules, given by their layers' names, as a slice at 1.0 should hold them."""
+    return {kohya_name(network, layer): with_alpha(m) for layer, m in modules.items()}
+
+
 # ---- All namings ---------------------------------------------------------------------------------
 
 # kohya's, LyCORIS' wrapper's, sd-scripts' OFT's, ComfyUI's, diffusers', PEFT's, SimpleTuner's.
