@@ -11,8 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,35 +33,54 @@ from network_cases import (
 from blora.preflight.plan import position
 
 pytestmark = pytest.mark.slow
+Answers = dict[str, dict[str, Any]]
+REFUSED = ("lora", "loha", "lokr")
+# Inputs and outputs of SDXL's attention, rank and alpha.
+FULL = {
+    f"{inputs} to {outputs}, rank {rank}, alpha {alpha}": (inputs, outputs, rank, alpha, "float32")
+    for inputs, outputs in [(640, 640), (1280, 1280), (2048, 1280)]
+    for rank, alpha in [(1, 1), (16, 1), (64, 64), (256, 128)]
+}
+HALF = {
+    f"{name}, {dtype}": (*layer[:4], dtype)
+    for name, layer in FULL.items()
+    for dtype in ("float16", "bfloat16")
+    if layer[0] == 640
+}
 
 
-def probe(release: str, **question: Any) -> dict[str, Any]:
-    """The answers of network_probe.py with that LyCORIS."""
-    folders = [RELEASES / release] if release != NEWEST else []
-    path = os.pathsep.join(map(str, [*folders, ROOT, ROOT / "tests/standin"]))
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/support/network_probe.py"],
-        env={**os.environ, "PYTHONPATH": path},
-        input=json.dumps({"steps": {}, "layers": {}, **question}),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> Answers:
+    """Of network_probe.py with each LyCORIS, which answer at the same time."""
+    files = preset_files(tmp_path_factory.mktemp("presets"))
+    style = files["blora_content_style"]
+    dropped = {
+        algo: case(style, args={"algo": algo, **DORA, **BYPASS}, module="blora_network")
+        for algo in REFUSED
+    }
+    compiled = {"compiled": case(style, module="blora_network", compile=True)}
+
+    def ask(release: str) -> dict[str, Any]:
+        newest = release == NEWEST
+        steps = with_both(cases(files, release)) | dropped | (compiled if newest else {})
+        path = [*([] if newest else [RELEASES / release]), ROOT, ROOT / "tests/standin"]
+        done = subprocess.run(
+            [sys.executable, ROOT / "tests/support/network_probe.py"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
+            input=json.dumps({"steps": steps, "layers": FULL | HALF}),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(LYCORIS, pool.map(ask, LYCORIS), strict=True))
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """Where the own presets are written."""
-    return tmp_path_factory.mktemp("presets")
-
-
-@cache
-def steps(release: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """Each case twice: {case: {network module: what the step gave}}."""
-    asked = cases(preset_files(folder), release)
-    answer = probe(release, steps=with_both(asked))["steps"]
-    return {name: {m: answer[f"{name}|{m}"] for m in MODULES} for name in asked}
+def both(answers: Answers, release: str, name: str) -> list[dict[str, Any]]:
+    """What a step gave with LyCORIS' network, and with ours."""
+    return [answers[release]["steps"][f"{name}|{module}"] for module in MODULES]
 
 
 # ---- The gradients -------------------------------------------------------------------------------
@@ -71,8 +89,8 @@ RUNS = [(r, name) for r in LYCORIS for name in PLAIN] + [(NEWEST, name) for name
 
 
 @pytest.mark.parametrize(("release", "name"), RUNS)
-def test_output_and_gradients_are_those_of_lycoris_bit_for_bit(folder, release, name):
-    theirs, ours = steps(release, folder)[name].values()
+def test_output_and_gradients_are_those_of_lycoris_bit_for_bit(answers, release, name):
+    theirs, ours = both(answers, release, name)
     assert ours["output"] == theirs["output"]
     assert ours["gradients"] == theirs["gradients"]
     assert ours["modules"] == theirs["modules"]
@@ -84,13 +102,11 @@ def test_output_and_gradients_are_those_of_lycoris_bit_for_bit(folder, release, 
 @pytest.mark.parametrize("checkpointing", ["checkpointing", "all kept"])
 @pytest.mark.parametrize("preset", STOPS)
 @pytest.mark.parametrize("release", LYCORIS)
-def test_the_backward_pass_ends_at_the_first_trained_layer(folder, release, preset, checkpointing):
-    theirs, ours = steps(release, folder)[f"{preset}, {checkpointing}"].values()
+def test_the_backward_pass_ends_at_the_first_trained_layer(answers, release, preset, checkpointing):
+    theirs, ours = both(answers, release, f"{preset}, {checkpointing}")
     stop, spared = STOPS[preset]
     assert len(theirs["reached"]) == 36
-    assert ours["reached"] == [
-        name for name in theirs["reached"] if position(name) >= position(stop)
-    ]
+    assert ours["reached"] == [n for n in theirs["reached"] if position(n) >= position(stop)]
     assert ours["log"] == [
         f"early stop: the backward pass ends at {stop} and spares {spared} of the U-Net's 794 "
         "layers"
@@ -98,96 +114,71 @@ def test_the_backward_pass_ends_at_the_first_trained_layer(folder, release, pres
     assert theirs["log"] == []
 
 
-def test_what_is_spared_is_not_computed_twice(folder):
-    for name, kept in (("blora_content_style", 46), ("blora_layout_style", 69)):
-        theirs, ours = steps(NEWEST, folder)[f"{name}, checkpointing"].values()
-        assert (theirs["checkpointed"], ours["checkpointed"]) == (91, kept)
+@pytest.mark.parametrize(
+    ("preset", "kept"), [("blora_content_style", 46), ("blora_layout_style", 69)]
+)
+def test_what_is_spared_is_not_computed_twice(answers, preset, kept):
+    theirs, ours = both(answers, NEWEST, f"{preset}, checkpointing")
+    assert (theirs["checkpointed"], ours["checkpointed"]) == (91, kept)
 
 
-NO_STOP = {
-    "text encoders": "text encoders are trained, and their gradients pass through the whole U-Net",
-    "first layer": "the first layer of the U-Net is trained",
-    "time": "a layer is trained that lies outside the blocks of the U-Net",
-    "another U-Net": "Wrapped is not built as sd-scripts' SDXL U-Net",
-}
-
-
-@pytest.mark.parametrize("name", NO_STOP)
-def test_where_it_may_not_stop_it_trains_as_lycoris_does_and_says_why(folder, name):
-    theirs, ours = steps(NEWEST, folder)[name].values()
-    assert ours["log"] == [f"no early stop: {NO_STOP[name]}"]
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (
+            "text encoders",
+            "text encoders are trained, and their gradients pass through the whole U-Net",
+        ),
+        ("first layer", "the first layer of the U-Net is trained"),
+        ("time", "a layer is trained that lies outside the blocks of the U-Net"),
+        ("another U-Net", "Wrapped is not built as sd-scripts' SDXL U-Net"),
+    ],
+)
+def test_where_it_may_not_stop_it_trains_as_lycoris_does_and_says_why(answers, name, why):
+    theirs, ours = both(answers, NEWEST, name)
+    assert ours["log"] == [f"no early stop: {why}"]
     assert ours["reached"] == theirs["reached"]
     assert ours["checkpointed"] == theirs["checkpointed"] == 91
 
 
-def test_a_preset_without_text_encoders_stops_although_they_could_be_trained(folder):
-    _, ours = steps(NEWEST, folder)["no text encoders in the preset"].values()
+def test_a_preset_without_text_encoders_stops_although_they_could_be_trained(answers):
+    _, ours = both(answers, NEWEST, "no text encoders in the preset")
     assert ours["log"][0].startswith("early stop: the backward pass ends at middle_block.1 ")
 
 
-def test_torch_compile_changes_no_gradient(folder):
-    style = preset_files(folder)["blora_content_style"]
-    compiled = case(style, module="blora_network", compile=True)
-    expected = steps(NEWEST, folder)["blora_content_style, checkpointing"]["lycoris.kohya"]
-    found = probe(NEWEST, steps={"it": compiled})["steps"]["it"]
-    assert found["gradients"] == expected["gradients"]
+def test_torch_compile_changes_no_gradient(answers):
+    theirs, _ = both(answers, NEWEST, "blora_content_style, checkpointing")
+    found = answers[NEWEST]["steps"]["compiled"]
+    assert found["gradients"] == theirs["gradients"]
     assert found["log"][0].startswith("early stop: the backward pass ends at output_blocks.0.1 ")
 
 
+@pytest.mark.parametrize("algo", REFUSED)
 @pytest.mark.parametrize("release", LYCORIS)
-def test_dora_that_lycoris_would_drop_is_refused(folder, release):
-    style = preset_files(folder)["blora_content_style"]
-    asked = {
-        algo: case(style, args={"algo": algo, **DORA, **BYPASS}, module="blora_network")
-        for algo in ("lora", "loha", "lokr")
-    }
-    for refused in probe(release, steps=asked)["steps"].values():
-        assert refused["refused"] == (
-            "error: with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for "
-            "it: remove one of the two from --network_args"
-        )
+def test_dora_that_lycoris_would_drop_is_refused(answers, release, algo):
+    assert answers[release]["steps"][algo]["refused"] == (
+        "error: with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: "
+        "remove one of the two from --network_args"
+    )
 
 
 # ---- bypass_mode ---------------------------------------------------------------------------------
 
-SHAPES = [(640, 640), (1280, 1280), (2048, 1280)]  # inputs and outputs of SDXL's attention
-FULL = {
-    f"{i} to {o}, rank {rank}, alpha {alpha}": {
-        "inputs": i, "outputs": o, "rank": rank, "alpha": alpha, "change": 0.05, "dtype": "float32"
-    }
-    for i, o in SHAPES
-    for rank, alpha in [(1, 1), (16, 1), (64, 64), (256, 128)]
-}  # fmt: skip
-HALF = {
-    f"{name}, {dtype}": {**layer, "dtype": dtype}
-    for name, layer in FULL.items()
-    for dtype in ("float16", "bfloat16")
-    if layer["inputs"] == 640
-}
-QUANTITIES = ("output", "lora_down", "lora_up", "input")
 
-
-@cache
-def layers(release: str) -> dict[str, dict[str, list[float]]]:
-    return probe(release, layers=FULL | HALF)["layers"]
-
-
+@pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("release", LYCORIS)
-def test_bypass_mode_is_lycoris_default_within_a_millionth(release):
-    for name in FULL:
-        for quantity, error in zip(QUANTITIES, layers(release)[name]["apart"], strict=True):
-            assert error < 1e-6, (name, quantity)
+def test_bypass_mode_is_lycoris_default_within_a_millionth(answers, release, name):
+    assert max(answers[release]["layers"][name]["apart"]) < 1e-6
 
 
+@pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("release", LYCORIS)
-def test_in_16_bits_bypass_mode_is_not_the_less_exact_form(release):
+def test_in_16_bits_bypass_mode_is_not_the_less_exact_form(answers, release, name):
     """Of what a layer hands on, forward and back; of the factors' gradients to within 10 %."""
-    for name in HALF:
-        found = layers(release)[name]
-        output, down, up, given = (
-            mine / theirs for mine, theirs in zip(found["bypass"], found["default"], strict=True)
-        )
-        # LyCORIS 3.2 adds the change to the weight in 32 bits: there both forms are equally good.
-        bound = 1.02 if release == "3.2.0.post2" else 0.9
-        assert max(output, given) < bound, name
-        assert max(down, up) < 1.1, name
+    found = answers[release]["layers"][name]
+    output, down, up, given = (
+        mine / theirs for mine, theirs in zip(found["bypass"], found["default"], strict=True)
+    )
+    # LyCORIS 3.2 adds the change to the weight in 32 bits: there both forms are equally good.
+    assert max(output, given) < (1.02 if release == "3.2.0.post2" else 0.9)
+    assert max(down, up) < 1.1

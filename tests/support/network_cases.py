@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def case(preset: str, checkpointing: bool = True, **more: Any) -> dict[str, Any]
 def preset_files(folder: Path) -> dict[str, str]:
     """The five presets by name, and own ones of a single pattern."""
     files = {name: str(ROOT / f"lycoris_presets/{name}.toml") for name in PRESETS}
+    empty = ("unet_target_module", "text_encoder_target_module", "text_encoder_target_name")
     for name, pattern in OWN.items():
+        lines = ["enable_conv = true", *(f"{key} = []" for key in empty)]
         path = folder / f"{name}.toml"
-        lists = ["unet_target_module", "text_encoder_target_module", "text_encoder_target_name"]
-        empty = "".join(f"{key} = []\n" for key in lists)
-        path.write_text(f"enable_conv = true\n{empty}unet_target_name = ['{pattern}']\n")
+        path.write_text("\n".join([*lines, f"unet_target_name = ['{pattern}']"]))
         files[name] = str(path)
     return files
 
@@ -52,27 +53,18 @@ def preset_files(folder: Path) -> dict[str, str]:
 def cases(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
     """Every preset with and without checkpointing; more ways to train with the newest LyCORIS."""
     style = files["blora_content_style"]
-    found = {
-        f"{name}, {'checkpointing' if checkpointing else 'all kept'}": case(
-            files[name], checkpointing
-        )
-        for name in STOPS
-        for checkpointing in (True, False)
-    }
-    found |= {
-        "DoRA": case(style, args=DORA),
-        "bypass": case(style, args=BYPASS),
-        "bypass, all kept": case(style, False, args=BYPASS),
-    }
+    found = {f"{name}, checkpointing": case(files[name]) for name in STOPS}
+    found |= {f"{name}, all kept": case(files[name], False) for name in STOPS}
+    found["DoRA"] = case(style, args=DORA)
+    found["bypass"] = case(style, args=BYPASS)
+    found["bypass, all kept"] = case(style, False, args=BYPASS)
     if release == NEWEST:
-        found |= {
-            "LoKr": case(style, args={"algo": "lokr", "factor": "4"}),
-            "text encoders": case(style, text_encoders=True),
-            "no text encoders in the preset": case(files["middle"], text_encoders=True),
-            "first layer": case(files["first layer"]),
-            "time": case(files["time"]),
-            "another U-Net": case(files["wrapped"], wrapped=True),
-        }
+        found["LoKr"] = case(style, args={"algo": "lokr", "factor": "4"})
+        found["text encoders"] = case(style, text_encoders=True)
+        found["no text encoders in the preset"] = case(files["middle"], text_encoders=True)
+        found["first layer"] = case(files["first layer"])
+        found["time"] = case(files["time"])
+        found["another U-Net"] = case(files["wrapped"], wrapped=True)
     return found
 
 
@@ -81,5 +73,5 @@ def with_both(asked: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {f"{n}|{m}": {**c, "module": m} for n, c in asked.items() for m in MODULES}
 
 
-PLAIN = [*cases(dict.fromkeys([*PRESETS, *OWN], ""), "")]
-MORE = [name for name in cases(dict.fromkeys([*PRESETS, *OWN], ""), NEWEST) if name not in PLAIN]
+PLAIN = list(cases(defaultdict(str), ""))
+MORE = [name for name in cases(defaultdict(str), NEWEST) if name not in PLAIN]

@@ -10,14 +10,14 @@ A layer is one layer of LyCORIS, in its default form and with bypass_mode, again
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
-import io
 import json
 import logging
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import torch
@@ -25,14 +25,7 @@ from torch import Tensor, nn
 
 TIME = torch.tensor([500])
 SIDE = 16  # latents
-
-
-def fresh(name: str) -> Any:
-    """A module as a new process has it: LyCORIS keeps the preset of before in its class."""
-    for known in [n for n in sys.modules if n.split(".")[0] in ("lycoris", "blora_network")]:
-        del sys.modules[known]
-    logging.getLogger("LyCORIS").handlers.clear()
-    return importlib.import_module(name)
+CHANGE = 0.05  # how large a layer's up @ down is beside its weight
 
 
 # ---- Steps ---------------------------------------------------------------------------------------
@@ -74,8 +67,7 @@ class Kohya:
 
     text_encoders: tuple[nn.Module, ...] = ()
 
-    def __init__(self, root: Path) -> None:
-        sys.path.insert(0, str(root))
+    def __init__(self) -> None:
         from library import sdxl_original_unet
 
         sdxl_original_unet.MODEL_CHANNELS = 32
@@ -93,12 +85,13 @@ class Kohya:
 
 def build_network(models: Toy | Kohya, case: dict[str, Any]) -> nn.Module:
     """The network as sd-scripts makes it, with every number of it set: lora_up begins at zero."""
-    module = fresh(case["module"])
-    place = (None, list(models.text_encoders), models.unet)
-    network = module.create_network(
-        1.0, 4, 2, *place, neuron_dropout=None, dropout=None, **case.get("args", {})
-    )
-    network.apply_to(*place[1:], case.get("text_encoders", False), True)
+    # As a new process has them: LyCORIS keeps the preset of before in its class.
+    for name in dict.fromkeys(("lycoris.kohya", case["module"])):
+        module = importlib.reload(importlib.import_module(name))
+    encoders, unet = list(models.text_encoders), models.unet
+    more = {"neuron_dropout": None, "dropout": None, **case.get("args", {})}
+    network = module.create_network(1.0, 4, 2, None, encoders, unet, **more)
+    network.apply_to(encoders, unet, case.get("text_encoders", False), True)
     torch.manual_seed(1)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -121,7 +114,6 @@ def watch(unet: nn.Module, seen: set[str]) -> None:
 def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
     """One step of sd-scripts' train_network.py, from create_network to the backward pass."""
     unet, checkpointing = models.unet, case.get("checkpointing", False)
-    trains_text = case.get("text_encoders", False)
     network = build_network(models, case)
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -137,7 +129,7 @@ def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(2)
     noisy = torch.randn(1, 4, SIDE, SIDE)
-    with torch.set_grad_enabled(trains_text):
+    with torch.set_grad_enabled(case.get("text_encoders", False)):
         conditions = models.conditions()
     if checkpointing:
         conditions = [condition.requires_grad_(True) for condition in conditions]
@@ -146,13 +138,12 @@ def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
             models.call(called, noisy, conditions)
     predicted = models.call(called, noisy.requires_grad_(True), conditions)
     predicted.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     return {
         "output": digest({"output": predicted}),
-        "gradients": digest({name: p.grad for name, p in network.named_parameters()}),
-        "without_gradient": [n for n, p in network.named_parameters() if p.grad is None],
-        "zero": [
-            n for n, p in network.named_parameters() if p.grad is not None and not p.grad.any()
-        ],
+        "gradients": digest(gradients),
+        "without_gradient": [name for name, grad in gradients.items() if grad is None],
+        "zero": [n for n, grad in gradients.items() if grad is not None and not grad.any()],
         "reached": sorted(reached),
         "checkpointed": sum(getattr(m, "gradient_checkpointing", False) for m in unet.modules()),
         "modules": len(network.unet_loras) + len(network.text_encoder_loras),
@@ -169,67 +160,62 @@ def digest(tensors: dict[str, Tensor | None]) -> str:
     return summed.hexdigest()
 
 
-def told(case: dict[str, Any], kohya: Path | None) -> dict[str, Any]:
+def told(case: dict[str, Any], make: type[Toy | Kohya]) -> dict[str, Any]:
     """A step on models of its own, and what the network logged; or how it was refused."""
     torch.manual_seed(0)
-    models = Kohya(kohya) if kohya else Toy()
+    models = make()
     if case.get("wrapped"):
         models.unet = Wrapped(models.unet)
-    said = io.StringIO()
-    with redirect_stdout(said):  # LyCORIS logs there
-        try:
-            answer = step(models, case)
-        except SystemExit as refused:
-            answer = {"refused": refused.code}
-    stop = [line for line in said.getvalue().splitlines() if "early stop" in line]
-    return answer | {"log": [line.split(": ", 1)[1] for line in stop]}
+    log = BufferingHandler(capacity=1000)
+    logging.getLogger("LyCORIS").handlers = [log]
+    try:
+        answer = step(models, case)
+    except SystemExit as refused:
+        answer = {"refused": refused.code}
+    said = [record.getMessage() for record in log.buffer]
+    return answer | {"log": [line for line in said if "early stop" in line]}
 
 
 # ---- Layers --------------------------------------------------------------------------------------
 
 
-def layer(case: dict[str, Any]) -> dict[str, list[float]]:
+def layer(inputs: int, outputs: int, rank: int, alpha: float, dtype: str) -> dict[str, list[float]]:
     """Relative errors of a layer's output and of the gradients of lora_down, lora_up and its input.
 
-    In its default form and with bypass_mode, and how far the two are apart. `change` is how large
-    up @ down is beside the weight. In 16 bits the layer runs as it does in a mixed-precision
-    training: its weight and input are in 16 bits, the LoRA in 32, under autocast.
+    In its default form and with bypass_mode, and how far the two are apart. In 16 bits the layer
+    runs as it does in a mixed-precision training: its weight and input are in 16 bits, the LoRA in
+    32, under autocast.
     """
-    locon = fresh("lycoris.modules.locon").LoConModule
+    from lycoris.modules.locon import LoConModule
+
     torch.manual_seed(0)
-    inputs, outputs, rank = case["inputs"], case["outputs"], case["rank"]
-    dtype = getattr(torch, case["dtype"])
+    kind = getattr(torch, dtype)
     linear = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
     linear.weight.normal_(std=inputs**-0.5)
-    linear.to(dtype)
-    x, down, up = (
-        torch.randn(64, inputs).to(dtype),
-        torch.randn(rank, inputs),
-        torch.randn(outputs, rank),
-    )
-    scale = case["alpha"] / rank
-    up *= case["change"] * linear.weight.float().norm() / ((up @ down).norm() * scale)
-    seed = torch.randn(64, outputs).to(dtype)
+    linear.to(kind)
+    x = torch.randn(64, inputs).to(kind)
+    down, up = torch.randn(rank, inputs), torch.randn(outputs, rank)
+    scale = alpha / rank
+    up *= CHANGE * linear.weight.float().norm() / ((up @ down).norm() * scale)
+    seed = torch.randn(64, outputs).to(kind)
 
     wide = [t.double().requires_grad_() for t in (down, up, x)]
     exact = wide[2] @ (linear.weight.double() + wide[1] @ wide[0] * scale).T
     exact.backward(seed.double())
-    truth = [exact.detach(), *(t.grad for t in wide)]
-
-    found = {}
+    found = {"exact": [exact.detach(), *(t.grad for t in wide)]}
     for name, bypass in (("default", False), ("bypass", True)):
-        module = locon("m", linear, 1.0, rank, case["alpha"], bypass_mode=bypass)
+        module = LoConModule("m", linear, 1.0, rank, alpha, bypass_mode=bypass)
         factors = module.lora_down.weight, module.lora_up.weight
         factors[0].data, factors[1].data = down.clone(), up.clone()
         given = x.clone().requires_grad_()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast("cpu", kind, enabled=dtype != "float32"):
             output = module(given)
         output.backward(seed.to(output.dtype))
         found[name] = [output.detach(), *(factor.grad for factor in factors), given.grad]
+    compared = {"default": "exact", "bypass": "exact", "apart": "default"}
     return {
-        "default": list(map(relative_error, found["default"], truth)),
-        "bypass": list(map(relative_error, found["bypass"], truth)),
-        "apart": list(map(relative_error, found["bypass"], found["default"])),
+        name: list(map(relative_error, found.get(name, found["bypass"]), found[true]))
+        for name, true in compared.items()
     }
 
 
@@ -237,17 +223,20 @@ def relative_error(found: Tensor, true: Tensor) -> float:
     return ((found - true).norm() / true.norm()).item()
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Answer the question on stdin."""
     question = json.load(sys.stdin)
-    kohya = Path(argv[0]) if argv else None
-    answer = {
-        "steps": {name: told(case, kohya) for name, case in question["steps"].items()},
-        "layers": {name: layer(case) for name, case in question["layers"].items()},
-    }
+    sys.path[:0] = argv
+    torch.set_num_threads(1)  # the toy's matrices are too small to share
+    gc.freeze()  # or what torch is made of is looked through with each model: half of the time
+    with redirect_stdout(sys.stderr):  # LyCORIS and sd-scripts say much
+        make = Kohya if argv else Toy
+        answer = {
+            "steps": {name: told(case, make) for name, case in question["steps"].items()},
+            "layers": {name: layer(*numbers) for name, numbers in question["layers"].items()},
+        }
     print(json.dumps(answer))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
