@@ -1,8 +1,8 @@
 """Toy SDXL models: the real shape and the real module names, a few channels wide.
 
 The U-Net has SDXL's 794 Linear and Conv2d layers and the text encoders have their 72 and 193,
-each under its real name and inside containers of the real class, so that what a LyCORIS preset
-selects here is what it selects in SDXL. Only the widths differ: 8, 16 and 32 channels where
+each under its real name and inside containers of the class that LyCORIS looks for, so that what a
+preset selects here is what it selects in SDXL. Only the widths differ: 8, 16 and 32 channels where
 SDXL has 320, 640 and 1280. The weights are random; they follow `torch.manual_seed`. Gradient
 checkpointing has sd-scripts' rules: the same modules, only in training, use_reentrant=True.
 
@@ -61,9 +61,9 @@ def make_unet() -> nn.Module:
 
 
 def make_text_encoders() -> list[nn.Module]:
-    (width1, layers1), (width2, layers2) = ENCODER_SHAPES
-    encoders = [CLIPTextModel(width1, layers1), CLIPTextModelWithProjection(width2, layers2)]
-    return [with_full_signal(encoder) for encoder in encoders]
+    first, second = (CLIPTextModel(width, layers) for width, layers in ENCODER_SHAPES)
+    second.text_projection = nn.Linear(POOLED_WIDTH, POOLED_WIDTH, bias=False)
+    return [with_full_signal(first), with_full_signal(second)]
 
 
 def with_full_signal(model: nn.Module) -> nn.Module:
@@ -108,19 +108,18 @@ class Checkpointed(nn.Module):
         return self.forward_body(*inputs)
 
 
+def norm_and_convolution(inputs: int, outputs: int, *between: nn.Module) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+    return nn.Sequential(nn.GroupNorm(NORM_GROUPS, inputs), nn.SiLU(), *between, convolution)
+
+
 class ResnetBlock2D(Checkpointed):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1)
-        )
+        self.in_layers = norm_and_convolution(inputs, outputs)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(TIME_WIDTH, outputs))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, outputs),
-            nn.SiLU(),
-            nn.Identity(),  # SDXL has a dropout here; it keeps the convolution at index 3
-            nn.Conv2d(outputs, outputs, 3, padding=1),
-        )
+        # SDXL has a dropout here; it keeps the convolution at index 3
+        self.out_layers = norm_and_convolution(outputs, outputs, nn.Identity())
         same = inputs == outputs
         self.skip_connection = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1)
 
@@ -158,10 +157,8 @@ class RealAttention(CrossAttention):
         self.to_out = nn.ModuleList([copy(real_layer(REAL_WIDTH, True))])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        real = super().forward(
-            repeated(x, self.to_q.in_features), repeated(context, self.to_k.in_features)
-        )
-        return real[..., : x.shape[-1]]
+        wide = repeated(x, self.to_q.in_features), repeated(context, self.to_k.in_features)
+        return super().forward(*wide)[..., : x.shape[-1]]
 
 
 def repeated(x: Tensor, width: int) -> Tensor:
@@ -182,12 +179,12 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.ModuleList(
-            [GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
+        self.net = nn.Sequential(
+            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        return self.net(x)
 
 
 class BasicTransformerBlock(Checkpointed):
@@ -239,70 +236,48 @@ class Upsample2D(Checkpointed):
 
 
 def residual_stage(inputs: int, width: int, depth: int) -> nn.ModuleList:
-    stage = nn.ModuleList([ResnetBlock2D(inputs, width)])
-    if depth:
-        stage.append(Transformer2DModel(width, depth))
-    return stage
+    block = ResnetBlock2D(inputs, width)
+    return nn.ModuleList([block, Transformer2DModel(width, depth)] if depth else [block])
 
 
-def down_path() -> tuple[nn.ModuleList, list[int]]:
-    """The nine input blocks, and the channels that each hands to the output blocks."""
-    width = LEVELS[0][0]
-    blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1))]
-    skips = [width]
-    for level, (wide, depth) in enumerate(LEVELS):
-        if level:
-            blocks.append(nn.Sequential(Downsample2D(width)))
-            skips.append(width)
-        for _ in range(2):
-            blocks.append(residual_stage(width, wide, depth))
-            width = wide
-            skips.append(width)
-    return nn.ModuleList(blocks), skips
-
-
-def up_path(skips: Iterable[int]) -> nn.ModuleList:
-    skips = list(skips)
-    width = skips[-1]
-    blocks = []
-    for level, (wide, depth) in reversed(list(enumerate(LEVELS))):
-        for _ in range(3):
-            blocks.append(residual_stage(width + skips.pop(), wide, depth))
-            width = wide
-        if level:
-            blocks[-1].append(Upsample2D(width))
-    return nn.ModuleList(blocks)
+def embedding_mlp(inputs: int) -> nn.Sequential:
+    first = nn.Linear(inputs, TIME_WIDTH)
+    return nn.Sequential(first, nn.SiLU(), nn.Linear(TIME_WIDTH, TIME_WIDTH))
 
 
 def run_block(block: Iterable[nn.Module], x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    conditions = {ResnetBlock2D: (emb,), Transformer2DModel: (context,)}
     for layer in block:
-        if isinstance(layer, ResnetBlock2D):
-            x = layer(x, emb)
-        elif isinstance(layer, Transformer2DModel):
-            x = layer(x, context)
-        else:
-            x = layer(x)
+        x = layer(x, *conditions.get(type(layer), ()))
     return x
 
 
 class ToyUNet(nn.Module):
     def __init__(self):
         super().__init__()
-        first, (widest, deepest) = LEVELS[0][0], LEVELS[-1]
-        label_width = POOLED_WIDTH + 6 * SIZE_WIDTH
-        self.time_embed = embedding_mlp(first)
-        self.label_emb = nn.Sequential(embedding_mlp(label_width))
-        self.input_blocks, skips = down_path()
-        self.middle_block = residual_stage(widest, widest, deepest)
-        self.middle_block.append(ResnetBlock2D(widest, widest))
-        self.output_blocks = up_path(skips)
-        self.out = nn.ModuleList(
-            [
-                nn.GroupNorm(NORM_GROUPS, first),
-                nn.SiLU(),
-                nn.Conv2d(first, LATENT_CHANNELS, 3, padding=1),
-            ]
-        )
+        width = LEVELS[0][0]
+        self.time_embed = embedding_mlp(width)
+        self.label_emb = nn.Sequential(embedding_mlp(POOLED_WIDTH + 6 * SIZE_WIDTH))
+        first = nn.Sequential(nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1))
+        self.input_blocks, skips = nn.ModuleList([first]), [width]
+        for level, (wide, depth) in enumerate(LEVELS):
+            if level:
+                self.input_blocks.append(nn.Sequential(Downsample2D(width)))
+                skips.append(width)
+            for _ in range(2):
+                self.input_blocks.append(residual_stage(width, wide, depth))
+                width = wide
+                skips.append(width)
+        self.middle_block = residual_stage(width, width, LEVELS[-1][1])
+        self.middle_block.append(ResnetBlock2D(width, width))
+        self.output_blocks = nn.ModuleList()
+        for wide, depth in reversed(LEVELS):
+            for _ in range(3):
+                self.output_blocks.append(residual_stage(width + skips.pop(), wide, depth))
+                width = wide
+            if skips:
+                self.output_blocks[-1].append(Upsample2D(width))
+        self.out = norm_and_convolution(width, LATENT_CHANNELS)
 
     def enable_gradient_checkpointing(self) -> None:
         for module in self.modules():
@@ -325,32 +300,14 @@ class ToyUNet(nn.Module):
         return run_block(self.out, x, emb, context)
 
 
-def embedding_mlp(inputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, TIME_WIDTH)
-    )
-
-
 # ---- text encoders --------------------------------------------------------------------------
-
-
-class CLIPTextEmbeddings(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY + 2, width)
-        self.position_embedding = nn.Embedding(TOKENS, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.token_embedding(tokens) + self.position_embedding.weight
 
 
 class CLIPAttention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            self.add_module(name, nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), causal=True))
@@ -369,56 +326,36 @@ class CLIPMLP(nn.Module):
 class CLIPEncoderLayer(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.self_attn = CLIPAttention(width)
-        self.layer_norm1 = nn.LayerNorm(width)
-        self.mlp = CLIPMLP(width)
-        self.layer_norm2 = nn.LayerNorm(width)
+        self.self_attn, self.mlp = CLIPAttention(width), CLIPMLP(width)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPEncoder(nn.Module):
-    def __init__(self, width: int, layers: int):
-        super().__init__()
-        self.layers = nn.ModuleList(CLIPEncoderLayer(width) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The last state but one, which is the U-Net's context in SDXL, and the last."""
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return x, self.layers[-1](x)
-
-
-class CLIPTextTransformer(nn.Module):
-    def __init__(self, width: int, layers: int):
-        super().__init__()
-        self.embeddings = CLIPTextEmbeddings(width)
-        self.encoder = CLIPEncoder(width, layers)
-        self.final_layer_norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        context, last = self.encoder(self.embeddings(tokens))
-        first_end = tokens.eq(END).int().argmax(dim=1)
-        pooled = last[torch.arange(len(last), device=last.device), first_end]
-        return context, self.final_layer_norm(pooled)
-
-
 class CLIPTextModel(nn.Module):
     def __init__(self, width: int, layers: int):
         super().__init__()
-        self.text_model = CLIPTextTransformer(width, layers)
+        tokens, places = nn.Embedding(VOCABULARY + 2, width), nn.Embedding(TOKENS, width)
+        embeddings = {"token_embedding": tokens, "position_embedding": places}
+        stack = nn.ModuleList(CLIPEncoderLayer(width) for _ in range(layers))
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict(embeddings),
+                "encoder": nn.ModuleDict({"layers": stack}),
+                "final_layer_norm": nn.LayerNorm(width),
+            }
+        )
+        self.text_projection = nn.Identity()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.text_model(tokens)
-
-
-class CLIPTextModelWithProjection(CLIPTextModel):
-    def __init__(self, width: int, layers: int):
-        super().__init__(width, layers)
-        self.text_projection = nn.Linear(width, width, bias=False)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        context, pooled = self.text_model(tokens)
-        return context, self.text_projection(pooled)
+        """The last state but one, which is the U-Net's context in SDXL, and the pooled text."""
+        embeddings, encoder, norm = self.text_model.values()
+        x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight
+        for layer in encoder.layers[:-1]:
+            x = layer(x)
+        last = encoder.layers[-1](x)
+        first_end = tokens.eq(END).int().argmax(dim=1)
+        pooled = norm(last[torch.arange(len(last), device=last.device), first_end])
+        return x, self.text_projection(pooled)
