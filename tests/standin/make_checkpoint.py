@@ -11,11 +11,10 @@ from pathlib import Path
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """All tensors, and a hole where their numbers would be."""
     write_checkpoint(Path(argv[0]), sdxl_shapes())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -11,7 +11,6 @@ start training from where a relative FOLDER is right.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -35,14 +34,11 @@ batch_size = 1
 """
 
 
-def describe(number: int) -> tuple[str, str, str, str]:
+def describe(number: int) -> list[str]:
     """The shape, colour, background and style of a drawing."""
-    return (
-        SHAPES[number % len(SHAPES)],
-        list(COLOURS)[number % len(COLOURS)],
-        list(BACKGROUNDS)[number // 2 % len(BACKGROUNDS)],
-        STYLES[number % len(STYLES)],
-    )
+    lists = (SHAPES, list(COLOURS), list(BACKGROUNDS), STYLES)
+    numbers = (number, number, number // 2, number)
+    return [of[n % len(of)] for of, n in zip(lists, numbers, strict=True)]
 
 
 def draw(number: int, size: int) -> Image.Image:
@@ -76,23 +72,17 @@ def make_dataset(folder: Path, images: int, size: int, repeats: int) -> None:
     (folder / "config.toml").write_text(config, encoding="utf-8")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--images", type=int, default=6, help="how many (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=2, help="num_repeats (default: %(default)s)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    for name, default in (("images", 6), ("size", 64), ("repeats", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    args = parser.parse_args(argv)
     make_dataset(args.folder, args.images, args.size, args.repeats)
     print(f"{args.images} images and config.toml in {args.folder.as_posix()}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
