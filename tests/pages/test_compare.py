@@ -9,26 +9,26 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from kohya_folder import ROOT
 
-TESTS = ROOT / "tests"
 WORKFLOW = json.loads((ROOT / "docs/compare.json").read_text(encoding="utf-8"))
-CORE = json.loads((TESTS / "data/comfyui_nodes.json").read_text(encoding="utf-8"))
+CORE = json.loads((ROOT / "tests/data/comfyui_nodes.json").read_text(encoding="utf-8"))
 NODES = {node["id"]: node for node in WORKFLOW["nodes"]}
 LINKS = {link[0]: link[1:] for link in WORKFLOW["links"]}
 # The page's own: a note, and a number that several nodes are linked to.
 OF_THE_PAGE = {"MarkdownNote", "PrimitiveNode"}
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
-ROWS = ["without", "content", "style", "content and style"]
-CONTENT, STYLE = "my_content.safetensors", "my_style.safetensors"
-
-
-def of_type(name: str) -> list[dict[str, Any]]:
-    return [node for node in NODES.values() if node["type"] == name]
+KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+CONTENT, STYLE = ("my_content.safetensors", 1), ("my_style.safetensors", 1)
+# The files that each picture's model goes through, with their strengths.
+ROWS = {
+    "without": [],
+    "content": [CONTENT],
+    "style": [STYLE],
+    "content and style": [CONTENT, STYLE],
+}
 
 
 def titled(title: str) -> dict[str, Any]:
@@ -45,48 +45,29 @@ def source(node: dict[str, Any], name: str) -> dict[str, Any]:
 def widgets(node: dict[str, Any]) -> dict[str, Any]:
     """A core node's values by name; the page shows what a seed does after a run behind it."""
     inputs = CORE[node["type"]]["inputs"]
-    names = [name for name, kind in inputs.items() if isinstance(kind, list) or kind in WIDGETS]
+    names = [name for name, kind in inputs.items() if isinstance(kind, list) or kind in KINDS]
     if "seed" in names:
         names.insert(names.index("seed") + 1, "control_after_generate")
-    values = node.get("widgets_values", [])
-    assert len(names) == len(values)
-    return dict(zip(names, values, strict=True))
+    return dict(zip(names, node.get("widgets_values", []), strict=True))
 
 
-def samplers() -> list[dict[str, Any]]:
-    """The samplers of the four pictures, in the order of their titles."""
-    return [source(source(titled(row), "images"), "samples") for row in ROWS]
-
-
-def loras(sampler: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The files that its model goes through, with their strengths, from the checkpoint on."""
-    model = source(sampler, "model")
-    if model["type"] == "LoraLoaderModelOnly":
-        yield from loras(model)
-        given = widgets(model)
-        yield given["lora_name"], given["strength_model"]
-    else:
-        assert model["type"] == "CheckpointLoaderSimple"
+def sampler(row: str) -> dict[str, Any]:
+    return source(source(titled(row), "images"), "samples")
 
 
 # ---- The graph -----------------------------------------------------------------------------------
 
 
-def test_every_link_has_both_its_ends():
+def test_every_link_has_both_its_ends_and_every_input_a_link():
     for number, (start, out, end, into, kind) in LINKS.items():
         output, given = NODES[start]["outputs"][out], NODES[end]["inputs"][into]
         assert number in output["links"]
         assert given["link"] == number
         assert output["type"] == given["type"] == kind
-    named = [
-        link for node in NODES.values() for o in node.get("outputs", []) for link in o["links"]
-    ]
-    assert sorted(named) == sorted(LINKS)
-
-
-def test_no_input_is_left_without_a_link():
-    for node in NODES.values():
-        assert all(given["link"] in LINKS for given in node.get("inputs", []))
+    outputs = [output for node in NODES.values() for output in node.get("outputs", [])]
+    assert sorted(link for output in outputs for link in output["links"]) == sorted(LINKS)
+    inputs = [given for node in NODES.values() for given in node.get("inputs", [])]
+    assert all(given["link"] in LINKS for given in inputs)
 
 
 def test_every_node_and_link_has_a_number_of_its_own():
@@ -94,9 +75,6 @@ def test_every_node_and_link_has_a_number_of_its_own():
     assert len(LINKS) == len(WORKFLOW["links"])
     assert WORKFLOW["last_node_id"] == max(NODES)
     assert WORKFLOW["last_link_id"] == max(LINKS)
-
-
-KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
 
 
 @pytest.mark.parametrize("number", [n for n in NODES if NODES[n]["type"] not in OF_THE_PAGE])
@@ -133,25 +111,28 @@ def test_nodes_lie_side_by_side_within_a_group():
 # ---- The pictures --------------------------------------------------------------------------------
 
 
-def test_each_picture_has_its_slices_at_strength_1():
-    assert [list(loras(sampler)) for sampler in samplers()] == [
-        [],
-        [(CONTENT, 1)],
-        [(STYLE, 1)],
-        [(CONTENT, 1), (STYLE, 1)],
-    ]
+@pytest.mark.parametrize("row", ROWS)
+def test_each_picture_has_its_slices_at_strength_1(row):
+    model, loras = source(sampler(row), "model"), []
+    while model["type"] == "LoraLoaderModelOnly":
+        given = widgets(model)
+        loras.insert(0, (given["lora_name"], given["strength_model"]))
+        model = source(model, "model")
+    assert model["type"] == "CheckpointLoaderSimple"
+    assert loras == ROWS[row]
 
 
 def test_all_else_is_the_same_in_the_four():
-    first, *others = samplers()
-    for sampler in others:
-        assert widgets(sampler) == widgets(first)
+    first, *others = samplers = [sampler(row) for row in ROWS]
+    for other in others:
+        assert widgets(other) == widgets(first)
         for name in ("positive", "negative", "latent_image", "seed"):
-            assert source(sampler, name) is source(first, name)
-    assert len(of_type("KSampler")) == len({sampler["id"] for sampler in samplers()}) == 4
+            assert source(other, name) is source(first, name)
+    types = [node["type"] for node in NODES.values()]
+    assert types.count("KSampler") == len({node["id"] for node in samplers}) == 4
+    assert types.count("EmptyLatentImage") == 1
     assert source(first, "seed")["widgets_values"][1] == "fixed"
-    [size] = of_type("EmptyLatentImage")
-    assert size["widgets_values"] == [1024, 1024, 1]
+    assert source(first, "latent_image")["widgets_values"] == [1024, 1024, 1]
 
 
 def test_the_pictures_stand_side_by_side_in_the_order_of_the_title():
@@ -165,8 +146,8 @@ def test_the_pictures_stand_side_by_side_in_the_order_of_the_title():
 
 
 def test_the_prompt_has_the_trigger_of_the_dataset_config_as_it_was_trained():
-    [sampler, *_] = samplers()
-    assert source(sampler, "positive")["widgets_values"][0].startswith("A [v] ")
+    prompt = source(sampler("without"), "positive")
+    assert prompt["widgets_values"][0].startswith("A [v] ")
     assert 'class_tokens = "A [v]"' in (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
 
 
@@ -178,7 +159,7 @@ COMFYUI = os.environ.get("COMFYUI_ROOT", ""), os.environ.get("COMFYUI_PYTHON", "
 @pytest.mark.skipif(not all(COMFYUI), reason="NOT RUN: COMFYUI_ROOT, COMFYUI_PYTHON are not set")
 def test_comfyui_has_these_nodes_with_these_inputs_and_choices():
     folder, python = COMFYUI
-    command = [python, TESTS / "support/comfyui_nodes.py", *CORE]
+    command = [python, ROOT / "tests/support/comfyui_nodes.py", *CORE]
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     real = json.loads(done.stdout)
     for name, known in CORE.items():

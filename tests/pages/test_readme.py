@@ -1,10 +1,9 @@
-"""The README tells the truth: its commands work, and nothing that exists is missing from it."""
+"""The README's install lines install the bundle, and its tables are those of the programs."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,37 +15,17 @@ from cmd_runner import calls, windows_path
 from kohya_folder import BASH, ROOT, Bash, Bat
 from launcher_text import FAST_CHANGES, outline
 from preset_modules import CONTENT, EXPECTED, block_modules, lora_parameters, text_encoder_modules
-from readme_commands import check_cmd, check_launcher, check_preflight, check_slicer
+from readme_commands import PAGES, blocks_of
 from rehearsed_networks import network, options, prodigy_state, told_memory
 
 import blora_slicer
 from blora.sdxl import layers_by_module, load_traits
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {
-    name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("slicing", "speed")
-}
-BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
-# What programs print, among what people type.
-SHOWN = ("training  ", "modules  ", "rank  ", "error: ", "content of ", "-> ")
-COMMANDS = [
-    line.strip()
-    for language, block in BLOCKS
-    for line in block.splitlines()
-    if not language and not line.strip().startswith(SHOWN)
-]
+README = PAGES["README"]
 # fast has every setting of classic, and one more.
 SETTINGS = [
     line for line in outline(ROOT / "sdxl_blora_fast.sh") if re.match(r"BLORA_\w+ = ", line)
 ]
-
-
-def shell_block(start: str) -> list[str]:
-    """The lines of the one block that begins so."""
-    [block] = [block for language, block in BLOCKS if not language and block.startswith(start)]
-    return block.splitlines()
-
-
 PACKAGES = ["install", "lycoris_lora", "prodigyopt"]
 EDIT = "path/to/sd_xl_base_1.0.safetensors"
 # The columns of the table of memory: what each recipe changes of fast's options.
@@ -58,35 +37,10 @@ MEMORY_OF = [
 ]
 
 
-def check_pip(command: list[str]) -> None:
-    """Packages that the test environment has as well."""
-    pinned = (ROOT / "tests/requirements.txt").read_text()
-    assert all(re.search(rf"^{package}==", pinned, re.MULTILINE) for package in command[2:])
-
-
-def check_script(command: list[str]) -> None:
-    """A script of ours; both are run, one by the other's tests and one by you right now."""
-    assert command in (["bash", "tests/demo.sh"], ["bash", "tests/check.sh"])
-
-
-CHECKS = {
-    r"source |cp -r ": None,  # run below, in bash
-    r"\"<kohya folder>|x?copy |mkdir _in\\": None,  # run below, in cmd.exe
-    r"mkdir -p |cp blora_dataset\.toml ": None,  # tests/pages/test_docs.py loads that file
-    r"bash ": check_script,
-    r"(BLORA_.*)?\./sdxl_": check_launcher,
-    r"sdxl_|set ": check_cmd,
-    r"python blora_preflight\.py ": check_preflight,
-    r"python blora_slicer\.py ": check_slicer,
-    r"pip install ": check_pip,
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_one_that_works(command):
-    [check] = [check for start, check in CHECKS.items() if re.match(start, command)]
-    if check:
-        check(shlex.split(command))
+def shell_block(start: str) -> list[str]:
+    """The lines of the one block that begins so."""
+    [block] = [block for block in blocks_of("README", "") if block.startswith(start)]
+    return block.splitlines()
 
 
 @pytest.fixture
@@ -131,15 +85,16 @@ def test_the_install_lines_for_cmd_install_the_bundle_and_its_packages(cmd, unpa
     copied = {path.name for path in kohya.iterdir()} - {"CHANGELOG_BLORA_KOHYA.md"}
     assert copied == {*BUNDLE, "venv"}
     for folder in ("blora", "lycoris_presets"):
-        installed = {path.relative_to(kohya) for path in (kohya / folder).rglob("*.*")}
-        assert installed == {
-            path.relative_to(unpacked) for path in (unpacked / folder).rglob("*.*")
-        }
+        installed, packed = (
+            {path.relative_to(root) for path in (root / folder).rglob("*.*")}
+            for root in (kohya, unpacked)
+        )
+        assert installed == packed
 
 
 def test_the_install_lines_for_powershell_are_those_of_cmd():
     """PowerShell is not run; this compares what they name."""
-    [block] = [block for language, block in BLOCKS if language == "powershell"]
+    [block] = blocks_of("README", "powershell")
     activate, pip, copy = block.splitlines()
     assert activate == '& "<kohya folder>\\venv\\Scripts\\Activate.ps1"'
     assert pip == shell_block('"')[1]
@@ -148,8 +103,8 @@ def test_the_install_lines_for_powershell_are_those_of_cmd():
 
 @pytest.mark.parametrize("suffix", ["sh", "bat"])
 def test_the_edited_line_it_shows_is_one_of_the_launchers(suffix):
-    [line] = [block.strip() for language, block in BLOCKS if language == suffix]
-    unedited = re.sub(r"(?<=[=-])[^=-]+sd_xl_base_1\.0\.safetensors", EDIT, line)
+    [line] = blocks_of("README", suffix)
+    unedited = re.sub(r"(?<=[=-])[^=-]+sd_xl_base_1\.0\.safetensors", EDIT, line.strip())
     for recipe in ("classic", "fast"):
         lines = (ROOT / f"sdxl_blora_{recipe}.{suffix}").read_text().splitlines()
         assert unedited in lines
@@ -163,15 +118,15 @@ def test_every_trait_and_preset_is_in_it():
 
 def test_every_option_of_the_slicer_is_on_its_page():
     parser = blora_slicer.build_parser()
-    options = [o for action in parser._actions for o in action.option_strings if o[:2] == "--"]
+    options = {option for option in parser._option_string_actions if option.startswith("--")}
     told = re.findall(r"^\| `(--\w+)` \|", PAGES["slicing"], re.MULTILINE)
-    assert sorted(told) == sorted({*options} - {"--help"})
+    assert sorted(told) == sorted(options - {"--help"})
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_is_in_it_with_its_default(setting):
     name, default = setting.split(" = ")
-    shown = {"": "empty", "path/to/sd_xl_base_1.0.safetensors": "a path to edit"}
+    shown = {"": "empty", EDIT: "a path to edit"}
     assert f"| `{name}` | {shown.get(default, f'`{default}`')} |" in README
 
 
@@ -187,9 +142,8 @@ def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
 
 def test_the_options_page_is_what_the_programs_print(bundle):
     subprocess.run([sys.executable, "tools/write_options.py"], cwd=bundle, check=True)
-    page = "docs/options.md"
-    hint = "stale: run python tools/write_options.py"
-    assert (ROOT / page).read_bytes() == (bundle / page).read_bytes(), hint
+    shown, printed = ((root / "docs/options.md").read_bytes() for root in (ROOT, bundle))
+    assert shown == printed, "stale: run python tools/write_options.py"
 
 
 def test_the_table_of_classic_against_fast_is_the_difference_between_them():
@@ -197,12 +151,6 @@ def test_the_table_of_classic_against_fast_is_the_difference_between_them():
     rows = [re.findall(r"`([^`]+)`", row) for row in table.splitlines() if row.startswith("| ")]
     told = {tuple(row) for row in rows if row}
     assert told == {tuple(filter(None, change)) for change in FAST_CHANGES}
-
-
-def test_its_links_within_the_repository_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    for target in targets + re.findall(r'src(?:set)?="([^"]+)"', README):
-        assert (ROOT / target).exists()
 
 
 def test_the_sizes_it_shows_are_those_of_the_files():

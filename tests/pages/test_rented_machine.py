@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,9 +20,10 @@ from kohya_folder import ONE_PROCESS, ROOT, copy_command
 from make_checkpoint import main as make_checkpoint
 from make_dataset import main as make_dataset
 from preset_modules import CONTENT, block_modules, lora_parameters
-from readme_commands import check_launcher
+from readme_commands import PAGES, blocks_of, check_launcher
 from rehearsed_networks import prodigy_state
 from safetensors import safe_open
+from safetensors.torch import load_file
 from sdxl_checkpoint import sdxl_shapes
 
 from blora.sdxl import layers_by_module
@@ -33,12 +33,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the page is for Linux"),
 ]
 
-PAGE = (ROOT / "docs/rented_machine.md").read_text(encoding="utf-8")
-LINES = [
-    line
-    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-]
+PAGE = PAGES["rented_machine"]
+LINES = "".join(blocks_of("rented_machine", "bash")).splitlines()
 TIME_LIMIT = "300"  # seconds; all of it takes 40
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
 # The tests' own packages, where pip would fetch the page's.
@@ -62,8 +58,7 @@ SUBSTITUTES = {
     r"(cp blora_dataset\.toml )(\S+)": r"\1\2 && sed -i 's/= 1024$/= 64/' \2",
     r"(\./sdxl_blora_fast\.sh --save_state)( 2>&1 .*)": r"\1 --max_train_steps=2\2",
     r"(\./sdxl_blora_fast\.sh) --max_train_steps=10": r"\1 --max_train_steps=2",
-    # The stand-in goes on from no state; see the test of its options.
-    r".* --resume=.*": "",
+    r".* --resume=.*": "",  # nor goes on from one
 }
 
 
@@ -93,19 +88,16 @@ def make_homes(tmp: Path) -> dict[str, str]:
 def test_the_page_leads_from_nothing_to_slices_at_home(tmp_path):
     script = "\n".join(["set -e", *map(as_run, LINES)])
     places = make_homes(tmp_path)
+    env = {name: text for name, text in os.environ.items() if not name.startswith("BLORA_")}
+    env |= places | {"SITE": str(Path(pytest.__file__).parent.parent)}
+    env["PROGRAMS"] = str(Path(sys.executable).parent)
+    # A CPU and wide enough toys, in place of a card.
+    env |= {"BLORA_ACCELERATE_ARGS": ONE_PROCESS, "TOY_REAL_ATTENTION": "1"}
     done = subprocess.run(
         # It ends all that the shell has started.
         ["timeout", TIME_LIMIT, "bash", "-c", script],
         cwd=places["HOME"],
-        env={name: text for name, text in os.environ.items() if not name.startswith("BLORA_")}
-        | places
-        | {
-            "SITE": str(Path(pytest.__file__).parent.parent),
-            "PROGRAMS": str(Path(sys.executable).parent),
-            # A CPU and wide enough toys, in place of a card.
-            "BLORA_ACCELERATE_ARGS": ONE_PROCESS,
-            "TOY_REAL_ATTENTION": "1",
-        },
+        env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -114,20 +106,20 @@ def test_the_page_leads_from_nothing_to_slices_at_home(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     kohya, home = Path(places["HOME"], "sd-scripts"), Path(places["AT_HOME"])
+    assert {key.split(".")[1] for key in load_file(kohya / LORA)} == {
+        "alpha",
+        "lora_down",
+        "lora_up",
+    }
     with safe_open(kohya / LORA, "pt") as file:
-        assert {key.split(".")[1] for key in file.keys()} == {  # noqa: SIM118
-            "alpha",
-            "lora_down",
-            "lora_up",
-        }
         assert file.metadata()["ss_num_train_images"] == "6"
     log = (kohya / "train.log").read_text()
     assert log.endswith("ended with 0\n")
     assert "steps: 100%" in log
     assert "warning: " not in log.replace(OVERWRITTEN, "")
     for trait in ("content", "style"):
-        with safe_open(home / f"my_project_{trait}.safetensors", "pt") as file:
-            assert len({key.split(".")[0] for key in file.keys()}) == 80  # noqa: SIM118
+        kept = load_file(home / f"my_project_{trait}.safetensors")
+        assert len({key.split(".")[0] for key in kept}) == 80
 
 
 # The short test has left a LoRA of the name.
@@ -154,7 +146,7 @@ def test_every_line_that_starts_the_launcher_has_options_of_sd_scripts():
     launching = [line for line in LINES if "./sdxl_" in line]
     assert len(launching) == 3
     for line in launching:
-        check_launcher(shlex.split(line.partition(" 2>&1")[0]))
+        check_launcher(line.partition(" 2>&1")[0])
 
 
 def test_a_person_types_no_placeholder_but_the_named_ones():

@@ -2,68 +2,84 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from typing import NamedTuple
 
 import pytest
 from kohya_folder import ROOT, Bash, Bat, make_kohya
-from readme_commands import check_setting
-from windows_lines import PAGES, Block, blocks, powershell
+from readme_commands import PAGES, blocks, check_setting
 
 pytestmark = pytest.mark.shell
-BLOCKS = [block for page in PAGES for block in blocks(page)]
-# Those that install the bundle are run by test_readme.py.
-IN_KOHYA = [block for block in BLOCKS if "<kohya folder>" not in "".join(block.lines)]
+FOR_CMD = re.compile(r'set "|sdxl_\w+\.bat\b|x?copy |mkdir _in\\')
+
+
+class Block(NamedTuple):
+    """A block for cmd, line by line as it is typed."""
+
+    page: str
+    lines: list[str]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What its set "NAME=value" lines say."""
+        return dict(re.findall(r'^set "(\w+)=([^"]*)"$', "\n".join(self.lines), re.MULTILINE))
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' & '.join(self.lines)}"
+
+
+# Every line of them is one for cmd. Those that install the bundle are run by test_readme.py.
+IN_KOHYA = [
+    Block(page, [line.strip() for line in text.splitlines() if line.strip()])
+    for page in PAGES
+    for _, text in blocks(page)
+    if re.fullmatch(rf"(\s*({FOR_CMD.pattern}).*\n)+\s*", text) and "<kohya folder>" not in text
+]
 LAUNCHING = [block for block in IN_KOHYA if block.lines[-1].startswith("sdxl_")]
 # Those that launch are run beside their twins, which Windows does not have.
 ALONE = [block for block in IN_KOHYA if block not in LAUNCHING or sys.platform == "win32"]
 
 
-@pytest.fixture
-def bat(cmd) -> Bat:
-    return Bat(cmd)
-
-
-def typed(block: Block) -> str:
+def typed(block: Block) -> bytes:
     """A .bat with the block's lines, which ends with the first that fails."""
     lines = ["@echo off"]
     for line in block.lines:
         lines += [f"call {line}" if line.startswith("sdxl_") else line, "if errorlevel 1 exit /b 1"]
-    return "".join(f"{line}\r\n" for line in lines)
+    return "".join(f"{line}\r\n" for line in lines).encode()
 
 
 @pytest.mark.parametrize("block", ALONE, ids=str)
-def test_a_block_for_cmd_runs_to_its_end_in_a_kohya_folder(bat, tmp_path, block):
-    kohya = make_kohya(tmp_path / "kohya")
+def test_a_block_for_cmd_runs_to_its_end_in_a_kohya_folder(cmd, tmp_path, block):
+    kohya, bat = make_kohya(tmp_path / "kohya"), Bat(cmd)
     (kohya / "presets/lora/user_presets").mkdir(parents=True)  # as a kohya_ss folder has it
     bat.make_venv(kohya / "venv")
     page = kohya / "page.bat"
-    page.write_bytes(typed(block).encode())
+    page.write_bytes(typed(block))
     done, _ = bat.run(page, [], kohya, tmp_path / "log", {})
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the .sh launchers are for Linux")
 @pytest.mark.parametrize("block", LAUNCHING, ids=str)
-def test_a_launcher_gets_in_cmd_what_its_twin_gets_in_bash(bat, tmp_path, block):
-    if sys.platform == "win32":
-        pytest.skip("the .sh launchers are for Linux")
+def test_a_launcher_gets_in_cmd_what_its_twin_gets_in_bash(cmd, tmp_path, block):
     launcher, *options = shlex.split(block.lines[-1])
-    told = {}
-    for shell in (bat, Bash()):
+    told = []
+    for shell in (Bat(cmd), Bash()):
         kohya = make_kohya(tmp_path / f"kohya{shell.suffix}")
         shell.make_venv(kohya / "venv")
         program, env, args = kohya / "page.bat", {}, []
-        if shell is bat:
-            program.write_bytes(typed(block).encode())
+        if shell.suffix == ".bat":
+            program.write_bytes(typed(block))
         else:
             program, env, args = kohya / launcher.replace(".bat", ".sh"), block.settings, options
-        log = tmp_path / f"log{shell.suffix}"
-        done, calls = shell.run(program, args, kohya, log, env)
+        done, calls = shell.run(program, args, kohya, tmp_path / f"log{shell.suffix}", env)
         assert (done.returncode, done.stderr) == (0, "")
         given = [{name: call.env.get(name) for name in block.settings} for call in calls]
-        told[shell.suffix] = done.stdout, [call.argv[1:] for call in calls], given
-    assert told[".bat"] == told[".sh"]
-    printed, [preflight, *training], given = told[".bat"]
+        told.append((done.stdout, [call.argv[1:] for call in calls], given))
+    assert told[0] == told[1]
+    printed, [preflight, *training], given = told[0]
     assert given == [block.settings] * (1 + len(training))
     assert preflight[0] == "blora_preflight.py"
     assert preflight[len(preflight) - len(options) :] == options
@@ -80,15 +96,21 @@ def test_a_block_sets_what_launchers_know(block):
         check_setting(f"{name}={value}")
 
 
+def powershell(page: str) -> dict[str, str]:
+    """The settings of all PowerShell lines of a page, in blocks and in sentences."""
+    return dict(re.findall(r'\$env:(\w+) *= *"([^"]*)"', PAGES[page]))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_powershell_sets_known_settings_and_starts_launchers_that_are_there(page):
     """Read only: PowerShell is not run."""
-    settings, launchers = powershell(page)
-    for name, value in settings.items():
+    # Whatever else begins so is no PowerShell that anybody could type.
+    assert PAGES[page].count("$env:") == len(re.findall(r'\$env:\w+ *= *"[^"]*"', PAGES[page]))
+    for name, value in powershell(page).items():
         check_setting(f"{name}={value}")
-    assert all((ROOT / name).is_file() for name in launchers)
+    assert all((ROOT / name).is_file() for name in re.findall(r"\.\\(\w+\.bat)", PAGES[page]))
 
 
 def test_the_pages_have_such_lines():
-    assert {block.page for block in LAUNCHING} >= {"README.md", "recipes.md"}
-    assert powershell("recipes.md")[0] == {"BLORA_RANK": "64"}
+    assert {block.page for block in LAUNCHING} >= {"README", "recipes"}
+    assert powershell("recipes") == {"BLORA_RANK": "64"}

@@ -1,11 +1,13 @@
-"""What makes a command in the README or on a page of docs/ one that works."""
+"""The code blocks of README and docs/, and what makes a command in them one that works."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from itertools import takewhile
 
+from accelerate.commands.launch import launch_command_parser
 from kohya_folder import ROOT
 from sdxl_train_network_options import build_parser as sd_scripts_parser
 
@@ -14,15 +16,32 @@ import blora_slicer
 from blora.preflight.processes import processes
 from blora.sdxl import load_traits
 
+PAGES = {
+    path.stem: path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 # Those of sd-scripts' networks/resize_lora.py that the recipe speaks of; test_real_tools.py
 # runs its command on the real one.
-RESIZE = ("--model", "--save_to", "--new_rank", "--save_precision")
-RESIZE += ("--dynamic_method", "--device", "--verbose")
+RESIZE = argparse.ArgumentParser()
+for option in "model save_to new_rank save_precision dynamic_method device".split():
+    RESIZE.add_argument(f"--{option}")
+RESIZE.add_argument("--verbose", action="store_true")
 # fast has every setting of classic, and one more; pre-flight reads two by itself.
 SETTINGS = {
     *re.findall(r"^(BLORA_\w+)=", (ROOT / "sdxl_blora_fast.sh").read_text(), re.MULTILINE),
     *re.findall(r'setting\("(BLORA_\w+)"', (ROOT / "blora_preflight.py").read_text()),
 }
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """A page's code blocks without their indent: the language, and the text."""
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    return [(of, re.sub(f"^{indent}", "", text, flags=re.M)) for indent, of, text in found]
+
+
+def blocks_of(page: str, language: str) -> list[str]:
+    """Those of a language; "" has what is typed and what is printed."""
+    return [text for of, text in blocks(page) if of == language]
 
 
 def check_setting(word: str) -> None:
@@ -33,46 +52,36 @@ def check_setting(word: str) -> None:
         assert processes(value.split(), "script.py").lacks_multi_gpu is False
 
 
-def check_launcher(command: list[str]) -> None:
+def check_launcher(line: str) -> None:
     """Known settings, a launcher that is there, and options that sd-scripts takes."""
+    command = shlex.split(line)
     settings = list(takewhile(re.compile(r"[A-Z_]+=").match, command))
     launcher, *options = command[len(settings) :]
     for setting in settings:
         check_setting(setting)
     assert (ROOT / launcher).is_file()
     sd_scripts_parser().parse_args(options)
-    for preset in re.findall(r"lycoris_presets/\w+\.toml", " ".join(command)):
+    for preset in re.findall(r"lycoris_presets/\w+\.toml", line):
         assert (ROOT / preset).is_file()
 
 
-def check_cmd(words: list[str]) -> None:
-    """A line for cmd.exe: a launcher, or a known setting."""
-    if words[0] == "set":
-        check_setting(words[1])
-    else:
-        check_launcher(words)
-
-
-def check_slicer(command: list[str]) -> None:
+def check_slicer(line: str) -> None:
     """Options that the slicer takes, and traits that it has."""
-    args = blora_slicer.build_parser().parse_args(command[2:])
+    args = blora_slicer.build_parser().parse_args(shlex.split(line)[2:])
     known = load_traits(args.traits_file)
     assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
 
 
-def resize_parser() -> argparse.ArgumentParser:
-    """The command line of the resize tool."""
-    parser = argparse.ArgumentParser()
-    for option in RESIZE:
-        parser.add_argument(option, **({"action": "store_true"} if option == "--verbose" else {}))
-    return parser
-
-
-def check_resize(command: list[str]) -> None:
+def check_resize(line: str) -> None:
     """Options that the resize tool takes."""
-    assert resize_parser().parse_args(command[2:]).save_precision == "fp16"
+    assert RESIZE.parse_args(shlex.split(line)[2:]).save_precision == "fp16"
 
 
-def check_preflight(command: list[str]) -> None:
-    """A command line that pre-flight takes."""
+def check_preflight(line: str) -> None:
+    """A command line that pre-flight, accelerate if it is named, and sd-scripts take."""
+    command = shlex.split(line)
     assert blora_preflight.build_parser().parse_args(command[2:]).options
+    script = next(i for i, word in enumerate(command) if word.endswith("sdxl_train_network.py"))
+    sd_scripts_parser().parse_args(command[script + 1 :])
+    if command[2:4] == ["accelerate", "launch"]:
+        launch_command_parser().parse_args(command[4:])
