@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -92,13 +93,6 @@ def table(found: dict[str, Outcomes]) -> str:
 # ---- Processes ---------------------------------------------------------------------------------
 
 
-def read_here(name: str, folder: Path | None, slices: Path) -> None:
-    """Print a program's outcomes as JSON, and nothing of what the program prints."""
-    with contextlib.redirect_stdout(sys.stderr):
-        found = read_slices(name, folder, slices, list(ROWS))
-    print(json.dumps(found))
-
-
 def read_apart(name: str, folder: Path | None, slices: Path) -> Outcomes:
     """A program's outcomes, from a process of its own: the programs' modules share names."""
     place = [f"--{name}", str(folder)] if folder else []
@@ -110,26 +104,24 @@ def read_apart(name: str, folder: Path | None, slices: Path) -> Outcomes:
     )
     if done.returncode:
         raise RuntimeError(f"{name} does not run: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def complain(name: str, found: Outcomes) -> None:
-    """Say why files of a row were refused, once."""
-    for title, outcomes in found.items():
-        reasons = {o for o in outcomes if isinstance(o, str)} - {"nothing"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    for title, outcomes in found.items():  # why files of a row were refused, once
+        reasons = sorted({o for o in outcomes if isinstance(o, str)} - {"nothing"})
         if reasons:
-            line = " ".join(sorted(reasons)[0].split())
-            print(f"{name}: {title}: {line[:200]}", file=sys.stderr)
+            print(f"{name}: {title}: {' '.join(reasons[0].split())[:200]}", file=sys.stderr)
+    return found
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Path | None]:
     """The programs to run, and where each is; None is a package that this Python has."""
-    folders = {name: getattr(args, name, None) for name in READERS}
-    for name, packages in INSTALLED.items():
-        modules = [package.split("_")[0] for package in packages]  # lycoris_lora is lycoris
-        if not folders[name] and not all(map(importlib.util.find_spec, modules)):
-            del folders[name]
-    return {name: folder for name, folder in folders.items() if folder or name in INSTALLED}
+    found = {}
+    for name in READERS:
+        folder = getattr(args, name, None)
+        # lycoris_lora is lycoris
+        modules = [package.split("_")[0] for package in INSTALLED.get(name, ())]
+        if folder or (modules and all(map(importlib.util.find_spec, modules))):
+            found[name] = folder
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,25 +138,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """The exit code: 1 where a program does not run."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args()
     if args.one:
-        read_here(args.one, getattr(args, args.one, None), args.slices)
+        with contextlib.redirect_stdout(sys.stderr):  # whatever the program prints
+            found = read_slices(args.one, getattr(args, args.one, None), args.slices, list(ROWS))
+        print(json.dumps(found))
         return 0
     found, versions, failed = {}, [f"torch {torch.__version__}"], False
     with tempfile.TemporaryDirectory() as folder:
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.redirect_stdout(io.StringIO()):
             write_slices(Path(folder), list(ROWS))
         for name, checkout in chosen(args).items():
             try:
                 found[name] = read_apart(name, checkout, Path(folder))
+                versions.append(version(name, checkout))
             except RuntimeError as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed = True
-                continue
-            complain(name, found[name])
-            versions.append(version(name, checkout))
     print(f"{'; '.join(versions)}.\n\n{table(found)}")
     return int(failed)
 

@@ -15,11 +15,7 @@ from consumers import build_parser, cell, chosen, read_slices, table
 from kohya_folder import ROOT
 
 PAGE = (ROOT / "docs/what_loads_where.md").read_text(encoding="utf-8")
-[PRINTED] = re.findall(
-    r"^<!-- printed by tests/consumers.py -->\n(.+?)\n<!-- end of what [^\n]+ -->$",
-    PAGE.replace("\r\n", "\n"),
-    re.MULTILINE | re.DOTALL,
-)
+PRINTED = PAGE.split("<!-- printed by tests/consumers.py -->\n")[1].split("\n<!-- end of what ")[0]
 VERSIONS, _, TABLE = PRINTED.partition("\n\n")
 HEADER, _, *LINES = [line.strip("| ").split(" | ") for line in TABLE.splitlines()]
 # Rows that differ from one another in some program that is installed here.
@@ -79,18 +75,11 @@ def test_only_what_is_given_or_installed_is_run():
     assert chosen(args) == {"forge": Path("a"), "lycoris": None, "diffusers": None}
 
 
-@pytest.fixture(scope="module")
-def slices(tmp_path_factory) -> Path:
-    """A folder with the slices of the rows that are run here."""
-    folder = tmp_path_factory.mktemp("slices")
-    write_slices(folder, ROWS_RUN)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSTALLED)
-def test_an_installed_program_does_what_the_page_says(slices, name):
+def test_an_installed_program_does_what_the_page_says(tmp_path, name):
+    write_slices(tmp_path, ROWS_RUN)
     column = HEADER.index(READERS[name].title)
     told = {line[0]: line[column] for line in LINES if line[0] in ROWS_RUN}
-    found = read_slices(name, None, slices, ROWS_RUN)
+    found = read_slices(name, None, tmp_path, ROWS_RUN)
     assert {row: cell(outcomes) for row, outcomes in found.items()} == told

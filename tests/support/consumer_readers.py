@@ -46,7 +46,7 @@ DIFFUSERS = {
 
 
 def definition(path: Path, name: str, **names: Any) -> Any:
-    """A function or class of a file that cannot be imported alone; `names` is what it uses.
+    """A function or class of a file that cannot be imported alone; `names` are what it uses.
 
     Running a program's code is what this script is for; its folder is the caller's choice.
     """
@@ -120,37 +120,26 @@ def acting_weights(models: dict[str, nn.Module], names: Iterable[str], diffusers
     return found
 
 
-def checkout_version(folder: Path, file: str = "", pattern: str = "") -> str:
-    """What a checkout says of itself: its version file, and the commit with its date."""
-    git = ["git", "-C", str(folder), "log", "-1", "--format=%h, %cs"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    found = re.search(pattern, (folder / file).read_text()) if file else None
-    return f"{found[1]} ({commit})" if found else f"({commit})"
-
-
 # ---- ComfyUI and what comes of it ------------------------------------------------------------
 
 
-class SgmModel(nn.Module):
+def sgm_model() -> nn.Module:
     """What the loaders ask of a U-Net: its keys, and the configuration that tells SDXL."""
+    model = nn.Module()
+    model.diffusion_model = tree("unet")
+    model.diffusion_model.config = UNET_CONFIG
+    model.model_config = SimpleNamespace(unet_config=UNET_CONFIG)
+    model.config = SimpleNamespace(huggingface_repo="stabilityai/stable-diffusion-xl-base-1.0")
+    return model
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.diffusion_model = tree("unet")
-        self.diffusion_model.config = UNET_CONFIG
-        self.model_config = SimpleNamespace(unet_config=UNET_CONFIG)
-        self.config = SimpleNamespace(huggingface_repo="stabilityai/stable-diffusion-xl-base-1.0")
 
-
-class TextModel(nn.Module):
+def text_model() -> nn.Module:
     """Both text encoders, under the names that checkpoints are read into."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, part in (("clip_l", "te1"), ("clip_g", "te2")):
-            encoder = nn.Module()
-            encoder.transformer = tree(part)
-            self.add_module(name, encoder)
+    model = nn.Module()
+    for name, part in (("clip_l", "te1"), ("clip_g", "te2")):
+        model.add_module(name, nn.Module())
+        getattr(model, name).transformer = tree(part)
+    return model
 
 
 class Clip:
@@ -159,13 +148,10 @@ class Clip:
     def __init__(self, patcher: Any) -> None:
         self.patcher, self.cond_stage_model = patcher, patcher.model
 
-    def clone(self) -> Clip:
-        """The same encoders, with patches of their own."""
-        return Clip(self.patcher.clone())
+        self.add_patches = patcher.add_patches
 
-    def add_patches(self, *args: Any, **options: Any) -> Any:
-        """As the patcher adds them."""
-        return self.patcher.add_patches(*args, **options)
+    def clone(self) -> Clip:
+        return Clip(self.patcher.clone())
 
 
 class ComfyReader:
@@ -187,26 +173,26 @@ class ComfyReader:
         self.apply = definition(folder / "comfy/sd.py", "load_lora_for_models", comfy=comfy)
 
     def patchers(self) -> tuple[Any, Any]:
-        """A U-Net and its text encoders, untouched."""
         cpu = torch.device("cpu")
-        unet, text = (self.patcher(m, cpu, cpu) for m in (SgmModel(), TextModel()))
+        unet, text = (self.patcher(m, cpu, cpu) for m in (sgm_model(), text_model()))
         return unet, Clip(text)
 
     def patched(self, patcher: Any) -> nn.Module:
-        """The model with its patches merged."""
         return patcher.patch_model()
 
     def load(self, path: Path, row: Row) -> Weights:
-        """The weights under a file."""
         unet, clip = self.apply(*self.patchers(), load_file(path), 1.0, 1.0)
         return self.weights(unet, clip, row)
 
     def weights(self, unet: Any, clip: Any, row: Row) -> Weights:
-        """The merged weights of the row's layers."""
         text = self.patched(clip.patcher)
         models = {"unet": self.patched(unet).diffusion_model}
         models |= {"te1": text.clip_l.transformer, "te2": text.clip_g.transformer}
         return {n: models[PATHS[n][0]].get_submodule(PATHS[n][1]).weight for n in row.names}
+
+
+LOADER = "ldm_patched/modules/sd.py"
+KEYS = ("model_lora_keys_unet", "model_lora_keys_clip")
 
 
 class ReforgeReader(ComfyReader):
@@ -231,19 +217,17 @@ class ReforgeReader(ComfyReader):
         import ldm_patched.modules.lora_convert
 
         names = {"ldm_patched": ldm_patched, "logging": logging}
-        file = folder / "ldm_patched/modules/sd.py"
-        self.apply = definition(file, "load_lora_for_models", **names)
+        self.apply = definition(folder / LOADER, "load_lora_for_models", **names)
 
 
 class ForgeClassicReader(ReforgeReader):
-    """Forge Classic, which carries an older ldm_patched."""
+    """Forge Classic, which carries an older ldm_patched, without lora_convert."""
 
     title = "Forge Classic"
     version = ()
 
     def prepare(self, folder: Path, ldm_patched: Any) -> None:
-        """Take load_lora_for_models from a file that imports every model."""
-        file = folder / "ldm_patched/modules/sd.py"
+        file = folder / LOADER
         self.apply = definition(file, "load_lora_for_models", ldm_patched=ldm_patched)
 
 
@@ -255,19 +239,16 @@ class FooocusReader(ReforgeReader):
 
     def prepare(self, folder: Path, ldm_patched: Any) -> None:
         """Take what modules/core.py and modules/patch.py define: both start much else."""
-        from ldm_patched.modules.lora import model_lora_keys_clip, model_lora_keys_unet
+        from ldm_patched.modules import lora
         from modules.lora import match_lora
 
         names = {"torch": torch, "ldm_patched": ldm_patched}
         calculate = definition(folder / "modules/patch.py", "calculate_weight_patched", **names)
         self.patcher.calculate_weight = calculate
-        names |= {"os": os, "match_lora": match_lora}
-        names |= {"model_lora_keys_unet": model_lora_keys_unet}
-        names |= {"model_lora_keys_clip": model_lora_keys_clip}
+        names |= {"os": os, "match_lora": match_lora} | {of: getattr(lora, of) for of in KEYS}
         self.model = definition(folder / "modules/core.py", "StableDiffusionModel", **names)
 
     def load(self, path: Path, row: Row) -> Weights:
-        """The weights under a file."""
         unet, clip = self.patchers()
         model = self.model(unet=unet, clip=clip)
         model.refresh_loras([(str(path), 1.0)])
@@ -282,18 +263,16 @@ class ForgeReader(ComfyReader):
 
     def __init__(self, folder: Path) -> None:
         sys.argv = [sys.argv[0], "--always-cpu"]  # which it reads when it is imported
+        from backend.patcher import lora
         from backend.patcher.base import ModelPatcher
-        from backend.patcher.lora import load_lora, model_lora_keys_clip, model_lora_keys_unet
 
         self.patcher = ModelPatcher
-        names = {"load_lora": load_lora, "model_lora_keys_clip": model_lora_keys_clip}
-        names |= {"model_lora_keys_unet": model_lora_keys_unet}
         # which also reads the folder of LoRAs when it is imported
         file = folder / "extensions-builtin/sd_forge_lora/networks.py"
+        names = {name: getattr(lora, name) for name in ("load_lora", *KEYS)}
         self.apply = definition(file, "load_lora_for_models", **names)
 
     def patched(self, patcher: Any) -> nn.Module:
-        """The model with its patches merged."""
         patcher.refresh_loras()
         return patcher.model
 
@@ -316,11 +295,9 @@ class LycorisReader:
         self.create = create_network_from_weights
 
     def models(self) -> dict[str, nn.Module]:
-        """The untouched models."""
         return {part: tree(part) for part in ("unet", "te1", "te2")}
 
     def load(self, path: Path, row: Row) -> Weights:
-        """The weights under a file."""
         models = self.models()
         unet, encoders = models["unet"], [models["te1"], models["te2"]]
         network, _ = self.create(1.0, str(path), None, encoders, unet, None, False)
@@ -377,7 +354,6 @@ class OneTrainerReader:
         self.wrapper, self.config, self.peft = LoRAModuleWrapper, TrainConfig, PeftType
 
     def settings(self, row: Row) -> Any:
-        """The training's settings that fit the row's file."""
         axes, config = row.form.axes, self.config.default_values()
         kinds = {"hada_w1_a": self.peft.LOHA, "oft_blocks": self.peft.OFT_2}
         kinds |= dict.fromkeys(("lokr_w1", "lokr_w1_a"), self.peft.LOKR)
@@ -393,7 +369,6 @@ class OneTrainerReader:
         return config
 
     def load(self, path: Path, row: Row) -> Weights:
-        """The weights under a file."""
         model, config = self.model(), self.settings(row)
         parts = {"unet": "unet", "te1": "text_encoder_1", "te2": "text_encoder_2"}
         models = {part: tree(part, diffusers=part == "unet") for part in parts}
@@ -425,7 +400,6 @@ class DiffusersReader:
             set_weight(submodule(self.models[part], path, part == "unet"), name)
 
     def load(self, path: Path, row: Row) -> Weights:
-        """The weights under a file."""
         self.pipeline.unload_lora_weights()
         self.pipeline.load_lora_weights(str(path))
         return acting_weights(self.models, row.names, diffusers=True)
@@ -447,10 +421,14 @@ INSTALLED = {"lycoris": ("lycoris_lora",), "diffusers": ("diffusers", "peft")}
 
 
 def version(name: str, folder: Path | None) -> str:
-    """What was run: the program with its version, or its commit and date."""
+    """What was run: the program with its version, and of a checkout its commit and date."""
     reader = READERS[name]
-    if folder:
-        return f"{reader.title} {checkout_version(folder, *reader.version)}"
-    numbers = [importlib.metadata.version(package) for package in INSTALLED[name]]
-    others = zip(INSTALLED[name][1:], numbers[1:], strict=True)
-    return " with ".join([f"{reader.title} {numbers[0]}", *(" ".join(pair) for pair in others)])
+    if folder is None:
+        first, *others = (f"{of} {importlib.metadata.version(of)}" for of in INSTALLED[name])
+        return " with ".join([f"{reader.title} {first.split()[1]}", *others])
+    git = ["git", "-C", str(folder), "log", "-1", "--format=(%h, %cs)"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    if not reader.version:
+        return f"{reader.title} {commit}"
+    file, pattern = reader.version
+    return f"{reader.title} {re.search(pattern, (folder / file).read_text())[1]} {commit}"

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
-from lora_algebra import Module, final_weight, weight_change
+from lora_algebra import Module, weight_at, weight_change
 from lora_files import SDXL, weight_shape
 from lora_forms import FORMS, REFUSED, Form, base_weight, make_module, write_modules
 from safetensors.torch import save_file
@@ -42,16 +42,11 @@ PATHS = {
     f"lora_{part}_{path.replace('.', '_')}": (part, path)
     for part, path in (*ATTENTION, *CONVOLUTIONS, *NORM, *TEXT)
 }
-# Where an SDXL checkpoint has a layer of the U-Net.
-IN_CHECKPOINT = "model.diffusion_model"
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A line of the table: a form on some layers, and the strengths at which it is cut.
-
-    At a strength that needs the base model, `base_model` is given to the slicer.
-    """
+    """A line of the table: a form on some layers, and the strengths at which it is cut."""
 
     form: Form
     layers: Layers
@@ -61,7 +56,6 @@ class Row:
 
     @property
     def names(self) -> list[str]:
-        """The modules' names."""
         return [name for name, layer in PATHS.items() if layer in self.layers]
 
 
@@ -134,34 +128,18 @@ def source_modules(row: Row) -> dict[str, Module]:
     return made
 
 
-@lru_cache(maxsize=1)
-def trained_weights(row: Row) -> dict[str, Tensor]:
-    """The weight of each layer as the row's LoRA was trained, in float64."""
-    return {name: final_weight(m, base(name)) for name, m in source_modules(row).items()}
-
-
 def wanted_weights(row: Row, strength: float) -> dict[str, Tensor]:
     """The weight of each layer under the row's LoRA at this strength, in float64."""
-    return {
-        name: torch.lerp(base(name).double(), trained, strength)
-        for name, trained in trained_weights(row).items()
-    }
-
-
-def write_base_model(path: Path) -> Path:
-    """The attention layers' weights, under the keys that an SDXL checkpoint has them."""
-    weights = {
-        f"{IN_CHECKPOINT}.{path}.weight": base(name)
-        for name, (_, path) in PATHS.items()
-        if PATHS[name] in ATTENTION
-    }
-    save_file(weights, path)
-    return path
+    return {n: weight_at(module, base(n), strength) for n, module in source_modules(row).items()}
 
 
 def write_slices(folder: Path, titles: list[str]) -> None:
     """Make the LoRA of each of these rows and cut all of it at each strength, with blora_slicer."""
-    checkpoint = write_base_model(folder / "base.safetensors")
+    checkpoint = folder / "base.safetensors"
+    attention = {name: path for name, (_, path) in PATHS.items() if PATHS[name] in ATTENTION}
+    # As an SDXL checkpoint has the layers of the U-Net.
+    keys = {f"model.diffusion_model.{path}.weight": base(n) for n, path in attention.items()}
+    save_file(keys, checkpoint)
     traits = ("--traits", "all", "--traits_file", all_traits(folder))
     for title, strength in cuts(titles):
         row = ROWS[title]
