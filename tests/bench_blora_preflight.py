@@ -83,14 +83,12 @@ def seconds(command: list[str], folder: Path) -> tuple[float, float]:
     return end - start, worked
 
 
-def main() -> int:
+def main() -> None:
     """Measure, and print one Markdown table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--runs", type=int, default=9, help="measured rounds (default: %(default)s)"
-    )
+    parser.add_argument("--runs", type=int, default=9, help="rounds (default: %(default)s)")
     parser.add_argument("--kohya", type=Path, help="a folder with sd-scripts, to rehearse there")
     args, more = parser.parse_known_args()
     timed = programs(args.kohya, more)
@@ -105,14 +103,13 @@ def main() -> int:
         program: [statistics.median(kind) for kind in zip(*found[1:], strict=True)]
         for program, found in times.items()
     }
+    torch_wall, torch_work = medians["import torch"]
     print("| | seconds | of `import torch` | work | of `import torch` |")
     print("| --- | --- | --- | --- | --- |")
     for program, (wall, work) in medians.items():
-        torch_wall, torch_work = medians["import torch"]
-        shares = f"{wall / torch_wall:.2f}", f"{work / (torch_work or 1):.2f}"
-        print(f"| {program} | {wall:.2f} | {shares[0]} | {work:.2f} | {shares[1]} |")
-    return 0
+        shares = wall / torch_wall, work / (torch_work or 1)
+        print(f"| {program} | {wall:.2f} | {shares[0]:.2f} | {work:.2f} | {shares[1]:.2f} |")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,13 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-SLICER = Path(__file__).resolve().parent.parent / "blora_slicer.py"
-RANKS = (64, 1024)
-STRENGTHS = (1.0, 0.5)
+TESTS = Path(__file__).resolve().parent
+RANKS, STRENGTHS = (64, 1024), (1.0, 0.5)
 # Linux counts in KiB, macOS in bytes.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 MIB = 1 << 20
@@ -36,42 +34,29 @@ MIB = 1 << 20
 # the child's. So all that needs torch, and all that is measured, is a script of its own.
 
 # MAKE RANK FILE: both blocks of a B-LoRA, as kohya's train_network.py saves them.
-MAKE = """
+MAKE = f"""
 import json, sys
-import torch
-from safetensors.torch import save_file
+sys.path[:0] = [{str(TESTS / "support")!r}, {str(TESTS.parent)!r}]
+from lora_files import lora_module, write
+from preset_modules import CONTENT, STYLE, block_modules
 
-rank, path = int(sys.argv[1]), sys.argv[2]
-torch.manual_seed(rank)
-half = {"dtype": torch.float16}
-tensors = {}
-for block in (0, 1):
-    for layer in range(10):
-        for attention in (1, 2):
-            for projection in ("q", "k", "v", "out_0"):
-                name = (
-                    f"lora_unet_output_blocks_{block}_1_transformer_blocks_{layer}"
-                    f"_attn{attention}_to_{projection}"
-                )
-                inputs = 2048 if attention == 2 and projection in "kv" else 1280
-                tensors[f"{name}.lora_down.weight"] = torch.randn(rank, inputs).to(**half)
-                tensors[f"{name}.lora_up.weight"] = torch.randn(1280, rank).to(**half)
-                tensors[f"{name}.alpha"] = torch.tensor(float(rank), **half)
-words = {f"tag {number}": number for number in range(200)}
-metadata = {f"ss_setting_{number}": "None" for number in range(60)} | {
+rank, tensors = int(sys.argv[1]), {{}}
+for name in block_modules(CONTENT) | block_modules(STYLE):
+    tensors |= lora_module(name, rank, float(rank))
+metadata = {{f"ss_setting_{{number}}": "None" for number in range(60)}} | {{
     "ss_base_model_version": "sdxl_base_v1-0",
     "ss_network_module": "networks.lora",
     "ss_network_dim": str(rank),
     "ss_network_alpha": str(float(rank)),
     "ss_output_name": "bench",
-    "ss_tag_frequency": json.dumps({"1_images": words}),
-    "ss_bucket_info": json.dumps({"buckets": {str(n): {"count": n} for n in range(40)}}),
+    "ss_tag_frequency": json.dumps({{"1_images": {{f"tag {{n}}": n for n in range(200)}}}}),
+    "ss_bucket_info": json.dumps({{"buckets": {{str(n): {{"count": n}} for n in range(40)}}}}),
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.title": "bench",
     "sshs_model_hash": "0" * 64,
     "sshs_legacy_hash": "0" * 8,
-}
-save_file(tensors, path, metadata)
+}}
+write(sys.argv[2], tensors, metadata)
 """
 
 # USUAL STRENGTH FILE OUTPUT: what scripts that cut LoRAs do.
@@ -108,8 +93,7 @@ sys.exit(a.keys() != b.keys() or not all(a[key].equal(b[key]) for key in a))
 """
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What one slice should reach."""
 
     faster: float  # times faster than the usual way, at least
@@ -125,8 +109,7 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What one process took."""
 
     seconds: float
@@ -158,19 +141,26 @@ def python(code: str, *args: object) -> list[object]:
 
 def commands(lora: Path, strength: float, folder: Path) -> dict[str, list[object]]:
     """The ways to be compared, by name; each writes the file of its name."""
-    ours = [sys.executable, SLICER, "--loras", lora, "--traits", "content"]
-    if strength != 1:
-        ours += ["--alphas", strength]
-    ours += ["--output_path", folder / "ours.safetensors"]
+    slicer = [sys.executable, TESTS.parent / "blora_slicer.py", "--loras", lora]
+    cut = ["--traits", "content", *(["--alphas", strength] if strength != 1 else [])]
     return {
-        "ours": ours,
+        "ours": [*slicer, *cut, "--output_path", folder / "ours.safetensors"],
         "usual": python(USUAL, strength, lora, folder / "usual.safetensors"),
         "copy": python(COPY, folder / "slice.safetensors", folder / "copy.safetensors"),
     }
 
 
-def take_turns(ways: dict[str, list[object]], folder: Path, runs: int) -> dict[str, Run]:
-    """The median time and the highest peak of each way, after one round to warm the caches."""
+def compare(lora: Path, strength: float, folder: Path, runs: int) -> dict[str, Run]:
+    """The median time and the highest peak of each way, after one round to warm the caches.
+
+    Ours and the usual one must give the same tensors.
+    """
+    ways = commands(lora, strength, folder)
+    measure(ways["ours"])
+    (folder / "ours.safetensors").replace(folder / "slice.safetensors")
+    measure(ways["usual"])
+    measure(python(SAME, folder / "slice.safetensors", folder / "usual.safetensors"))
+    (folder / "usual.safetensors").unlink()
     found: dict[str, list[Run]] = {way: [] for way in ways}
     for _ in range(runs + 1):
         for way, command in ways.items():
@@ -181,17 +171,6 @@ def take_turns(ways: dict[str, list[object]], folder: Path, runs: int) -> dict[s
         way: Run(statistics.median(run.seconds for run in all_[1:]), max(run.peak for run in all_))
         for way, all_ in found.items()
     }
-
-
-def compare(lora: Path, strength: float, folder: Path, runs: int) -> dict[str, Run]:
-    """Measure all ways on one file; ours and the usual one must give the same tensors."""
-    ways = commands(lora, strength, folder)
-    measure(ways["ours"])
-    (folder / "ours.safetensors").replace(folder / "slice.safetensors")
-    measure(ways["usual"])
-    measure(python(SAME, folder / "slice.safetensors", folder / "usual.safetensors"))
-    (folder / "usual.safetensors").unlink()
-    return take_turns(ways, folder, runs)
 
 
 def row(rank: int, strength: float, found: dict[str, Run]) -> tuple[list[str], bool]:
@@ -212,24 +191,15 @@ def row(rank: int, strength: float, found: dict[str, Run]) -> tuple[list[str], b
     return cells, reached
 
 
-def machine() -> str:
-    """What was measured on, in words."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors")]
-    return (
-        f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, "
-        f"Python {platform.python_version()}, {', '.join(versions)}"
-    )
-
-
-def bench(folder: Path, runs: int, show: Callable[[str], None]) -> bool:
+def bench(folder: Path, runs: int) -> bool:
     """Measure everything, a line of the table at a time; True when all targets are reached."""
-    head = [
-        "rank", "strength", "faster than the usual way", "time of a plain copy",
-        "peak memory", "the usual way's", "",
-    ]  # fmt: skip
-    show(f"Content of a B-LoRA of two blocks, fp16; medians of {runs} runs on {machine()}.\n")
-    show(f"| {' | '.join(head)} |")
-    show(f"|{'---|' * len(head)}")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors")]
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}"
+    on = f"{machine}, Python {platform.python_version()}, {', '.join(versions)}"
+    print(f"Content of a B-LoRA of two blocks, fp16; medians of {runs} runs on {on}.\n")
+    head = ["rank", "strength", "faster than the usual way", "time of a plain copy"]
+    head += ["peak memory", "the usual way's", ""]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     results = []
     for rank in RANKS:
         lora = folder / f"rank{rank}.safetensors"
@@ -237,7 +207,7 @@ def bench(folder: Path, runs: int, show: Callable[[str], None]) -> bool:
         for strength in STRENGTHS:
             found = compare(lora, strength, folder, runs)
             cells, reached = row(rank, strength, found)
-            show(f"| {' | '.join(cells)} |")
+            print(f"| {' | '.join(cells)} |", flush=True)
             seconds = ", ".join(f"{way} {run.seconds:.3f} s" for way, run in found.items())
             print(f"rank {rank} at {strength:g}: {seconds}", file=sys.stderr)
             results.append(reached)
@@ -246,20 +216,15 @@ def bench(folder: Path, runs: int, show: Callable[[str], None]) -> bool:
 
 
 def main() -> int:
-    """Read the command line, measure, clean up; 1 where a target is missed."""
+    """1 where a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--runs", type=int, default=5, help="measured rounds (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="where to make the files (default: the system's)"
-    )
+    parser.add_argument("--runs", type=int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="for the files (default: the system's)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_blora_", dir=args.folder) as folder:
-        reached = bench(Path(folder), args.runs, lambda line: print(line, flush=True))
-    return 0 if reached else 1
+        return 0 if bench(Path(folder), args.runs) else 1
 
 
 if __name__ == "__main__":

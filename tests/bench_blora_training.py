@@ -27,9 +27,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
@@ -44,8 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTENT_STYLE, LAYOUT = "blora_content_style", "blora_content_layout_style"
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """What of a recipe changes the work of a step in the U-Net."""
 
     name: str
@@ -267,28 +265,18 @@ def measure(sdxl: Any, size: int, rank: int, runs: int) -> None:
         print(f"| {recipe.name} | {median:.2f} | {medians[0] / median:.2f} |")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
+    """Count, and where asked measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kohya", required=True, type=Path, help="a folder of sd-scripts")
-    parser.add_argument(
-        "--size", type=int, default=1024, help="pixels a side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--blocks", action="store_true", help="count by the first trained block too"
-    )
+    parser.add_argument("--size", type=int, default=1024, help="pixels (default: %(default)s)")
+    parser.add_argument("--blocks", action="store_true", help="count by the first trained block")
     parser.add_argument("--time", type=int, metavar="SIZE", help="time steps of this size as well")
-    parser.add_argument(
-        "--rank", type=int, default=64, help="of the timed steps (default: %(default)s)"
-    )
+    parser.add_argument("--rank", type=int, default=64, help="when timed (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="timed rounds (default: %(default)s)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Count, and where asked measure."""
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args()
     sys.path[:0] = [str(args.kohya.resolve()), str(ROOT)]
     logging.disable(logging.WARNING)  # sd-scripts and LyCORIS say much
     from library import sdxl_original_unet as sdxl
@@ -299,8 +287,7 @@ def main(argv: list[str] | None = None) -> int:
             count_by_first_block(sdxl, args.size, Path(folder))
     if args.time:
         measure(sdxl, args.time, args.rank, args.runs)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
