@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-from argparse import Namespace
 from importlib import metadata
 from typing import Any
 
@@ -17,144 +16,96 @@ import torch
 import transformers
 from accelerate import Accelerator
 from lycoris_releases import LYCORIS
-from rehearsed_networks import made, network, options
+from rehearsed_networks import CONTENT_STYLE, made, network, options
+from reports import reported
 
 from blora.preflight import option_warnings
 from blora.preflight.option_warnings import LYCORIS_TESTED, check_network
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 
-
-def advised(found: Any, args: Namespace) -> list[str]:
-    report = Report()
-    check_network(found, args, report)
-    assert report.errors == report.notes == []
-    return report.warnings
-
-
 # ---- The network ---------------------------------------------------------------------------------
 
-
-def test_a_launchers_network_passes_without_a_word():
-    assert advised(network(), options()) == []
-
-
-@pytest.mark.parametrize("module", ["lycoris.kohya", "blora_network"])
-@pytest.mark.parametrize("given", [[], ["--network_args", "conv_dim=1", "algo=lora"]])
-def test_a_network_without_a_preset_is_a_warning(module, given):
-    args = options(f"--network_module={module}", "--network_args", *given[1:])
-    assert advised(network(), args) == [
-        "--network_args have no preset, so LyCORIS trains all 160 modules that it can: "
-        "add preset=lycoris_presets/blora_content_style.toml"
-    ]
-
-
-def test_a_preset_of_ones_own_that_trains_all_layers_is_a_warning(tmp_path):
-    preset = tmp_path / "all.toml"
-    classes = '["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]'
-    # LyCORIS keeps what an earlier preset said and this one does not.
-    preset.write_text(
-        f"enable_conv = true\nunet_target_module = {classes}\nunet_target_name = []\n"
-    )
-    everything = network(preset=str(preset))
-    args = options("--network_args", f"preset={preset}")
-    modules, blocks = len(everything.modules), len(everything.blocks)
-    assert blocks > 30
-    assert advised(everything, args) == [
-        f'the preset "{preset}" trains {modules} modules in {blocks} blocks of the U-Net: correct '
-        "it, if two blocks are meant"
-    ]
-    assert advised(everything, options("--network_args", "preset=full")) == []
-
-
-def test_a_preset_of_all_attention_blocks_passes(tmp_path):
-    preset = tmp_path / "attention.toml"
-    preset.write_text(
-        'enable_conv = false\nunet_target_module = ["CrossAttention"]\nunet_target_name = []\n'
-    )
-    attention = network(preset=str(preset))
-    assert len(attention.blocks) == 11
-    assert advised(attention, options("--network_args", f"preset={preset}")) == []
-
-
-def test_a_preset_that_the_network_does_not_know_is_a_warning():
-    args = options("--network_module=networks.lora", "--network_args", "preset=a.toml")
-    assert advised(network(), args) == [
-        "--network_module=networks.lora takes no preset and trains 160 modules: use "
-        "lycoris.kohya or blora_network for a B-LoRA"
-    ]
-
-
-@pytest.mark.parametrize("given", [["--network_module=networks.lora"], ["--dim_from_weights"]])
-def test_a_network_that_needs_no_preset_passes(given):
-    assert advised(network(), options(*given, "--network_args")) == []
+EVERYWHERE = ".*attn1.to_q$"  # in each of the 11 blocks with attention
+NO_PRESET = (
+    "--network_args have no preset, so LyCORIS trains all 160 modules that it can: "
+    "add preset=lycoris_presets/blora_content_style.toml"
+)
+TOO_MANY = (
+    'the preset "own.toml" trains 71 modules in 12 blocks of the U-Net: correct it, if two blocks '
+    "are meant"
+)
+NOT_ITS_OWN = (
+    "--network_module=networks.lora takes no preset and trains 160 modules: use lycoris.kohya or "
+    "blora_network for a B-LoRA"
+)
+TOO_STRONG = (
+    "--network_alpha={} with --network_dim={} makes the change {} times as strong: give both the "
+    "same, as BLORA_RANK does"
+)
 
 
 @pytest.mark.parametrize(
-    ("given", "times"),
+    ("given", "preset", "sentence"),
     [
-        (["--network_dim=8", "--network_alpha=64"], "8 times"),
-        (["--network_dim=2", "--network_alpha=3"], "1.5 times"),
-        (["--network_dim=64", "--network_alpha=64"], None),
-        (["--network_dim=64", "--network_alpha=1"], None),
-        (["--network_dim=64", "--network_alpha=0"], None),  # LyCORIS takes the rank for it
+        ("", CONTENT_STYLE, None),
+        ("--network_args", CONTENT_STYLE, NO_PRESET),
+        ("--network_args conv_dim=1 algo=lora", CONTENT_STYLE, NO_PRESET),
+        ("--network_module=lycoris.kohya --network_args", CONTENT_STYLE, NO_PRESET),
+        ("--dim_from_weights --network_args", CONTENT_STYLE, None),
+        ("--network_args preset=own.toml", (EVERYWHERE,), None),
+        ("--network_args preset=own.toml", (EVERYWHERE, "out.2$"), TOO_MANY),
+        ("--network_args preset=full", (EVERYWHERE, "out.2$"), None),
+        ("--network_module=networks.lora --network_args", CONTENT_STYLE, None),
+        ("--network_module=networks.lora", CONTENT_STYLE, NOT_ITS_OWN),
+        ("--network_dim=8 --network_alpha=64", CONTENT_STYLE, TOO_STRONG.format(64, 8, 8)),
+        ("--network_dim=2 --network_alpha=3", CONTENT_STYLE, TOO_STRONG.format(3, 2, 1.5)),
+        ("--network_alpha=1", CONTENT_STYLE, None),
+        ("--network_alpha=0", CONTENT_STYLE, None),  # LyCORIS takes the rank for it
     ],
 )
-def test_an_alpha_above_the_rank_is_a_warning(given, times):
-    told = advised(network(), options(*given))
-    rank, alpha = (word.split("=")[1] for word in given)
-    assert told == (
-        [
-            f"--network_alpha={alpha} with --network_dim={rank} makes the change {times} as "
-            "strong: give both the same, as BLORA_RANK does"
-        ]
-        if times
-        else []
-    )
+def test_a_network_that_is_not_a_b_lora_is_a_warning(given, preset, sentence):
+    report = reported(check_network, network(preset=preset), options(*given.split()))
+    assert report == Report(warnings=[sentence] if sentence else [])
 
 
 @pytest.mark.parametrize(
     ("args", "warned"),
     [
         ({"dora_wd": "True", "bypass_mode": "True"}, True),
-        ({"dora_wd": "True", "bypass_mode": "False"}, False),
         ({"dora_wd": "True"}, False),
         ({"bypass_mode": "True"}, False),
         ({"bypass_mode": "True", "algo": "dylora"}, False),  # which knows no DoRA
     ],
 )
 def test_dora_that_lycoris_would_drop_is_a_warning(args, warned):
-    report = Report()
-    option_warnings.check_dora(made(**args), report)
     sentence = (
         "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: remove "
         "one of the two from --network_args"
     )
-    assert report.warnings == ([sentence] if warned else [])
+    report = reported(option_warnings.check_dora, made(**args))
+    assert report.warnings == [sentence] * warned
 
 
 def test_the_tested_lycoris_releases_are_the_tested_ones():
     assert list(LYCORIS_TESTED) == LYCORIS
 
 
-@pytest.mark.parametrize("version", ["1.0", None])
+@pytest.mark.parametrize("version", ["1.0", "unknown"])
 def test_a_lycoris_that_is_not_tested_is_a_note(monkeypatch, tmp_path, version):
-    # The first of the name that Python finds counts.
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
     info = tmp_path / "lycoris_lora-1.0.dist-info"
-    if version:
-        info.mkdir()
-        (info / "METADATA").write_text(f"Name: lycoris_lora\nVersion: {version}\n")
-        monkeypatch.syspath_prepend(tmp_path)
-    else:
-        monkeypatch.setattr("sys.path", [str(tmp_path)])
+    if version == "unknown":
         with pytest.raises(metadata.PackageNotFoundError):
             metadata.version("lycoris_lora")
+    else:
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: lycoris_lora\nVersion: {version}\n")
     tested = ", ".join(LYCORIS_TESTED)
-    sentence = f"LyCORIS {version or 'unknown'} was not tested with this bundle; {tested} were"
+    sentence = f"LyCORIS {version} was not tested with this bundle; {tested} were"
     for module, notes in (("lycoris.kohya", [sentence]), ("networks.lora", [])):
-        report = Report()
-        check_network(network(), options(f"--network_module={module}", "--network_args"), report)
-        assert report.notes == notes
+        args = options(f"--network_module={module}", "--network_args")
+        assert reported(check_network, network(), args).notes == notes
 
 
 # ---- The text encoders ---------------------------------------------------------------------------
@@ -163,92 +114,80 @@ LEFT_OUT = (
     "{} modules of the text encoders are not trained because of --network_train_unet_only, as "
     "the recipes intend"
 )
+LYCORIS_PRINTS = "create LyCORIS for Text Encoder: 176 modules.\n"
+# as networks/lora.py of sd-scripts 0.10.1 prints it
+SD_SCRIPTS_PRINTS = (
+    "create LoRA for Text Encoder 1:\ncreate LoRA for Text Encoder 2:\n"
+    "create LoRA for Text Encoder 1: 72 modules.\n"
+    "create LoRA for Text Encoder 2: 192 modules.\n"
+)
 
 
-def left_out(printed: str, *, trains_text: bool = False, without: str = "") -> str:
-    found = network(trains_text=trains_text)
-    report = Report()
-    args = options(without=without)
-    option_warnings.check_text_encoders(printed, found, args, report)
-    return "".join(report.notes)
-
-
-def test_the_text_encoders_modules_that_lycoris_made_in_vain_are_a_note():
+def test_lycoris_prints_how_many_modules_it_makes():
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     logging.getLogger("LyCORIS").addHandler(handler)
     made.__wrapped__()  # which logs; the other tests share one
     logging.getLogger("LyCORIS").removeHandler(handler)
-    assert left_out(log.getvalue()) == LEFT_OUT.format(176)
+    assert LYCORIS_PRINTS in log.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("printed", "number"),
+    ("printed", "trains_text", "without", "number"),
     [
-        # as networks/lora.py of sd-scripts 0.10.1 prints it
-        (
-            "create LoRA for Text Encoder 1:\ncreate LoRA for Text Encoder 2:\n"
-            "create LoRA for Text Encoder 1: 72 modules.\n"
-            "create LoRA for Text Encoder 2: 192 modules.\n",
-            264,
-        ),
-        ("create LyCORIS for Text Encoder: 0 modules.\n", 0),
-        ("create LyCORIS for U-Net: 160 modules.\n", 0),
+        (LYCORIS_PRINTS, False, "", 176),
+        (SD_SCRIPTS_PRINTS, False, "", 264),
+        ("create LyCORIS for Text Encoder: 0 modules.\n", False, "", None),
+        ("create LyCORIS for U-Net: 160 modules.\n", False, "", None),
+        (LYCORIS_PRINTS, True, "", None),
+        (LYCORIS_PRINTS, False, "network_train_unet_only", None),
     ],
 )
-def test_they_are_counted_as_sd_scripts_prints_them(printed, number):
-    assert left_out(printed) == (LEFT_OUT.format(number) if number else "")
-
-
-def test_text_encoders_that_are_trained_are_not_left_out():
-    printed = "create LyCORIS for Text Encoder: 176 modules.\n"
-    assert left_out(printed, trains_text=True) == ""
-    assert left_out(printed, without="network_train_unet_only") == ""
+def test_text_encoders_that_are_made_and_not_trained_are_a_note(
+    printed, trains_text, without, number
+):
+    found, args = network(trains_text=trains_text), options(without=without)
+    report = reported(option_warnings.check_text_encoders, printed, found, args)
+    assert report == Report(notes=[LEFT_OUT.format(number)] if number else [])
 
 
 # ---- The learning rate ---------------------------------------------------------------------------
 
-
-def optimizer(name: str, rate: float | None) -> Any:
-    """A real one, on one parameter."""
-    parameters = [torch.nn.Parameter(torch.zeros(2, 2))]
-    if name == "Prodigy":
-        return prodigyopt.Prodigy(parameters, lr=rate)
-    if name == "AdaFactor":
-        own = {"relative_step": False, "scale_parameter": False} if rate else {}
-        return transformers.Adafactor(parameters, lr=rate, **own)
-    return torch.optim.AdamW(parameters, lr=rate)
-
-
+OPTIMIZERS = {
+    "Prodigy": prodigyopt.Prodigy,
+    "AdamW": torch.optim.AdamW,
+    "AdaFactor": transformers.Adafactor,
+}
 TOO_LOW = (
-    "--optimizer_type={} finds its own learning rate, and {} times that is far too low: give "
+    "--optimizer_type=Prodigy finds its own learning rate, and {} times that is far too low: give "
     "--learning_rate=1"
 )
 TOO_HIGH = (
-    "a learning rate of {} is far too high for --optimizer_type={}: give --learning_rate=1e-4, for "
-    "example"
+    "a learning rate of {} is far too high for --optimizer_type=AdamW: give --learning_rate=1e-4, "
+    "for example"
 )
+
+
+def optimizer(name: str, rate: float | None) -> Any:
+    """A real one, on one parameter."""
+    return OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(2, 2))], lr=rate)
 
 
 @pytest.mark.parametrize(
     ("name", "rate", "sentence"),
     [
-        ("Prodigy", 1.0, None),
-        ("Prodigy", 0.5, None),
-        ("Prodigy", 0.1, TOO_LOW.format("Prodigy", "0.1")),
-        ("Prodigy", 1e-4, TOO_LOW.format("Prodigy", "0.0001")),
-        ("AdamW", 1e-4, None),
+        ("Prodigy", 0.11, None),
+        ("Prodigy", 0.1, TOO_LOW.format("0.1")),
+        ("Prodigy", 1e-4, TOO_LOW.format("0.0001")),
         ("AdamW", 0.09, None),
-        ("AdamW", 1.0, TOO_HIGH.format("1", "AdamW")),
-        ("AdaFactor", 1e-4, None),
-        ("AdaFactor", 1.0, TOO_HIGH.format("1", "AdaFactor")),
+        ("AdamW", 0.1, TOO_HIGH.format("0.1")),
+        ("AdamW", 1.0, TOO_HIGH.format("1")),
         ("AdaFactor", None, None),  # it finds its own
     ],
 )
 def test_a_learning_rate_for_another_kind_of_optimizer_is_a_warning(name, rate, sentence):
-    report = Report()
-    groups = optimizer(name, rate).param_groups
-    option_warnings.check_rate(groups, options(f"--optimizer_type={name}"), report)
+    groups, args = optimizer(name, rate).param_groups, options(f"--optimizer_type={name}")
+    report = reported(option_warnings.check_rate, groups, args)
     assert report.warnings == ([sentence] if sentence else [])
 
 
@@ -256,33 +195,32 @@ def test_a_warm_up_that_begins_at_zero_does_not_hide_the_rate():
     adam = optimizer("AdamW", 1.0)
     transformers.get_constant_schedule_with_warmup(adam, 10)
     assert adam.param_groups[0]["lr"] == 0
-    report = Report()
-    option_warnings.check_rate(adam.param_groups, options(without="optimizer_type"), report)
-    assert report.warnings == [TOO_HIGH.format("1", "AdamW")]
+    args = options(without="optimizer_type")
+    report = reported(option_warnings.check_rate, adam.param_groups, args)
+    assert report.warnings == [TOO_HIGH.format("1")]
 
 
 # ---- All of it -----------------------------------------------------------------------------------
 
 
-def rehearsed(rate: float, **more: object) -> Rehearsal:
+def checked(**more: object) -> Report:
+    """What is said of a rehearsal with AdamW's rate at 1."""
     accelerator = Accelerator(cpu=True)
-    accelerator.prepare(optimizer("AdamW", rate))
+    accelerator.prepare(optimizer("AdamW", 1.0))
     args = options("--optimizer_type=AdamW", "--network_alpha=128")
-    return Rehearsal(args=args, accelerator=accelerator, **more)
+    rehearsal = Rehearsal(args=args, accelerator=accelerator, **more)
+    return reported(option_warnings.check_options, rehearsal)
 
 
 def test_the_network_the_log_and_the_optimizer_are_all_looked_at():
-    printed = io.StringIO("create LyCORIS for Text Encoder: 176 modules.\n")
-    report = Report()
     dropped = made(dora_wd="True", bypass_mode="True")
-    option_warnings.check_options(rehearsed(1.0, network=dropped, printed=printed), report)
-    starts = ["--network_alpha=128 ", "with bypass_mode=True ", "a learning rate of 1 "]
-    told = zip(report.warnings, starts, strict=True)
-    assert all(warning.startswith(start) for warning, start in told)
+    report = checked(network=dropped, printed=io.StringIO(LYCORIS_PRINTS))
+    alpha, dora, rate = report.warnings
+    assert alpha == TOO_STRONG.format(128, 64, 2)
+    assert dora.startswith("with bypass_mode=True ")
+    assert rate == TOO_HIGH.format("1")
     assert report.notes == [LEFT_OUT.format(176)]
 
 
 def test_without_a_network_the_learning_rate_is_looked_at():
-    report = Report()
-    option_warnings.check_options(rehearsed(1.0), report)
-    assert report.warnings == [TOO_HIGH.format("1", "AdamW")]
+    assert checked().warnings == [TOO_HIGH.format("1")]

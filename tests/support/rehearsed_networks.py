@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from argparse import Namespace
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import prodigyopt
 import torch
 from kohya_folder import ROOT
 from lycoris_modules import SDXL, make_tree
+from reports import reported
 from sdxl_train_network_options import build_parser
 from torch import nn
 
 from blora.preflight.plan import OUR_NETWORK, Built, backward_pass, built, plan_memory
 from blora.preflight.rehearsal import on_meta
-from blora.preflight.report import Report
 
 CONTENT_STYLE = "blora_content_style"
 OPTIONS = (
@@ -40,15 +42,29 @@ def sdxl() -> tuple[nn.Module, nn.Module, nn.Module]:
 
 @cache
 def made(
-    rank: int = 64, preset: str = CONTENT_STYLE, trains_text: bool = False, **args: str
+    rank: int = 64,
+    preset: str | tuple[str, ...] = CONTENT_STYLE,
+    trains_text: bool = False,
+    **args: str,
 ) -> nn.Module:
-    """LyCORIS' network under a preset of the bundle, or of a file's path."""
+    """LyCORIS' network under a preset: of the bundle, of a file's path, or of these patterns."""
     from lycoris.kohya import create_network
 
     unet, *encoders = sdxl()
-    path = preset if "." in preset else str(ROOT / f"lycoris_presets/{preset}.toml")
-    with on_meta():
-        network = create_network(1.0, rank, rank, None, encoders, unet, preset=path, **args)
+    with TemporaryDirectory() as folder, on_meta():
+        path = Path(folder, "own.toml")
+        if isinstance(preset, tuple):
+            # LyCORIS keeps what an earlier preset said and this one does not.
+            others = [
+                "unet_target_module",
+                "text_encoder_target_module",
+                "text_encoder_target_name",
+            ]
+            lists = "".join(f"{name} = []\n" for name in others)
+            path.write_text(f"enable_conv = true\n{lists}unet_target_name = {list(preset)}\n")
+        else:
+            path = preset if "." in preset else ROOT / f"lycoris_presets/{preset}.toml"
+        network = create_network(1.0, rank, rank, None, encoders, unet, preset=str(path), **args)
         network.apply_to(encoders, unet, trains_text, True)
     return network
 
@@ -71,14 +87,8 @@ def prodigy_state() -> float:
 
 
 def told_memory(
-    args: Namespace,
-    found: Built,
-    state: float | None,
-    pixels: int = 1024 * 1024,
-    report: Report | None = None,
+    args: Namespace, found: Built, state: float | None, pixels: int = 1024 * 1024
 ) -> str:
     """What the plan says of the card's memory; `state` is the optimizer's, beside the LoRA's."""
-    report = report or Report()
-    stops_early = args.network_module == OUR_NETWORK
-    plan_memory(found, state, backward_pass(found, args, pixels, stops_early), args, report)
-    return report.plan["memory"]
+    backward = backward_pass(found, args, pixels, args.network_module == OUR_NETWORK)
+    return reported(plan_memory, found, state, backward, args).plan["memory"]
