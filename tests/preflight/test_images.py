@@ -15,28 +15,15 @@ import numpy as np
 import PIL
 import pytest
 from PIL import Image
+from reports import reported
 
 from blora.preflight import images
 from blora.preflight.dataset import Folder, Picture
-from blora.preflight.images import (
-    ORIENTATION,
-    Opened,
-    broken_pictures,
-    check_cached_captions,
-    check_sizes,
-    check_upright,
-    open_one,
-    open_pictures,
-    read_size,
-    why_stale,
-)
+from blora.preflight.images import ORIENTATION, Opened, broken_pictures, open_one, read_size
 from blora.preflight.report import Report
 from blora.sheet import make_thumbnail
 
 BUCKET = (8, 8)
-BOTH = AssertionError("image size is small / 画像サイズが小さい")
-RE_SAVE = "re-save or remove it"
-BUCKETS = "add --enable_bucket, or save it at the size of the resolution"
 
 
 @pytest.fixture(autouse=True)
@@ -47,64 +34,53 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def opened(path: str, has_buckets: bool, result: object, limit: int = 0) -> Opened:
+def opened(path: str, result: object, has_buckets: bool = True, limit: int = 0) -> Opened:
+    """The picture, of which sd-scripts makes this array, or raises this."""
+
     def opener() -> object:
         if isinstance(result, Exception):
             raise result
         return result
 
-    return open_one(
-        SimpleNamespace(absolute_path=path, bucket_reso=BUCKET), has_buckets, opener, limit
-    )
+    info = SimpleNamespace(absolute_path=path, bucket_reso=BUCKET)
+    return open_one(info, has_buckets, opener, limit)
 
 
 def test_a_picture_is_opened_with_its_size_and_on_request_a_thumbnail():
     array = np.zeros((8, 8, 3), np.uint8)
-    assert opened("a.png", True, array) == Opened(Path("a.png"), BUCKET, (8, 4))
+    assert opened("a.png", array) == Opened(Path("a.png"), BUCKET, (8, 4))
     thumbnail = make_thumbnail(Image.new("RGB", (8, 8)), 1000)
-    assert opened("a.png", True, array, 1000).thumbnail == thumbnail
+    assert opened("a.png", array, limit=1000).thumbnail == thumbnail
+
+
+SMALL = AssertionError("image size is small / 画像サイズが小さい")
+RE_SAVE = "re-save or remove it"
+BUCKETS = "add --enable_bucket, or save it at the size of the resolution"
 
 
 @pytest.mark.parametrize(
-    ("error", "has_buckets", "text", "reason"),
+    ("error", "has_buckets", "text", "reason", "remedy"),
     [
-        (BOTH, False, None, f"image size is small, it is 8x4): {BUCKETS}"),
-        (BOTH, True, None, f"image size is small, it is 8x4): {RE_SAVE}"),
-        (OSError("image file\nis cut"), False, None, f"image file): {RE_SAVE}"),
-        (ValueError(), False, None, f"ValueError): {RE_SAVE}"),
-        (
-            PIL.UnidentifiedImageError("a"),
-            True,
-            None,
-            f"PIL cannot read it as a picture): {RE_SAVE}",
-        ),
-        (
-            ValueError("a"),
-            True,
-            "\n<!DOCTYPE html>",
-            f"it is a web page, not a picture): {RE_SAVE}",
-        ),
-        (ValueError("a"), True, "", f"the file is empty): {RE_SAVE}"),
-        (ValueError("a"), True, " \n", f"the file is empty): {RE_SAVE}"),
+        (SMALL, False, None, "image size is small, it is 8x4", BUCKETS),
+        (SMALL, True, None, "image size is small, it is 8x4", RE_SAVE),
+        (OSError("image file\nis cut"), False, None, "image file", RE_SAVE),
+        (ValueError(), False, None, "ValueError", RE_SAVE),
+        (PIL.UnidentifiedImageError(), True, None, "PIL cannot read it as a picture", RE_SAVE),
+        (SMALL, True, "\n<!DOCTYPE html>", "it is a web page, not a picture", RE_SAVE),
+        (ValueError(), True, "", "the file is empty", RE_SAVE),
+        (ValueError(), True, " \n", "the file is empty", RE_SAVE),
     ],
 )
-def test_why_it_cannot_be_opened_is_told_with_the_remedy(error, has_buckets, text, reason):
+def test_why_it_cannot_be_opened_is_told_with_the_remedy(error, has_buckets, text, reason, remedy):
     if text is not None:
         Path("a.png").write_text(text)
-    [sentence] = broken_pictures([opened("a.png", has_buckets, error)] * 2)
-    assert sentence == f'cannot open the picture "a.png" ({reason}'
+    [sentence] = broken_pictures([opened("a.png", error, has_buckets)] * 2)
+    assert sentence == f'cannot open the picture "a.png" ({reason}): {remedy}'
 
 
 def test_a_picture_that_is_gone_is_told_in_the_words_of_the_system():
-    picture = opened("gone.png", True, ValueError("a"))
+    picture = opened("gone.png", ValueError("a"))
     assert (picture.size, picture.error) == ((0, 0), os.strerror(2))
-
-
-@pytest.mark.parametrize(
-    ("error", "is_mismatch"), [(TypeError(), True), (AttributeError(), True), (KeyError(), False)]
-)
-def test_a_call_that_does_not_fit_is_not_the_pictures_fault(error, is_mismatch):
-    assert opened("a.png", True, error).is_api_mismatch == is_mismatch
 
 
 def test_more_than_three_are_summed_up():
@@ -126,14 +102,14 @@ def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
     Image.new("RGB", (8, 4)).save(path, exif=exif)
     size, read = read_size(path)
     assert (size, read) == ((8, 4), 1 if orientation is None else orientation)
-    report = Report()
-    check_upright([Opened(path, BUCKET, size, read)], report)
-    check_upright([Opened(path, BUCKET, size, read, error="cut")], report)
+    pictures = [Opened(path, BUCKET, size, read), Opened(path, BUCKET, size, read, error="cut")]
     turned = (
         "photos are trained sideways, as the camera stored them, since sd-scripts does not turn "
         f"them by EXIF, 1 in all: b.{ending}: rotate them in an image editor and save"
     )
-    assert report.warnings == ([turned] if orientation in range(2, 9) else [])
+    warned = reported(images.check_upright, pictures).warnings
+    assert warned == [turned] * (orientation in range(2, 9))
+    assert reported(images.check_upright, pictures[1:]) == Report()
 
 
 # ---- All of them ---------------------------------------------------------------------------------
@@ -147,7 +123,7 @@ def open_all(monkeypatch):
         info = SimpleNamespace(absolute_path="a.png", bucket_reso=BUCKET)
         jobs = [(info, True, opener) for opener in openers]
         monkeypatch.setattr(images, "openers", lambda dataset, _cached: dataset)
-        return open_pictures([jobs], True, stream)
+        return images.open_pictures([jobs], True, stream)
 
     return run
 
@@ -163,11 +139,15 @@ def test_a_bar_shows_where_it_takes_more_than_a_second(open_all, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_call_that_fits_no_picture_is_an_error_of_the_call(open_all):
+@pytest.mark.parametrize("error", [TypeError, AttributeError])
+def test_a_call_that_fits_no_picture_is_an_error_of_the_call(open_all, error):
     def call() -> None:
-        raise TypeError("one argument more")
+        raise error("one argument more")
 
-    assert [picture.is_api_mismatch for picture in open_all(call, lambda: None)] == [True, False]
+    def broken() -> None:
+        raise KeyError
+
+    assert [picture.is_api_mismatch for picture in open_all(call, broken)] == [True, False]
     with pytest.raises(TypeError, match=r"^one argument more$"):
         open_all(call, call)
     assert open_all() == []
@@ -195,8 +175,7 @@ def test_a_size_that_is_taken_from_elsewhere_and_is_wrong_is_named(
     size, beside, leftover, is_named
 ):
     Path(beside).touch()
-    report, picture = Report(), opened("a.png", True, None)
-    check_sizes([make_folder(size)], [picture], leftover, report)
+    report = reported(images.check_sizes, [make_folder(size)], [opened("a.png", None)], leftover)
     assert [": a.png (16x8, is 8x4): " in text for text in report.warnings] == [True] * is_named
 
 
@@ -214,7 +193,7 @@ def test_latents_of_another_picture_are_told_by_their_sizes_and_age(original, la
     np.savez("a.npz", original_size=np.array(original), latents=np.zeros((4, *latents)))
     os.utime("a.png", (1000, 1000))
     os.utime("a.npz", (1000 + age, 1000 + age))
-    assert why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32)) == why
+    assert images.why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32)) == why
 
 
 @pytest.mark.parametrize(
@@ -225,8 +204,6 @@ def test_outputs_that_are_older_than_the_caption_are_named(extension, age, is_na
     for name, seconds in (("a.txt", 1000), ("a_te_outputs.npz", 1000 + age)):
         Path(name).touch()
         os.utime(name, (seconds, seconds))
-    report = Report()
-    check_cached_captions([make_folder(BUCKET, caption_extension=extension)], report)
-    assert [" 1 in all: a_te_outputs.npz: " in text for text in report.warnings] == [
-        True
-    ] * is_named
+    folder = make_folder(BUCKET, caption_extension=extension)
+    warnings = reported(images.check_cached_captions, [folder]).warnings
+    assert [" 1 in all: a_te_outputs.npz: " in text for text in warnings] == [True] * is_named
