@@ -14,7 +14,6 @@ from blora import sdxl
 from blora.slicer import keys
 
 SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
-Shapes = dict[str, tuple[int, ...]]
 
 
 # ---- The layers ----------------------------------------------------------------------------------
@@ -22,20 +21,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 @pytest.mark.parametrize("network", ["unet", "te1", "te2"])
 def test_matrices_and_convolutions_are_those_that_sd_scripts_builds(network):
-    layers = sdxl.sdxl_layers()[network]
-    embeddings = {name for name in layers if name.endswith("_embedding")}
-    ours = {name: list(layer.shape) for name, layer in layers.items() if layer.shape[1:]}
-    theirs = {name: shape for name, (_, shape) in SDXL[network].items()}
-    assert {name: ours[name] for name in ours.keys() - embeddings} == theirs
+    layers = {name: layer.shape for name, layer in sdxl.sdxl_layers()[network].items()}
+    ours = {n: list(x) for n, x in layers.items() if x[1:] and not n.endswith("_embedding")}
+    assert ours == {name: shape for name, (_, shape) in SDXL[network].items()}
 
 
-def weights(model: torch.nn.Module) -> Shapes:
+def weights(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """The weight of every layer of a model, norms and embeddings included."""
-    return {
-        name.removesuffix(".weight"): tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if name.endswith(".weight")
-    }
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {n.removesuffix(".weight"): x for n, x in shapes.items() if n.endswith(".weight")}
 
 
 def test_diffusers_names_and_all_shapes_norms_included_are_those_of_its_own_unet():
@@ -43,26 +37,23 @@ def test_diffusers_names_and_all_shapes_norms_included_are_those_of_its_own_unet
     assert {x.diffusers: x.shape for x in layers} == weights(sdxl_unet_without_weights())
 
 
-TEXT_ENCODERS = {
-    "te1": (CLIPTextModel, {"hidden_size": 768, "num_hidden_layers": 12}),
-    "te2": (
-        CLIPTextModelWithProjection,
-        {"hidden_size": 1280, "num_hidden_layers": 32, "projection_dim": 1280},
-    ),
-}
-
-
-@pytest.mark.parametrize("network", TEXT_ENCODERS)
-def test_all_layers_of_a_text_encoder_are_those_of_transformers_norms_included(network):
-    model, sizes = TEXT_ENCODERS[network]
+@pytest.mark.parametrize(
+    ("network", "model", "prefix", "width", "depth"),
+    [
+        ("te1", CLIPTextModel, "text_encoder", 768, 12),
+        ("te2", CLIPTextModelWithProjection, "text_encoder_2", 1280, 32),
+    ],
+)
+def test_all_layers_of_a_text_encoder_are_those_of_transformers_norms_included(
+    network, model, prefix, width, depth
+):
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     with torch.device("meta"):
-        theirs = weights(model(CLIPTextConfig(intermediate_size=4 * sizes["hidden_size"], **sizes)))
-    found = {}
-    for name, shape in theirs.items():
-        prefix = {"te1": "text_encoder.", "te2": "text_encoder_2."}[network]
-        found[keys.find_layer(prefix + name).layer.name] = shape
-    layers = sdxl.sdxl_layers()[network].values()
-    assert found == {layer.name: layer.shape for layer in layers}
+        theirs = weights(model(CLIPTextConfig(num_hidden_layers=depth, **sizes)))
+    layers = {keys.find_layer(f"{prefix}.{name}").layer: theirs[name] for name in theirs}
+    assert {x.name: shape for x, shape in layers.items()} == {
+        x.name: x.shape for x in sdxl.sdxl_layers()[network].values()
+    }
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -114,9 +105,9 @@ NO_LAYER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NO_LAYER.values(), ids=NO_LAYER)
-def test_a_name_that_sdxl_does_not_have_is_none(name):
-    assert keys.find_layer(name) is None
+def test_a_name_that_sdxl_does_not_have_is_none():
+    found = {why: keys.find_layer(name) for why, name in NO_LAYER.items()}
+    assert found == dict.fromkeys(NO_LAYER)
 
 
 BLOCKS = {
@@ -133,6 +124,5 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("module", BLOCKS)
-def test_a_module_lies_in_its_block(module):
-    assert sdxl.block_of(module) == BLOCKS[module]
+def test_a_module_lies_in_its_block():
+    assert {module: sdxl.block_of(module) for module in BLOCKS} == BLOCKS

@@ -1,33 +1,21 @@
-"""blora/sheet.py: a page's words, its thumbnails, and where it may be written.
+"""A sheet: its words, its thumbnails, where it may be written, and what a real browser shows of it.
 
-What a browser makes of a page is in test_sheet_browser.py.
+The tests with a browser are slow, and need Chrome or Chromium with its chromedriver.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from blora.sheet import (
-    ALL_THUMBNAILS,
-    LARGEST_THUMBNAIL,
-    MARK,
-    STEPS,
-    Line,
-    Picture,
-    Section,
-    check_page,
-    make_thumbnail,
-    picture_html,
-    thumbnail_limit,
-    words,
-    write_page,
-)
+from blora import sheet
+from blora.sheet import Line, Picture, Section, make_thumbnail, picture_html, words, write_page
 from blora.text import BloraError
 
 INTRO = Line("An introduction")
@@ -53,9 +41,8 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("text", WORDS, ids=ascii)
-def test_words_are_escaped_and_every_script_stays_as_it_is(text):
-    assert words(text) == WORDS[text]
+def test_words_are_escaped_and_every_script_stays_as_it_is():
+    assert {text: words(text) for text in WORDS} == WORDS
 
 
 def test_words_are_escaped_wherever_they_stand(tmp_path):
@@ -70,40 +57,36 @@ def test_words_are_escaped_wherever_they_stand(tmp_path):
     assert odd not in page
 
 
-@pytest.mark.parametrize(
-    ("line", "html"),
-    [
-        (Line("a dog"), '<p dir="auto">a dog</p>'),
-        (Line("it is empty", "alarm"), '<p class="alarm" dir="auto">it is empty</p>'),
-        (Line("a dog", cut=" and"), '<p dir="auto">a dog<del> and</del></p>'),
-    ],
-)
-def test_a_line_finds_its_own_direction_and_its_cut_is_deleted_text(line, html):
-    assert html in picture_html(Picture("a.png", None, (line,)))
-
-
-def test_a_thumbnail_is_in_the_page_and_named():
-    html = picture_html(Picture("a.png", b"RIFF"))
-    assert '<figcaption lang="">\n<p class="name" dir="auto">a.png</p>\n</figcaption>' in html
-    assert html.startswith('<figure><a class="mat"><img alt="a.png" decoding="async" src="data:')
-    assert 'src="data:image/webp;base64,UklGRg=="' in html
+def test_a_picture_is_in_the_page_with_its_name_and_lines_whose_cut_is_deleted_text():
+    lines = Line("a dog", cut=" and"), Line("it is empty", "alarm")
+    assert picture_html(Picture("a.png", b"RIFF", lines, link="full/a.png")) == (
+        '<figure><a class="mat" href="full/a.png">'
+        '<img alt="a.png" decoding="async" src="data:image/webp;base64,UklGRg=="></a>\n'
+        '<figcaption lang="">\n<p class="name" dir="auto">a.png</p>\n'
+        '<p dir="auto">a dog<del> and</del></p>\n<p class="alarm" dir="auto">it is empty</p>\n'
+        "</figcaption></figure>\n"
+    )
 
 
 def test_without_a_thumbnail_there_is_an_empty_frame():
-    assert "<img" not in picture_html(Picture("a.png", None))
+    assert picture_html(Picture("a.png", None, is_out=True)) == (
+        '<figure class="out"><a class="mat"></a>\n'
+        '<figcaption lang="">\n<p class="name" dir="auto">a.png</p>\n</figcaption></figure>\n'
+    )
 
 
-@pytest.mark.parametrize(
-    ("link", "href"),
-    [
-        ("full/a b&c.png", "full/a%20b%26c.png"),
-        ("../\u72ac.png", "../%E7%8A%AC.png"),
-        ('"><script>', "%22%3E%3Cscript%3E"),
-        ("javascript:alert(1)", "javascript%3Aalert%281%29"),  # the name of a file, and no program
-    ],
-)
-def test_a_link_is_a_relative_path(link, href):
-    assert f'<a class="mat" href="{href}">' in picture_html(Picture("a.png", None, link=link))
+LINKS = {
+    "full/a b&c.png": "full/a%20b%26c.png",
+    "../\u72ac.png": "../%E7%8A%AC.png",
+    '"><script>': "%22%3E%3Cscript%3E",
+    "javascript:alert(1)": "javascript%3Aalert%281%29",  # the name of a file, and no program
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_is_a_relative_path(link):
+    html = picture_html(Picture("a.png", None, link=link))
+    assert f'<a class="mat" href="{LINKS[link]}">' in html
 
 
 def test_several_sections_are_listed_first_each_with_its_number_of_pictures(tmp_path):
@@ -133,47 +116,36 @@ def noise(side: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def opened(thumbnail: bytes) -> Image.Image:
+def size(thumbnail: bytes) -> tuple[int, int]:
     image = Image.open(io.BytesIO(thumbnail))
     assert (image.format, image.mode) == ("WEBP", "RGB")
-    return image
+    return image.size
 
 
-def test_a_thumbnail_is_the_best_that_fits():
+def test_a_thumbnail_is_the_best_that_fits_and_the_last_where_none_does():
     image, limit = noise(512), 10**9
-    for side, _ in STEPS:
+    for side in (480, 320, 240, 160, 96):
         thumbnail = make_thumbnail(image, limit)
-        assert opened(thumbnail).size == (side, side)
+        assert size(thumbnail) == (side, side)
         assert make_thumbnail(image, len(thumbnail)) == thumbnail
         limit = len(thumbnail) - 1  # a byte too few for it
+    assert make_thumbnail(image, limit) == thumbnail
+    assert image.size == (512, 512)  # the image itself is not changed
 
 
-def test_the_last_step_is_taken_where_none_fits():
-    assert opened(make_thumbnail(noise(512), 0)).size == (96, 96)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
-def test_any_kind_of_image_makes_a_thumbnail(mode):
-    assert opened(make_thumbnail(Image.new(mode, (30, 20)), 10_000)).size == (30, 20)
-
-
-@pytest.mark.parametrize(("size", "drawn"), [((1, 1), (1, 1)), ((9000, 30), (480, 2))])
-def test_any_shape_makes_a_thumbnail(size, drawn):
-    assert opened(make_thumbnail(Image.new("RGB", size), 10_000)).size == drawn
-
-
-def test_the_image_itself_is_not_changed():
-    image = Image.new("RGB", (1000, 1000))
-    make_thumbnail(image, 10_000)
-    assert image.size == (1000, 1000)
+KINDS = [(mode, (30, 20), (30, 20)) for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F")]
 
 
 @pytest.mark.parametrize(
-    ("pictures", "limit"), [(0, 60_000), (1, 60_000), (216, 60_000), (1000, 13_000), (10**9, 0)]
+    ("mode", "shape", "drawn"), [*KINDS, ("RGB", (1, 1), (1, 1)), ("RGB", (9000, 30), (480, 2))]
 )
-def test_the_more_pictures_the_fewer_bytes_for_each(pictures, limit):
-    assert thumbnail_limit(pictures) == limit
-    assert (LARGEST_THUMBNAIL, ALL_THUMBNAILS) == (60_000, 13_000_000)
+def test_an_image_of_any_kind_and_shape_makes_a_thumbnail(mode, shape, drawn):
+    assert size(make_thumbnail(Image.new(mode, shape), 10_000)) == drawn
+
+
+def test_the_more_pictures_the_fewer_bytes_for_each():
+    limits = {0: 60_000, 1: 60_000, 216: 60_000, 217: 59_907, 1000: 13_000, 10**9: 0}
+    assert {pictures: sheet.thumbnail_limit(pictures) for pictures in limits} == limits
 
 
 # ---- The file ------------------------------------------------------------------------------------
@@ -192,18 +164,18 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_sheet_is_refused_where_anything_else_would_be_lost(tmp_path, name):
     (tmp_path / "other.html").write_text("<!DOCTYPE html>\n<title>my page</title>")
-    (tmp_path / "late.html").write_text(f"{' ' * 1024}{MARK}")
+    (tmp_path / "late.html").write_text(f"{' ' * 1024}{sheet.MARK}")
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(BloraError) as refusal:
-        check_page(tmp_path / name, "--preview")
+        sheet.check_page(tmp_path / name, "--preview")
     assert str(refusal.value) == REFUSED[name].format(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["sheet.html", "SHEET.HTML", "sheet.htm"])
 def test_a_new_sheet_and_an_earlier_one_are_not_refused(tmp_path, name):
-    check_page(tmp_path / name, "--preview")
+    sheet.check_page(tmp_path / name, "--preview")
     first = written(tmp_path / name, Section("dogs", ()))
-    check_page(tmp_path / name, "--preview")
+    sheet.check_page(tmp_path / name, "--preview")
     assert written(tmp_path / name, Section("cats", ())) != first
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
@@ -220,3 +192,141 @@ def test_where_it_cannot_be_written_there_is_a_sentence_and_the_earlier_one_stay
         write_page(path, "A title", INTRO, failing())
     assert path.read_text(encoding="utf-8") == first
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- In a browser --------------------------------------------------------------------------------
+
+SCRIPT = "<script>document.title='x'</script><img src=x onerror=\"document.title='x'\">"
+CAPTIONS = {
+    SCRIPT: "ltr",
+    "\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621, a red cat": "rtl",
+    "\u8d64\u3044\u732b\u3001\u767d\u3044\u80cc\u666f": "ltr",
+    "\U0001f469\u200d\U0001f680 an astronaut": "ltr",
+    "x" * 3000: "ltr",
+}
+
+
+def picture(number: int, *lines: Line, **more: object) -> Picture:
+    image = Image.new("RGB", (64, 32), (40 * number, 80, 120))
+    return Picture(f"{number}.png", make_thumbnail(image, 10_000), lines, **more)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """A page with every kind of line, picture and section."""
+    path = tmp_path_factory.mktemp("sheet") / "sheet.html"
+    pictures = [picture(n, Line(caption, cut=" cut")) for n, caption in enumerate(CAPTIONS)]
+    kinds = [Line(kind, kind) for kind in ("detail", "alarm", "note")]
+    pictures += [picture(5, *kinds, is_out=True), Picture("gone.png", None)]
+    columns = tuple(picture(number, link=f"full/a b{number}.png") for number in range(8))
+    headings = ("without", "content", "style", "both")
+    sections = Section("<b>dogs</b>", tuple(pictures)), Section("side by side", columns, headings)
+    written(path, *sections)
+    return path
+
+
+@pytest.mark.slow
+def test_captions_are_words_in_every_script(browser, page):
+    browser.open(page)
+    shown = "[...document.querySelectorAll('figcaption p:last-child')].map(p => p.innerText)"
+    assert browser.ask(shown)[: len(CAPTIONS)] == [f"{caption} cut" for caption in CAPTIONS]
+    assert browser.ask("document.title") == "A title"
+    assert browser.ask("document.querySelectorAll('b, script').length") == 0
+    directions = shown.replace("p.innerText", "getComputedStyle(p).direction")
+    assert browser.ask(directions)[: len(CAPTIONS)] == list(CAPTIONS.values())
+
+
+@pytest.mark.slow
+def test_what_is_cut_is_struck_out_and_what_is_left_out_is_grey(browser, page):
+    browser.open(page)
+    style = "getComputedStyle(document.querySelector('{}')).{}"
+    assert browser.ask(style.format("del", "textDecorationLine")) == "line-through"
+    assert browser.ask(style.format("p", "textDecorationLine")) == "none"
+    assert "grayscale(1)" in browser.ask(style.format(".out img", "filter"))
+    assert "grayscale" not in browser.ask(style.format("img", "filter"))
+
+
+WIDTHS = "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))"
+CUT_OFF = "Math.max(...[...document.querySelectorAll('p')].map(p => p.scrollWidth - p.clientWidth))"
+TOPS = "[...document.querySelectorAll('.grid')[{}].querySelectorAll('{}')].map(f => f.offsetTop)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "rows"), [(1100, [2, 2]), (360, [7, 2])])
+def test_pictures_fill_the_window_columns_stay_columns_and_nothing_is_wider(
+    browser, page, width, rows
+):
+    browser.open(page, width)
+    assert browser.ask(WIDTHS) == [64] * 14
+    assert browser.ask("document.documentElement.scrollWidth") == width
+    assert browser.ask("document.documentElement.clientWidth") == width
+    assert browser.ask(CUT_OFF) == 0
+    assert [len(set(browser.ask(TOPS.format(n, "figure")))) for n in (0, 1)] == rows
+    assert len(set(browser.ask(TOPS.format(1, "h3")))) == 1
+
+
+def luminance(colour: str) -> float:
+    """Of "rgb(1, 2, 3)", as WCAG 2 has it."""
+    channels = [int(part) / 255 for part in colour.removeprefix("rgb(").rstrip(")").split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(c * weight for c, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_can_be_read_on_a_light_and_on_a_dark_screen(browser, page, scheme):
+    browser.open(page, scheme=scheme)
+    paper = luminance(browser.ask("getComputedStyle(document.body).backgroundColor"))
+    assert paper > 0.9 if scheme == "light" else paper < 0.02
+    for element in ("h1", "h2", "p", ".name", ".detail", ".alarm", ".note", "del", "small"):
+        colour = f"getComputedStyle(document.querySelector('{element}')).color"
+        darker, lighter = sorted([paper, luminance(browser.ask(colour))])
+        assert (lighter + 0.05) / (darker + 0.05) > 4.5, element  # WCAG's level AA
+
+
+@pytest.mark.slow
+def test_the_page_itself_forbids_scripts_and_pictures_from_elsewhere(browser, page):
+    """Also where a caption should find a way to become a part of the page."""
+    Image.new("RGB", (8, 8)).save(page.parent / "other.png")
+    browser.open(page)
+    blocked = """new Promise(resolve => {
+      const found = [];
+      document.addEventListener("securitypolicyviolation", event => {
+        if (found.push(event.effectiveDirective) == 2) resolve(found.sort());
+      });
+      setTimeout(() => resolve(found), 2000);
+      document.body.insertAdjacentHTML("beforeend", arguments[0]);
+    })"""
+    markup = SCRIPT.replace("src=x", "src=other.png")
+    assert browser.ask(blocked, markup) == ["img-src", "script-src-attr"]
+    assert browser.ask("document.title") == "A title"
+
+
+def photo(number: int) -> Image.Image:
+    """Soft shapes with the grain of a photo at ISO 3200, 1024 x 1024."""
+    random = np.random.default_rng(number)
+    shapes = Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8))
+    soft = np.asarray(shapes.resize((1024, 1024), Image.Resampling.BICUBIC), np.float32)
+    grain = random.normal(0, 24, soft.shape).astype(np.float32)
+    return Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.slow
+def test_a_thousand_photos_take_less_than_20_mb_and_the_last_is_found_by_its_caption(
+    browser, tmp_path
+):
+    limit = sheet.thumbnail_limit(1000)
+    thumbnails = [make_thumbnail(photo(number), limit) for number in range(10)]
+    pictures, path = [], tmp_path / "a.html"
+    for number in range(1000):
+        caption = Line(f"{'many words, ' * 60}photo {number}, last")
+        pictures.append(Picture(f"{number}.png", thumbnails[number % 10], (caption,)))
+    written(path, Section("photos", tuple(pictures)))
+    assert path.stat().st_size < 20_000_000
+    start = time.perf_counter()
+    browser.open(path)
+    assert browser.ask("window.find('photo 999, last')")
+    last = browser.ask("document.images[999].getBoundingClientRect().toJSON()")
+    assert 0 < last["bottom"] < 900
+    assert time.perf_counter() - start < 10  # 1 on two cores
+    assert browser.ask(WIDTHS) == [320] * 1000  # more than stamps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,25 +28,17 @@ class Browser:
     def __init__(self, driver: webdriver.Chrome):
         self.driver = driver
 
-    def open(self, page: Path, width: int = 1100, scheme: str = "light", scale: float = 1) -> None:
+    def open(self, page: Path, width: int = 1100, scheme: str = "light") -> None:
         """Load a page in a window so many CSS pixels wide, on a screen that is light or dark."""
         wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        window = {"width": width, "height": 900, "deviceScaleFactor": scale, "mobile": False}
+        window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wanted)
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
-        self.driver.get_log("performance")  # that of the page before
         self.driver.get(page.resolve().as_uri())
 
     def ask(self, expression: str, *values: Any) -> Any:
         """What a JavaScript expression gives, or a promise comes to; arguments[0] is a value."""
         return self.driver.execute_script(f"return {expression}", *values)
-
-    def requests(self) -> list[str]:
-        """The addresses that were asked for since the page was opened."""
-        messages = (json.loads(entry["message"]) for entry in self.driver.get_log("performance"))
-        events = [message["message"] for message in messages]
-        sent = [event for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [event["params"]["request"]["url"] for event in sent]
 
     def picture(self) -> str:
         """The whole page as PNG, in base64."""
@@ -68,7 +59,6 @@ def open_browser() -> Iterator[Browser]:
     options = webdriver.ChromeOptions()
     for argument in ARGUMENTS:
         options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = webdriver.Chrome(options, Service(program))
     try:
         yield Browser(driver)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 
 from kohya_folder import ROOT
@@ -19,28 +20,15 @@ RELEASES = Path(sys.prefix) / "lycoris"
 
 
 @cache
-def trained(release: str, *others: str) -> dict[str, dict]:
-    """What a LyCORIS release trains under each preset, or under others: see lycoris_modules.py."""
-    folder = RELEASES / release
-    env = {**os.environ, "PYTHONPATH": str(folder)}
-    presets = others or [f"lycoris_presets/{name}.toml" for name in PRESETS]
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from importlib.metadata import version as v; print(v('lycoris_lora'))",
-        ],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert found.stdout.strip() == release, "bash tests/check.sh installs the LyCORIS releases"
-    done = subprocess.run(
+def trained(release: str) -> dict[str, dict]:
+    """What a LyCORIS release trains under each preset: see lycoris_modules.py."""
+    folder = str(RELEASES / release)
+    first = next(distributions(name="lycoris_lora", path=[folder, *sys.path]))
+    assert first.version == release, "bash tests/check.sh installs the LyCORIS releases"
+    presets = [f"lycoris_presets/{name}.toml" for name in PRESETS]
+    printed = subprocess.check_output(
         [sys.executable, Path(__file__).with_name("lycoris_modules.py"), *presets],
         cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        check=True,
+        env={**os.environ, "PYTHONPATH": folder},
     )
-    return {Path(name).stem: modules for name, modules in json.loads(done.stdout).items()}
+    return {Path(name).stem: modules for name, modules in json.loads(printed).items()}
