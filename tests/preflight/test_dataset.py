@@ -1,19 +1,27 @@
-"""What sd-scripts leaves unsaid of captions, folders and settings, and what --preview shows.
+"""A dataset: captions, folders and settings that do less than they seem to, pictures that cannot be
+opened, caches of other pictures, and what stands on the sheet of --preview.
 
-The page of --preview itself is tested in test_sheet.py.
+The page of --preview is tested in test_sheet.py; test_real_pictures.py has sd-scripts itself open
+the pictures.
 """
 
 from __future__ import annotations
 
-import html
+import io
+import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import PIL
 import pytest
 from PIL import Image
 from reports import reported
 
+from blora.preflight import images
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
 from blora.preflight.folders import (
@@ -23,151 +31,156 @@ from blora.preflight.folders import (
     passed_over,
     unnumbered,
 )
-from blora.preflight.images import Opened
+from blora.preflight.images import ORIENTATION, Opened, broken_pictures, open_one, read_size
 from blora.preflight.preview import sections_of, trained_picture, write_preview
 from blora.preflight.report import Report
-from blora.sheet import Line
+from blora.sheet import Line, make_thumbnail
 
 DOG = {"a.txt": "a dog"}
+BUCKET = (512, 512)
 
 
-def draw(path: Path) -> Path:
-    """A real picture of 8 x 8 pixels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8)).save(path, "PNG")
-    return path
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch) -> None:
+    """With a picture of 8 x 4."""
+    monkeypatch.chdir(tmp_path)
+    draw("a.png")
+
+
+def draw(path: str) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 4)).save(path, "PNG")
+    return Path(path)
 
 
 def make_folder(
-    path: Path,
-    pictures: str = "a.png",
-    beside: dict[str, str] = DOG,
-    default: str = "",
-    **settings: object,
+    pictures: str = "a.png", beside: dict[str, str] = DOG, path: str = "dogs", **settings: object
 ) -> Folder:
     """A folder of pictures with files beside them, read as sd-scripts reads it.
 
-    Its captions are the first lines of the .txt files, with `default` as class_tokens.
+    Its captions are the first lines of the .txt files, or else its class_tokens.
     """
-    path.mkdir()
-    for name, text in beside.items():
-        (path / name).write_text(text, encoding="utf-8")
+    for file, text in ((Path(path, name), text) for name, text in beside.items()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     read = []
-    for file in (draw(path / name) for name in pictures.split()):
-        text = file.with_suffix(".txt")
-        words = text.read_text("utf-8").split("\n")[0].strip() if text.exists() else default
+    for file in (draw(f"{path}/{name}") for name in pictures.split()):
+        words = settings.get("class_tokens", "")
+        if (text := file.with_suffix(".txt")).exists():
+            words = text.read_text("utf-8").split("\n")[0].strip()
         numbers = len(words.split()), len(words)
-        read.append(Picture(file, (8, 8), (1024, 1024), 1, words, words, *numbers))
+        read.append(Picture(file, (8, 4), BUCKET, 1, words, words, *numbers))
     seen = frozenset(picture.path for picture in read)
-    return Folder(
-        path,
-        tuple(read),
-        seen,
-        **{"caption_extension": ".txt", "class_tokens": default, **settings},
-    )
+    return Folder(Path(path), tuple(read), seen, **{"caption_extension": ".txt", **settings})
 
 
 def said(*folders: Folder) -> list[str]:
-    """Warnings, then notes, with the folder that the tests write into as ~."""
+    """Warnings, then notes."""
     report = Report()
     check_captions(folders, report)
     check_folders(folders, report)
     assert not report.errors
-    found = [*report.warnings, *(f"note: {note}" for note in report.notes)]
-    return [text.replace(str(folders[0].path.parent), "~") for text in found]
+    return [*report.warnings, *(f"note: {note}" for note in report.notes)]
 
 
 # ---- Captions ------------------------------------------------------------------------------------
 
-MISSING = 'images in "~/dogs" have no .txt caption'
+TOKENS = {"class_tokens": "A [v]"}
+INSTEAD = 'are trained as "A [v]", the class_tokens'
+MISSING = 'images in "dogs" have no .txt caption'
 RENAME = "not read: rename to .txt, or correct caption_extension"
+SEVERAL = {"a.txt": "a dog\n\nand a cat\n"}
 CAPTIONS = {
-    "each picture has one": ("a.png", DOG, "", ""),
-    "none, with class_tokens, as in the paper": ("a.png b.png", {}, "A [v]", ""),
-    "none, and no class_tokens": ("a.png b.png", DOG, "", f"1 of 2 {MISSING}: b.png"),
+    "each picture has one": ("a.png", DOG, {}, ""),
+    "none, with class_tokens, as in the paper": ("a.png b.png", {}, TOKENS, ""),
+    "none, and no class_tokens": ("a.png b.png", DOG, {}, f"1 of 2 {MISSING}: b.png"),
     "many without one": (
         "a.png b.png c.png d.png e.png",
         {},
-        "",
+        {},
         f"5 of 5 {MISSING}: a.png, b.png, c.png and 2 more",
     ),
     "one of two, and class_tokens": (
         "a.png b.png",
         DOG,
-        "A [v]",
-        f'note: 1 of 2 {MISSING} and are trained as "A [v]", the class_tokens: b.png',
+        TOKENS,
+        f"note: 1 of 2 {MISSING} and {INSTEAD}: b.png",
     ),
     "under another ending": (
         "a.png b.png",
         {"a.caption": "a dog", "b.png.txt": "a cat"},
-        "A [v]",
-        f'2 of 2 {MISSING} and are trained as "A [v]", the class_tokens: a.caption, b.png.txt are '
-        + RENAME,
+        TOKENS,
+        f"2 of 2 {MISSING} and {INSTEAD}: a.caption, b.png.txt are {RENAME}",
     ),
     "under another ending, without class_tokens": (
         "a.png",
         {"a.TXT": "a dog"},
-        "",
+        {},
         f"1 of 1 {MISSING} and are trained without one: a.TXT is {RENAME}",
     ),
     "of several lines": (
         "a.png",
-        {"a.txt": "a dog\n\nand a cat\n"},
-        "",
-        'captions of several lines are trained with their first line alone, 1 in "~/dogs": a.txt: '
+        SEVERAL,
+        {},
+        'captions of several lines are trained with their first line alone, 1 in "dogs": a.txt: '
         "make it one line, or set enable_wildcard = true, which draws a line at each step",
     ),
-    "with blank lines behind it": ("a.png", {"a.txt": "a dog\n \n\n"}, "", ""),
+    "of several lines, with wildcards": ("a.png", SEVERAL, {"has_wildcards": True}, ""),
+    "with blank lines behind it": ("a.png", {"a.txt": "a dog\n \n\n"}, {}, ""),
     "with a blank line before it": (
         "a.png b.png",
         {"a.txt": "\na dog\n", "b.txt": "a cat"},
-        "",
-        'captions that begin with an empty line are trained as empty, 1 in "~/dogs": a.txt: put '
+        {},
+        'captions that begin with an empty line are trained as empty, 1 in "dogs": a.txt: put '
         "the words on the first line",
+    ),
+    "with a prefix that cached ones leave out": (
+        "a.png",
+        DOG,
+        {"has_affix": True},
+        'caption_prefix and caption_suffix of "dogs" are not trained with '
+        "--cache_text_encoder_outputs: write them into the captions",
+    ),
+    "in a metadata file, where nothing beside the pictures counts": (
+        "a.png",
+        {"a.caption": "a dog", "a.gif": "GIF8", "below/a.png": "GIF8"},
+        {"caption_extension": ""},
+        "",
     ),
 }
 
 
 @pytest.mark.parametrize("case", CAPTIONS)
-def test_captions_that_are_not_trained_are_named(tmp_path, case):
-    *files, sentence = CAPTIONS[case]
-    assert said(make_folder(tmp_path / "dogs", *files)) == ([sentence] if sentence else [])
+def test_captions_that_are_not_trained_are_named(case):
+    pictures, beside, settings, sentence = CAPTIONS[case]
+    folder = make_folder(pictures, beside, **settings)
+    assert said(folder) == ([sentence] if sentence else [])
 
 
-def test_a_caption_that_the_trainer_found_elsewhere_is_one(tmp_path):
-    folder = make_folder(tmp_path / "dogs", beside={})
+@pytest.mark.parametrize(
+    ("beside", "settings", "change"),
+    [({}, {}, {"caption": "a dog"}), (DOG, {"has_affix": True}, {"prompt": "sks, a dog"})],
+)
+def test_a_caption_is_what_the_trainer_found_and_trains(beside, settings, change):
+    folder = make_folder(beside=beside, **settings)
+    assert len(said(folder)) == 1
     [picture] = folder.pictures
-    assert said(replace(folder, pictures=(replace(picture, caption="a dog"),))) == []
-
-
-def test_with_wildcards_several_lines_are_no_mistake(tmp_path):
-    beside = {"a.txt": "a dog\na cat\n"}
-    assert said(make_folder(tmp_path / "dogs", beside=beside, has_wildcards=True)) == []
-
-
-def test_where_a_metadata_file_lists_the_pictures_nothing_is_looked_for_beside_them(tmp_path):
-    beside = {"a.caption": "a dog", "a.gif": "GIF8"}
-    folder = make_folder(tmp_path / "dogs", beside=beside, caption_extension="")
-    draw(tmp_path / "dogs/below/a.png")
-    assert said(folder) == []
+    assert said(replace(folder, pictures=(replace(picture, **change),))) == []
 
 
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
-        (75, None),
-        (76, "shorten them, or give --max_token_length=150"),
-        (150, "shorten them, or give --max_token_length=150"),
-        (151, "shorten them, or give --max_token_length=225"),
-        (225, "shorten them, or give --max_token_length=225"),
-        (226, "shorten them"),
+        (150, ", or give --max_token_length=150"),
+        (225, ", or give --max_token_length=225"),
+        (226, ""),
     ],
 )
-def test_a_caption_that_is_cut_is_named_with_its_tokens(tmp_path, words, advice):
-    beside = {"a.txt": "dog " * words, "b.txt": "a cat"}
-    warning = f'captions are cut after 75 tokens, 1 in "~/dogs": a.png ({words}): {advice}'
-    folder = make_folder(tmp_path / "dogs", "a.png b.png", beside, most_tokens=75)
-    assert said(folder) == ([warning] if advice else [])
+def test_a_caption_that_is_cut_is_named_with_its_tokens(words, advice):
+    dogs = {"a.txt": "dog " * words, "b.txt": "dog " * 75}
+    assert said(make_folder("a.png b.png", dogs)) == [
+        f'captions are cut after 75 tokens, 1 in "dogs": a.png ({words}): shorten them{advice}'
+    ]
 
 
 @pytest.mark.parametrize("most", range(5))
@@ -175,16 +188,6 @@ def test_a_caption_is_cut_at_the_last_letter_within_its_tokens(most):
     text = "one two three"
     kept = letters_kept(text, lambda part: len(part.split()), most)
     assert text[:kept].strip() == " ".join(text.split()[:most])
-
-
-def test_a_prefix_that_cached_captions_leave_out_is_named(tmp_path):
-    folder = make_folder(tmp_path / "dogs", has_affix=True)
-    assert said(folder) == [
-        'caption_prefix and caption_suffix of "~/dogs" are not trained with '
-        "--cache_text_encoder_outputs: write them into the captions"
-    ]
-    [picture] = folder.pictures
-    assert said(replace(folder, pictures=(replace(picture, prompt="sks, a dog"),))) == []
 
 
 # ---- Folders -------------------------------------------------------------------------------------
@@ -201,41 +204,40 @@ LEFT_OUT = {
 @pytest.mark.parametrize(
     ("name", "remedy"), [(name, key) for key, names in LEFT_OUT.items() for name in names.split()]
 )
-def test_a_picture_that_is_left_out_for_its_ending_is_named(tmp_path, name, remedy):
-    folder = make_folder(tmp_path / "dogs")
-    draw(folder.path / name)
-    assert said(folder) == [f'left out of "~/dogs", unsupported file type: {name}: {remedy}']
+def test_a_picture_that_is_left_out_for_its_ending_is_named(name, remedy):
+    folder = make_folder()
+    draw(f"dogs/{name}")
+    assert said(folder) == [f'left out of "dogs", unsupported file type: {name}: {remedy}']
 
 
-def test_what_is_no_picture_is_not_named(tmp_path):
+def test_what_is_no_picture_is_not_named():
     # A bitmap begins with BM, and so may a text.
-    beside = dict.fromkeys(["._a.png", ".hidden.gif", "a.npz", "notes.md", "Thumbs.db"], "BM")
-    assert said(make_folder(tmp_path / "dogs", beside={**DOG, **beside, "readme": "text"})) == []
+    others = dict.fromkeys(["._a.png", ".hidden.gif", "a.npz", "notes.md", "Thumbs.db"], "BM")
+    assert said(make_folder(beside={**DOG, **others, "readme": "text"})) == []
 
 
-def test_pictures_in_a_subfolder_are_named_unless_it_is_trained_itself(tmp_path):
-    outer = make_folder(tmp_path / "dogs")
-    inner = make_folder(tmp_path / "dogs/more")
-    (tmp_path / "dogs/empty").mkdir()
+def test_pictures_in_a_subfolder_are_named_unless_it_is_trained_itself():
+    outer, inner = make_folder(), make_folder(path="dogs/more")
+    Path("dogs/empty").mkdir()
     assert said(outer) == [
-        'pictures in subfolders of "~/dogs" are not trained, more: move them up, or add a '
+        'pictures in subfolders of "dogs" are not trained, more: move them up, or add a '
         "[[datasets.subsets]] for each folder"
     ]
     assert said(outer, inner) == []
 
 
-def test_regularization_pictures_that_count_nothing_are_named(tmp_path):
-    dogs = make_folder(tmp_path / "dogs", loss_weight=0.0)  # which counts for is_reg alone
-    reg = make_folder(tmp_path / "reg", is_reg=True, loss_weight=0.0)
+def test_regularization_pictures_that_count_nothing_are_named():
+    dogs = make_folder(loss_weight=0.0)  # which counts for is_reg alone
+    reg = make_folder(path="reg", is_reg=True, loss_weight=0.0)
     assert said(dogs, reg) == [
         "1 of 2 pictures an epoch have no effect, since prior_loss_weight is 0 and is_reg is set "
-        "for ~/reg: remove that folder, or give --prior_loss_weight=1"
+        "for reg: remove that folder, or give --prior_loss_weight=1"
     ]
     assert said(dogs, replace(reg, loss_weight=1.0)) == []
 
 
-def test_the_plan_names_each_folder_with_its_pictures_and_repeats(tmp_path):
-    dogs = replace(make_folder(tmp_path / "dogs", "a.png b.png"), path=Path("dogs"))
+def test_the_plan_names_each_folder_with_its_pictures_and_repeats():
+    dogs = make_folder("a.png b.png")
     reg = replace(dogs, path=Path("reg"), repeats=3, is_reg=True)
     assert list_folders([dogs, reg]) == '2 in "dogs", 2 in "reg" (x3) (is_reg)'
 
@@ -243,19 +245,29 @@ def test_the_plan_names_each_folder_with_its_pictures_and_repeats(tmp_path):
 # ---- The config ----------------------------------------------------------------------------------
 
 
-def test_folders_that_the_config_names_and_nobody_trains_are_named(tmp_path):
+def test_folders_that_the_config_names_and_nobody_trains_are_named():
     for picture in ("dogs/a.png", "gifs/a.gif", "none/a.png"):
-        draw(tmp_path / picture)
-    (tmp_path / "empty").mkdir()
+        draw(picture)
+    Path("empty").mkdir()
     names = ("dogs", "gifs", "none", "empty", "missing", "dogs")
-    subsets = [{"image_dir": str(tmp_path / name)} for name in names]
+    subsets = [{"image_dir": name} for name in names]
     subsets[2]["num_repeats"] = 0
-    found = passed_over([*subsets, {}], [tmp_path / "dogs"])
-    assert [text.replace(str(tmp_path), "~") for text in found] == [
-        '"~/gifs" is skipped (sd-scripts does not read a.gif): save them as .png or .jpg',
-        '"~/none" is skipped (num_repeats = 0): give it 1',
-        '"~/empty" is skipped (no pictures): put some there, or correct image_dir',
-        '"~/dogs" is listed twice but counts once: use num_repeats to weight it',
+    assert passed_over([*subsets, {}], [Path("dogs")]) == [
+        '"gifs" is skipped (sd-scripts does not read a.gif): save them as .png or .jpg',
+        '"none" is skipped (num_repeats = 0): give it 1',
+        '"empty" is skipped (no pictures): put some there, or correct image_dir',
+        '"dogs" is listed twice but counts once: use num_repeats to weight it',
+    ]
+
+
+def test_folders_of_train_data_dir_without_a_number_are_named():
+    for name in ("3_dogs", "7", "cats", "12cats"):
+        draw(f"in/{name}/a.png")
+    Path("in/log").mkdir()
+    assert unnumbered(Path("in")) == [
+        f'"{Path("in", name)}" is skipped, since its name does not begin with a number of '
+        f'repeats: call it "1_{name}"'
+        for name in ("12cats", "cats")
     ]
 
 
@@ -265,17 +277,6 @@ def test_a_subset_has_what_the_outer_tables_say_unless_it_says_so_itself():
     config = {"general": general, "datasets": [{"num_repeats": 3, "subsets": subsets}]}
     outer = {"num_repeats": 3, "flip_aug": True, "subsets": subsets}
     assert config_subsets(config) == [{**outer, "image_dir": "a"}, {**outer, "flip_aug": False}]
-
-
-def test_folders_of_train_data_dir_without_a_number_are_named(tmp_path):
-    for name in ("3_dogs", "7", "cats", "12cats"):
-        draw(tmp_path / name / "a.png")
-    (tmp_path / "log").mkdir()
-    assert [text.replace(str(tmp_path), "~") for text in unnumbered(tmp_path)] == [
-        f'"~/{name}" is skipped, since its name does not begin with a number of repeats: call '
-        f'it "1_{name}"'
-        for name in ("12cats", "cats")
-    ]
 
 
 @pytest.mark.parametrize(
@@ -322,38 +323,195 @@ def test_an_option_that_the_config_overrides_is_named_unless_the_recipe_gives_it
     assert found == ([sentence.format(*told)] if told else [])
 
 
-# ---- The sheet of --preview ----------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
-THUMBNAIL = b"RIFF"
+
+def opened(path: str, result: object, has_buckets: bool = True, limit: int = 0) -> Opened:
+    """A picture of which sd-scripts makes this array, or raises this."""
+
+    def opener() -> object:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    info = SimpleNamespace(absolute_path=path, bucket_reso=BUCKET)
+    return open_one(info, has_buckets, opener, limit)
+
+
+def test_a_picture_is_opened_with_its_size_and_on_request_a_thumbnail():
+    array = np.zeros((8, 8, 3), np.uint8)
+    assert opened("a.png", array) == Opened(Path("a.png"), BUCKET, (8, 4))
+    thumbnail = make_thumbnail(Image.new("RGB", (8, 8)), 1000)
+    assert opened("a.png", array, limit=1000).thumbnail == thumbnail
+
+
+SMALL = AssertionError("image size is small / 画像サイズが小さい")
+RE_SAVE = "re-save or remove it"
+BUCKETS = "add --enable_bucket, or save it at the size of the resolution"
+
+
+@pytest.mark.parametrize(
+    ("error", "has_buckets", "text", "reason", "remedy"),
+    [
+        (SMALL, False, None, "image size is small, it is 8x4", BUCKETS),
+        (SMALL, True, None, "image size is small, it is 8x4", RE_SAVE),
+        (OSError("image file\nis cut"), False, None, "image file", RE_SAVE),
+        (ValueError(), False, None, "ValueError", RE_SAVE),
+        (PIL.UnidentifiedImageError(), True, None, "PIL cannot read it as a picture", RE_SAVE),
+        (SMALL, True, "\n<!DOCTYPE html>", "it is a web page, not a picture", RE_SAVE),
+        (ValueError(), True, "", "the file is empty", RE_SAVE),
+        (ValueError(), True, " \n", "the file is empty", RE_SAVE),
+    ],
+)
+def test_why_it_cannot_be_opened_is_told_with_the_remedy(error, has_buckets, text, reason, remedy):
+    if text is not None:
+        Path("a.png").write_text(text)
+    [sentence] = broken_pictures([opened("a.png", error, has_buckets)] * 2)
+    assert sentence == f'cannot open the picture "a.png" ({reason}): {remedy}'
+
+
+def test_a_picture_that_is_gone_is_told_in_the_words_of_the_system():
+    picture = opened("gone.png", ValueError("a"))
+    assert (picture.size, picture.error) == ((0, 0), os.strerror(2))
+
+
+def test_more_than_three_are_summed_up():
+    pictures = [Opened(Path(f"{n}.png"), BUCKET, BUCKET, error="cut") for n in range(4)]
+    assert len(broken_pictures(pictures[:3])) == 3
+    assert broken_pictures(pictures) == [
+        'cannot open 4 pictures, "0.png" (cut), "1.png" (cut), "2.png" (cut) and 1 more: '
+        "re-save or remove them"
+    ]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("orientation", [None, *range(10)])
+def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ORIENTATION] = orientation
+    path = Path(f"b.{ending}")
+    Image.new("RGB", (8, 4)).save(path, exif=exif)
+    size, read = read_size(path)
+    assert (size, read) == ((8, 4), 1 if orientation is None else orientation)
+    pictures = [Opened(path, BUCKET, size, read), Opened(path, BUCKET, size, read, error="cut")]
+    turned = (
+        "photos are trained sideways, as the camera stored them, since sd-scripts does not turn "
+        f"them by EXIF, 1 in all: b.{ending}: rotate them in an image editor and save"
+    )
+    warned = reported(images.check_upright, pictures).warnings
+    assert warned == [turned] * (orientation in range(2, 9))
+    assert reported(images.check_upright, pictures[1:]) == Report()
 
 
 @pytest.fixture
-def dogs(tmp_path) -> tuple[Folder, list[Opened]]:
+def open_all(monkeypatch):
+    """open_pictures() of files and what opens each."""
+
+    def run(*openers: object, stream: io.StringIO | None = None) -> list[Opened]:
+        info = SimpleNamespace(absolute_path="a.png", bucket_reso=BUCKET)
+        jobs = [(info, True, opener) for opener in openers]
+        monkeypatch.setattr(images, "openers", lambda dataset, _cached: dataset)
+        return images.open_pictures([jobs], True, stream)
+
+    return run
+
+
+def test_a_bar_shows_where_it_takes_more_than_a_second(open_all, capsys):
+    quick, slow = (lambda: None), (lambda: time.sleep(1.1))
+    stream = io.StringIO()
+    assert len(open_all(quick, quick, stream=stream)) == 2
+    assert stream.getvalue() == ""
+    open_all(slow, quick, quick, stream=stream)
+    assert "opening pictures: " in stream.getvalue()
+    open_all(slow, quick, quick)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError])
+def test_a_call_that_fits_no_picture_is_an_error_of_the_call(open_all, error):
+    def call() -> None:
+        raise error("one argument more")
+
+    def broken() -> None:
+        raise KeyError
+
+    assert [picture.is_api_mismatch for picture in open_all(call, broken)] == [True, False]
+    with pytest.raises(TypeError, match=r"^one argument more$"):
+        open_all(call, call)
+    assert open_all() == []
+
+
+@pytest.mark.parametrize(
+    ("size", "beside", "leftover", "is_named"),
+    [
+        ((16, 8), "a_0016x0008_sdxl.npz", (), True),
+        ((16, 8), "metadata_cache.json", (), True),
+        ((8, 4), "a_0016x0008_sdxl.npz", (), False),
+        ((16, 8), "b_0016x0008_sdxl.npz", (), False),
+        ((16, 8), "a_0016x0008_sdxl.npz", {Path("dogs/a.png")}, False),  # its cache is trained
+    ],
+)
+def test_a_size_that_is_taken_from_elsewhere_and_is_wrong_is_named(
+    size, beside, leftover, is_named
+):
+    folder = make_folder(beside={beside: ""})
+    picture = replace(folder.pictures[0], size=size)
+    found = [opened("dogs/a.png", None)]
+    report = reported(images.check_sizes, [replace(folder, pictures=(picture,))], found, leftover)
+    assert [": a.png (16x8, is 8x4): " in text for text in report.warnings] == [True] * is_named
+
+
+@pytest.mark.parametrize(
+    ("original", "latents", "age", "why"),
+    [
+        ((8, 4), (4, 2), 1, ""),
+        ((8, 4), (4, 2), 0, ""),
+        ((8, 4), (4, 2), -1, "older than the picture"),
+        ((9, 4), (4, 2), 1, "of a picture of 9x4, not 8x4"),
+        ((8, 4), (4, 3), 1, "of 24x32, not 16x32"),
+    ],
+)
+def test_latents_of_another_picture_are_told_by_their_sizes_and_age(original, latents, age, why):
+    np.savez("a.npz", original_size=np.array(original), latents=np.zeros((4, *latents)))
+    os.utime("a.png", (1000, 1000))
+    os.utime("a.npz", (1000 + age, 1000 + age))
+    assert images.why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32)) == why
+
+
+@pytest.mark.parametrize(
+    ("extension", "age", "is_named"),
+    [(".txt", -1, True), (".txt", 0, False), (".caption", -1, False), ("", -1, False)],
+)
+def test_outputs_that_are_older_than_the_caption_are_named(extension, age, is_named):
+    folder = make_folder(beside={**DOG, "a_te_outputs.npz": ""}, caption_extension=extension)
+    os.utime("dogs/a.txt", (1000, 1000))
+    os.utime("dogs/a_te_outputs.npz", (1000 + age, 1000 + age))
+    warnings = reported(images.check_cached_captions, [folder]).warnings
+    assert [" 1 in all: a_te_outputs.npz: " in text for text in warnings] == [True] * is_named
+
+
+# ---- The sheet of --preview ----------------------------------------------------------------------
+
+THUMBNAIL = b"RIFF"
+SIZE = Line("512x512 of 8x4", "detail")
+
+
+@pytest.fixture
+def dogs() -> tuple[Folder, list[Opened]]:
     """A folder of two pictures with captions, and both as they were opened."""
-    folder = make_folder(tmp_path / "dogs", "0.png 1.png", {"0.txt": "a dog", "1.txt": "a dog"})
-    opened = [Opened(p.path, p.bucket, p.size, thumbnail=THUMBNAIL) for p in folder.pictures]
-    return folder, opened
-
-
-SIZE = Line("1024x1024 of 8x8", "detail")
+    folder = make_folder("0.png 1.png", {"0.txt": "a dog", "1.txt": "a dog"})
+    return folder, [Opened(p.path, BUCKET, p.size, thumbnail=THUMBNAIL) for p in folder.pictures]
 
 
 @pytest.mark.parametrize(
     ("trained", "file", "lines"),
     [
-        ({"size": (1024, 1024)}, "", [Line("1024x1024", "detail"), Line("a dog")]),
-        (
-            {"size": (8, 4), "repeats": 3},
-            "",
-            [Line("1024x1024 of 8x4, x3", "detail"), Line("a dog")],
-        ),
+        ({"size": BUCKET}, "", [Line("512x512", "detail"), Line("a dog")]),
+        ({"repeats": 3}, "", [Line("512x512 of 8x4, x3", "detail"), Line("a dog")]),
         ({"prompt": "a dog and a cat"}, "", [SIZE, Line("a dog", cut=" and a cat")]),
         ({}, "a dog\nand a cat\n", [SIZE, Line("a dog"), Line("", cut="and a cat")]),
-        (
-            {"prompt": "doghouse", "kept": 3},
-            "doghouse\na bird",
-            [SIZE, Line("dog", cut="house"), Line("", cut="a bird")],
-        ),
+        ({"prompt": "doghouse", "kept": 3}, "", [SIZE, Line("dog", cut="house")]),
         (
             {"prompt": "", "kept": 0},
             "\na dog",
@@ -361,96 +519,81 @@ SIZE = Line("1024x1024 of 8x8", "detail")
         ),
     ],
 )
-def test_a_picture_has_its_name_bucket_repeats_and_caption_with_what_is_cut_struck_out(
+def test_a_picture_has_its_bucket_repeats_and_caption_with_what_is_cut_struck_out(
     dogs, trained, file, lines
 ):
-    folder, [opened, _] = dogs
-    (folder.path / "0.txt").write_text(file)
-    picture = trained_picture(replace(folder.pictures[0], **trained), folder, opened)
-    assert (picture.name, picture.thumbnail) == ("0.png", THUMBNAIL)
+    folder, [seen, _] = dogs
+    Path("dogs/0.txt").write_text(file)
+    picture = trained_picture(replace(folder.pictures[0], **trained), folder, seen)
     assert list(picture.lines) == lines
 
 
 def test_a_photo_that_is_stored_turned_says_so(dogs):
-    folder, [opened, _] = dogs
-    lines = trained_picture(folder.pictures[0], folder, replace(opened, orientation=6)).lines
+    folder, [seen, _] = dogs
+    lines = trained_picture(folder.pictures[0], folder, replace(seen, orientation=6)).lines
     assert lines == (SIZE, Line("stored turned (EXIF)", "alarm"), Line("a dog"))
 
 
-def test_what_is_left_out_comes_last_grey_with_its_reason(dogs):
-    folder, opened = dogs
-    opened[1] = replace(opened[1], error="the file is empty")
-    draw(folder.path / "z.gif")
-    (folder.path / "z.heic").write_bytes(b"")
-    trained, lost = sections_of([folder], opened)
-    assert (trained.title, lost.title) == (str(folder.path), "Left out")
-    assert [(picture.name, picture.is_out) for picture in trained.pictures] == [("0.png", False)]
-    assert all(picture.is_out for picture in lost.pictures)
-    drawn = {p.name: (*p.lines, p.thumbnail is not None) for p in lost.pictures}
-    assert drawn == {
-        "1.png": (Line("the file is empty", "alarm"), True),
-        "z.gif": (Line(".gif is not read", "alarm"), True),
-        "z.heic": (Line(".heic is not read", "alarm"), False),
+def test_each_folder_is_drawn_as_it_is_trained_and_what_is_left_out_comes_last_and_grey(dogs):
+    folder, [seen, broken] = dogs
+    surplus = make_folder("surplus.png", path="reg", is_reg=True)
+    small = {"bucket": (64, 64)}
+    reg = replace(surplus, pictures=(replace(folder.pictures[0], **small),))
+    (folder.path / "z.heic").touch()
+    validation = {draw("dogs/z.gif"), draw("dogs/validation.png")} - {Path("dogs/z.gif")}
+    drawn = sections_of(
+        [replace(folder, seen=folder.seen | validation), reg],
+        [seen, replace(broken, error="it is cut"), replace(seen, thumbnail=b"small", **small)],
+    )
+    grey = make_thumbnail(Image.new("RGB", (8, 4)), 60_000)
+    assert {
+        section.title: [(p.name, p.thumbnail, p.is_out, *p.lines) for p in section.pictures]
+        for section in drawn
+    } == {
+        "dogs": [("0.png", THUMBNAIL, False, SIZE, Line("a dog"))],
+        "reg (is_reg)": [("0.png", b"small", False, Line("64x64 of 8x4", "detail"), Line("a dog"))],
+        "Left out": [
+            ("1.png", grey, True, Line("it is cut", "alarm")),
+            ("z.gif", grey, True, Line(".gif is not read", "alarm")),
+            ("z.heic", None, True, Line(".heic is not read", "alarm")),
+            ("validation.png", grey, True, Line("kept for validation", "alarm")),
+            ("surplus.png", grey, True, Line("surplus regularization image", "alarm")),
+        ],
     }
 
 
-@pytest.mark.parametrize(
-    ("is_reg", "title", "reason"),
-    [(True, " (is_reg)", "surplus regularization image"), (False, "", "kept for validation")],
-)
-def test_pictures_that_the_trainer_knows_and_does_not_take_are_left_out(
-    dogs, is_reg, title, reason
-):
+def test_the_sheet_shows_the_sections_and_the_report_says_so(dogs):
     folder, opened = dogs
-    taken = replace(folder, pictures=folder.pictures[:1], is_reg=is_reg)
-    trained, lost = sections_of([taken], opened)
-    assert trained.title == f"{folder.path}{title}"
-    [picture] = lost.pictures
-    assert (picture.name, picture.lines) == ("1.png", (Line(reason, "alarm"),))
-
-
-def test_one_picture_in_two_folders_is_drawn_in_each_as_it_is_trained_there(dogs):
-    folder, [opened, _] = dogs
-    [picture, _] = folder.pictures
-    small = replace(picture, bucket=(512, 512))
-    folders = [replace(folder, pictures=(each,)) for each in (picture, small)]
-    seen = [opened, replace(opened, bucket=(512, 512), thumbnail=b"small")]
-    first, second, *_ = sections_of(folders, seen)
-    assert [s.pictures[0].thumbnail for s in (first, second)] == [THUMBNAIL, b"small"]
-
-
-def test_the_sheet_shows_the_sections_and_the_report_says_so(dogs, tmp_path):
-    folder, opened = dogs
-    sheet = tmp_path / "sheet.html"
+    sheet = Path("sheet.html")
     (folder.path / "z.heic").write_bytes(b"")  # is left out, and cannot be drawn
     assert reported(write_preview, sheet, [folder], opened) == Report(
-        notes=[f'"{sheet}" shows the pictures as the trainer will see them']
+        notes=['"sheet.html" shows the pictures as the trainer will see them']
     )
     page = sheet.read_text(encoding="utf-8")
     assert re.findall(r"<h2.*?>(.*) <small>(.*)</small>", page) == [
-        (html.escape(str(folder.path)), "2"),
+        ("dogs", "2"),
         ("Left out", "1"),
     ]
     assert page.count("data:image/webp;base64,UklGRg==") == 2
 
 
 @pytest.mark.parametrize(("shown", "of"), [(0, 2), (1, 2), (0, 0)])
-def test_pictures_that_could_not_be_opened_are_not_said_to_be_shown(dogs, tmp_path, shown, of):
+def test_pictures_that_could_not_be_opened_are_not_said_to_be_shown(dogs, shown, of):
     """As with a release of sd-scripts that opens them in another way."""
     folder, opened = dogs
-    sheet = tmp_path / "sheet.html"
+    sheet = Path("sheet.html")
     assert reported(write_preview, sheet, [folder] * (of > 0), opened[:shown]) == Report(
         warnings=[
-            f'"{sheet}" shows {shown} of {of} pictures: pre-flight could not open the others as '
+            f'"sheet.html" shows {shown} of {of} pictures: pre-flight could not open the others as '
             "this release of sd-scripts does"
         ]
     )
     assert sheet.read_text(encoding="utf-8").count("a dog") == of
 
 
-def test_a_sheet_that_cannot_be_written_is_an_error(dogs, tmp_path):
+def test_a_sheet_that_cannot_be_written_is_an_error(dogs):
     folder, opened = dogs
-    report = reported(write_preview, tmp_path / "gone/sheet.html", [folder], opened)
+    report = reported(write_preview, Path("gone/sheet.html"), [folder], opened)
     [error] = report.errors
-    assert error.startswith(f"cannot write {tmp_path / 'gone/sheet.html'} (")
+    assert error.startswith(f"cannot write {Path('gone/sheet.html')} (")
     assert (report.notes, report.warnings) == ([], [])

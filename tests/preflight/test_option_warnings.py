@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-from importlib import metadata
 from typing import Any
 
 import prodigyopt
@@ -94,11 +93,8 @@ def test_the_tested_lycoris_releases_are_the_tested_ones():
 @pytest.mark.parametrize("version", ["1.0", "unknown"])
 def test_a_lycoris_that_is_not_tested_is_a_note(monkeypatch, tmp_path, version):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    info = tmp_path / "lycoris_lora-1.0.dist-info"
-    if version == "unknown":
-        with pytest.raises(metadata.PackageNotFoundError):
-            metadata.version("lycoris_lora")
-    else:
+    if version != "unknown":
+        info = tmp_path / f"lycoris_lora-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Name: lycoris_lora\nVersion: {version}\n")
     tested = ", ".join(LYCORIS_TESTED)
