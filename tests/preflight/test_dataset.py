@@ -82,6 +82,10 @@ def said(*folders: Folder) -> list[str]:
     return [*report.warnings, *(f"note: {note}" for note in report.notes)]
 
 
+def words(number: int) -> dict[str, str]:
+    return {"a.txt": "dog " * number}
+
+
 # ---- Captions ------------------------------------------------------------------------------------
 
 TOKENS = {"class_tokens": "A [v]"}
@@ -90,7 +94,8 @@ MISSING = 'images in "dogs" have no .txt caption'
 RENAME = "not read: rename to .txt, or correct caption_extension"
 FIVE = "a.png b.png c.png d.png e.png"
 SEVERAL = {"a.txt": "a dog\n\nand a cat\n"}
-CAPTIONS = {
+CUT = 'captions are cut after 75 tokens, 1 in "dogs": a.png'
+SAID = {
     f"1 of 2 {MISSING}: b.png": ("a.png b.png", DOG, {}),
     f"5 of 5 {MISSING}: a.png, b.png, c.png and 2 more": (FIVE, {}, {}),
     f"note: 1 of 2 {MISSING} and {INSTEAD}: b.png": ("a.png b.png", DOG, TOKENS),
@@ -112,6 +117,9 @@ CAPTIONS = {
     ),
     'captions that begin with an empty line are trained as empty, 1 in "dogs": a.txt: put the '
     "words on the first line": ("a.png b.png", {"a.txt": "\na dog\n", "b.txt": "a cat"}, {}),
+    f"{CUT} (150): shorten them, or give --max_token_length=150": ("a.png", words(150), {}),
+    f"{CUT} (225): shorten them, or give --max_token_length=225": ("a.png", words(225), {}),
+    f"{CUT} (226): shorten them": ("a.png", words(226), {}),
     'caption_prefix and caption_suffix of "dogs" are not trained with '
     "--cache_text_encoder_outputs: write them into the captions": (
         "a.png",
@@ -121,25 +129,29 @@ CAPTIONS = {
 }
 
 
-@pytest.mark.parametrize("sentence", CAPTIONS)
+@pytest.mark.parametrize("sentence", SAID)
 def test_captions_that_are_not_trained_are_named(sentence):
-    pictures, beside, settings = CAPTIONS[sentence]
+    pictures, beside, settings = SAID[sentence]
     assert said(make_folder(pictures, beside, **settings)) == [sentence]
 
 
+# A bitmap begins with BM, and so may a text.
+OTHERS = dict.fromkeys(["._a.png", ".hidden.gif", "a.npz", "notes.md", "Thumbs.db"], "BM")
 PASSED = {
     "each picture has a caption": (DOG, {}),
+    "a caption of as many tokens as there may be": (words(75), {}),
     "class_tokens alone, as in the paper": ({}, TOKENS),
     "several lines, with wildcards": (SEVERAL, {"has_wildcards": True}),
     "a metadata file, beside which nothing counts": (
         {"a.caption": "a dog", "a.gif": "GIF8", "below/a.png": "GIF8"},
         {"caption_extension": ""},
     ),
+    "files that are no pictures": ({**DOG, **OTHERS, "readme": "text"}, {}),
 }
 
 
 @pytest.mark.parametrize("case", PASSED)
-def test_captions_that_are_trained_pass(case):
+def test_a_folder_without_a_mistake_passes(case):
     beside, settings = PASSED[case]
     assert said(make_folder(beside=beside, **settings)) == []
 
@@ -153,16 +165,6 @@ def test_a_caption_is_what_the_trainer_found_and_trains(beside, settings, change
     assert len(said(folder)) == 1
     [picture] = folder.pictures
     assert said(replace(folder, pictures=(replace(picture, **change),))) == []
-
-
-ADVICE = {150: ", or give --max_token_length=150", 225: ", or give --max_token_length=225", 226: ""}
-
-
-@pytest.mark.parametrize("words", ADVICE)
-def test_a_caption_that_is_cut_is_named_with_its_tokens(words):
-    dogs = {"a.txt": "dog " * words, "b.txt": "dog " * 75}
-    sentence = f'captions are cut after 75 tokens, 1 in "dogs": a.png ({words}): shorten them'
-    assert said(make_folder("a.png b.png", dogs)) == [sentence + ADVICE[words]]
 
 
 @pytest.mark.parametrize("most", range(5))
@@ -190,12 +192,6 @@ def test_a_picture_that_is_left_out_for_its_ending_is_named(name, remedy):
     folder = make_folder()
     draw(f"dogs/{name}")
     assert said(folder) == [f'left out of "dogs", unsupported file type: {name}: {remedy}']
-
-
-def test_what_is_no_picture_is_not_named():
-    # A bitmap begins with BM, and so may a text.
-    others = dict.fromkeys(["._a.png", ".hidden.gif", "a.npz", "notes.md", "Thumbs.db"], "BM")
-    assert said(make_folder(beside={**DOG, **others, "readme": "text"})) == []
 
 
 def test_pictures_in_a_subfolder_are_named_unless_it_is_trained_itself():
