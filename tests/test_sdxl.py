@@ -16,9 +16,6 @@ from blora.slicer import keys
 SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
 
 
-# ---- The layers ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("network", ["unet", "te1", "te2"])
 def test_matrices_and_convolutions_are_those_that_sd_scripts_builds(network):
     layers = {name: layer.shape for name, layer in sdxl.sdxl_layers()[network].items()}
@@ -54,9 +51,6 @@ def test_all_layers_of_a_text_encoder_are_those_of_transformers_norms_included(
     assert {x.name: shape for x, shape in layers.items()} == {
         x.name: x.shape for x in sdxl.sdxl_layers()[network].values()
     }
-
-
-# ---- Names ---------------------------------------------------------------------------------------
 
 
 def test_no_name_means_two_layers():
@@ -102,7 +96,7 @@ NO_LAYER = {
     "the VAE": "first_stage_model.decoder.conv_in",
     "nothing": "",
     "a prefix alone": "lora_unet_",
-}  # fmt: skip
+}
 
 
 def test_a_name_that_sdxl_does_not_have_is_none():

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import PIL
@@ -41,8 +42,9 @@ BUCKET = (512, 512)
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch) -> None:
-    """With a picture of 8 x 4."""
+    """With a picture of 8 x 4; a dataset is here what opens each of its pictures."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(images, "openers", lambda dataset, _cached: dataset)
     draw("a.png")
 
 
@@ -220,9 +222,6 @@ def test_the_plan_names_each_folder_with_its_pictures_and_repeats():
     assert list_folders([dogs, reg]) == '2 in "dogs", 2 in "reg" (x3) (is_reg)'
 
 
-# ---- The config ----------------------------------------------------------------------------------
-
-
 def test_folders_that_the_config_names_and_nobody_trains_are_named():
     for picture in ("dogs/a.png", "gifs/a.gif", "none/a.png"):
         draw(picture)
@@ -300,16 +299,13 @@ def test_an_option_of_the_recipe_or_of_both_passes(given, config):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
+def job(opener: Mock, path: str = "a.png", has_buckets: bool = True) -> tuple[object, bool, Mock]:
+    """A picture, whether it has buckets, and what sd-scripts makes of it: an array, or an error."""
+    return SimpleNamespace(absolute_path=path, bucket_reso=BUCKET), has_buckets, opener
+
+
 def opened(path: str, result: object, has_buckets: bool = True, limit: int = 0) -> Opened:
-    """A picture of which sd-scripts makes this array, or raises this."""
-
-    def opener() -> object:
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    info = SimpleNamespace(absolute_path=path, bucket_reso=BUCKET)
-    return open_one(info, has_buckets, opener, limit)
+    return open_one(*job(Mock(side_effect=[result]), path, has_buckets), limit)
 
 
 def test_a_picture_is_opened_with_its_size_and_on_request_a_thumbnail():
@@ -378,22 +374,12 @@ def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
     assert reported(images.check_upright, pictures[1:]) == Report()
 
 
-@pytest.fixture
-def open_all(monkeypatch):
-    """open_pictures() of files and what opens each."""
-
-    def run(*openers: object, stream: io.StringIO | None = None) -> list[Opened]:
-        info = SimpleNamespace(absolute_path="a.png", bucket_reso=BUCKET)
-        jobs = [(info, True, opener) for opener in openers]
-        monkeypatch.setattr(images, "openers", lambda dataset, _cached: dataset)
-        return images.open_pictures([jobs], True, stream)
-
-    return run
+def open_all(*openers: Mock, stream: io.StringIO | None = None) -> list[Opened]:
+    return images.open_pictures([map(job, openers)], True, stream)
 
 
-def test_a_bar_shows_where_it_takes_more_than_a_second(open_all, capsys):
-    quick, slow = (lambda: None), (lambda: time.sleep(1.1))
-    stream = io.StringIO()
+def test_a_bar_shows_where_it_takes_more_than_a_second(capsys):
+    quick, slow, stream = Mock(), Mock(side_effect=lambda: time.sleep(1.1)), io.StringIO()
     assert len(open_all(quick, quick, stream=stream)) == 2
     assert stream.getvalue() == ""
     open_all(slow, quick, quick, stream=stream)
@@ -403,13 +389,8 @@ def test_a_bar_shows_where_it_takes_more_than_a_second(open_all, capsys):
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError])
-def test_a_call_that_fits_no_picture_is_an_error_of_the_call(open_all, error):
-    def call() -> None:
-        raise error("one argument more")
-
-    def broken() -> None:
-        raise KeyError
-
+def test_a_call_that_fits_no_picture_is_an_error_of_the_call(error):
+    call, broken = Mock(side_effect=error("one argument more")), Mock(side_effect=KeyError)
     assert [picture.is_api_mismatch for picture in open_all(call, broken)] == [True, False]
     with pytest.raises(TypeError, match=r"^one argument more$"):
         open_all(call, call)
@@ -468,7 +449,7 @@ def test_outputs_that_are_older_than_the_caption_are_named(extension, age, is_na
 # ---- The sheet of --preview ----------------------------------------------------------------------
 
 THUMBNAIL = b"RIFF"
-SIZE = Line("512x512 of 8x4", "detail")
+SIZE, NO_WORDS = Line("512x512 of 8x4", "detail"), Line("(no words) ", "note")
 
 
 @pytest.fixture
@@ -486,11 +467,7 @@ def dogs() -> tuple[Folder, list[Opened]]:
         ({"prompt": "a dog and a cat"}, "", [SIZE, Line("a dog", cut=" and a cat")]),
         ({}, "a dog\nand a cat\n", [SIZE, Line("a dog"), Line("", cut="and a cat")]),
         ({"prompt": "doghouse", "kept": 3}, "", [SIZE, Line("dog", cut="house")]),
-        (
-            {"prompt": "", "kept": 0},
-            "\na dog",
-            [SIZE, Line("(no words) ", "note"), Line("", cut="a dog")],
-        ),
+        ({"prompt": "", "kept": 0}, "\na dog", [SIZE, NO_WORDS, Line("", cut="a dog")]),
     ],
 )
 def test_a_picture_has_its_bucket_repeats_and_caption_with_what_is_cut_struck_out(

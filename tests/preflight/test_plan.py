@@ -12,17 +12,19 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import prodigyopt
 import pytest
 import torch
-import transformers
 from accelerate import Accelerator
 from diffusers_sdxl import sdxl_unet_without_weights
 from lycoris_releases import LYCORIS
 from preset_modules import CONTENT, STYLE, block_modules, text_encoder_modules
+from prodigyopt import Prodigy
 from rehearsed_networks import CONTENT_STYLE, made, network, options, told_memory
 from reports import reported
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import ConcatDataset, TensorDataset
+from transformers import Adafactor, get_constant_schedule_with_warmup
 
 from blora.preflight import option_warnings, plan
 from blora.preflight.option_warnings import LYCORIS_TESTED
@@ -89,6 +91,7 @@ def in_bytes(told: str) -> float:
         ("", "", {"preset": ("out.2$",)}, " 0.0 MB activations"),
         ("", "--mixed_precision=no", {}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
         ("", "--mixed_precision=no", {}, "activations of unknown size"),
+        ("", "--mixed_precision=no", {}, "training 3000 steps, 250 epochs, batch 1/2, no mixed "),
         ("", "--fp8_base_unet", {}, "2.57 GB U-Net in 8 bits, 1.64 GB text encoders, "),
         ("", "--fp8_base", {}, "2.57 GB U-Net in 8 bits, 817.7 MB text encoders, "),
         ("", "--cache_text_encoder_outputs", {}, "5.13 GB U-Net in 16 bits, 112.7 MB LoRA, "),
@@ -135,42 +138,36 @@ def test_of_a_network_that_is_wrapped_the_length_is_told_alone():
     assert list(planned().plan) == ["training"]
 
 
-# ---- Its length ----------------------------------------------------------------------------------
+LENGTHS = {
+    ("", 12, 1): (1600, 134),
+    ("--max_train_steps=3000", 12, 1): (3000, 250),
+    ("--max_train_steps=10", 12, 1): (10, 1),
+    ("--max_train_epochs=2 --max_train_steps=5", 12, 1): (24, 2),
+    ("--max_train_epochs=2 --gradient_accumulation_steps=5", 12, 1): (6, 2),
+    ("--max_train_epochs=2", 13, 2): (14, 2),
+    ("--max_train_epochs=2 --gradient_accumulation_steps=4", 13, 2): (4, 2),
+    ("--max_train_epochs=2", 1, 2): (2, 2),
+    ("--max_train_epochs=2", 0, 1): (2, 2),
+}
 
 
-@pytest.mark.parametrize(
-    ("given", "batches", "processes", "steps", "epochs"),
-    [
-        ("", 12, 1, 1600, 134),
-        ("--max_train_steps=3000", 12, 1, 3000, 250),
-        ("--max_train_steps=10", 12, 1, 10, 1),
-        ("--max_train_epochs=2 --max_train_steps=5", 12, 1, 24, 2),
-        ("--max_train_epochs=2 --gradient_accumulation_steps=5", 12, 1, 6, 2),
-        ("--max_train_epochs=2", 13, 2, 14, 2),
-        ("--max_train_epochs=2 --gradient_accumulation_steps=4", 13, 2, 4, 2),
-        ("--max_train_epochs=2", 1, 2, 2, 2),
-        ("--max_train_epochs=2", 0, 1, 2, 2),
-    ],
-)
-def test_a_training_is_so_long(given, batches, processes, steps, epochs):
+@pytest.mark.parametrize(("given", "batches", "processes"), LENGTHS)
+def test_a_training_is_so_long(given, batches, processes):
+    steps, epochs = LENGTHS[given, batches, processes]
     assert length(options(*given.split()), batches, processes) == Length(steps, epochs)
 
 
-TOLD_STEPS = {
-    "batch 1/8, fp16 mixed precision": ([8, 1, 8], []),
-    "batch 4 in each of 2 processes, fp16 mixed precision": ([4], [2]),
-    "batch 1 in each of 4 processes on 2 machines, no mixed precision": ([1], [4, 2]),
-}
-TOLD_LENGTHS = {"24 steps, 2 epochs": Length(24, 2), "1 step, 1 epoch": Length(1, 1)}
-
-
-@pytest.mark.parametrize("a_step", TOLD_STEPS)
-@pytest.mark.parametrize("so_long", TOLD_LENGTHS)
-def test_its_length_is_told_with_what_a_step_takes(so_long, a_step):
-    batches, started = TOLD_STEPS[a_step]
-    args = options(f"--mixed_precision={'no' if 'no mixed' in a_step else 'fp16'}")
-    report = reported(plan.plan_length, TOLD_LENGTHS[so_long], batches, Started(*started), args)
-    assert report == Report(plan={"training": f"{so_long}, {a_step}"})
+@pytest.mark.parametrize(
+    ("duration", "batches", "started", "told"),
+    [
+        (Length(1, 1), [1], Started(), "1 step, 1 epoch, batch 1"),
+        (Length(24, 2), [8, 1, 8], Started(), "24 steps, 2 epochs, batch 1/8"),
+        (Length(24, 2), [4], Started(2), "24 steps, 2 epochs, batch 4 in each of 2 processes"),
+    ],
+)
+def test_its_length_is_told_with_what_a_step_takes(duration, batches, started, told):
+    report = reported(plan.plan_length, duration, batches, started, options())
+    assert report == Report(plan={"training": f"{told}, fp16 mixed precision"})
 
 
 @pytest.mark.parametrize("option", ["--max_train_steps=0", "--max_train_epochs=0"])
@@ -178,9 +175,6 @@ def test_a_training_of_no_step_is_an_error(option):
     args = options(option)
     report = reported(plan.plan_length, length(args, 12, 1), [1], Started(), args)
     assert report.errors == [f"{option} means zero steps: raise it"]
-
-
-# ---- Its modules ---------------------------------------------------------------------------------
 
 
 def test_the_modules_are_those_of_the_network_that_was_built():
@@ -216,9 +210,6 @@ def test_a_broken_traits_file_is_a_warning_and_modules_are_told_without_it(monke
     assert text == "160: 80 in output_blocks.0.1, 80 in output_blocks.1.1"
     [warning] = report.warnings
     assert warning.startswith(f"{folder / 'blora_traits.json'} is not valid JSON (")
-
-
-# ---- Its size and memory -------------------------------------------------------------------------
 
 
 def test_from_a_gigabyte_on_a_size_is_told_in_gigabytes():
@@ -266,31 +257,28 @@ def test_the_state_of_an_optimizer_that_was_not_counted_has_no_size():
     assert " AdamW state" in told_memory(options(without="optimizer_type"), network(), 2.0)
 
 
-# ---- Its saves -----------------------------------------------------------------------------------
+SAVES = {
+    "": (0, 0),
+    "--save_every_n_steps=1000": (3, 3),  # the last step's is one of its own
+    "--save_every_n_steps=100 --save_last_n_steps=1000": (11, 11),
+    "--save_every_n_steps=1000 --save_last_n_steps=9000": (3, 3),
+    "--save_every_n_epochs=100": (2, 2),
+    "--save_every_n_epochs=125": (1, 1),  # not the last epoch
+    "--save_every_n_epochs=100 --save_last_n_epochs=9": (2, 2),
+    "--save_every_n_epochs=1 --save_last_n_epochs=2": (2, 2),
+    "--save_every_n_steps=1000 --save_every_n_epochs=100": (5, 5),
+    "--save_n_epoch_ratio=5": (4, 4),
+    "--save_n_epoch_ratio=999": (249, 249),
+    "--save_every_n_epochs=1 --save_last_n_epochs_state=3": (249, 3),
+    "--save_every_n_epochs=1 --save_last_n_epochs=2 --save_last_n_epochs_state=3": (2, 3),
+    "--save_every_n_steps=100 --save_last_n_steps_state=200": (30, 3),
+}
 
 
-@pytest.mark.parametrize(
-    ("given", "files", "states"),
-    [
-        ("", 0, 0),
-        ("--save_every_n_steps=1000", 3, 3),  # the last step's is one of its own
-        ("--save_every_n_steps=100 --save_last_n_steps=1000", 11, 11),
-        ("--save_every_n_steps=1000 --save_last_n_steps=9000", 3, 3),
-        ("--save_every_n_epochs=100", 2, 2),
-        ("--save_every_n_epochs=125", 1, 1),  # not the last epoch
-        ("--save_every_n_epochs=100 --save_last_n_epochs=9", 2, 2),
-        ("--save_every_n_epochs=1 --save_last_n_epochs=2", 2, 2),
-        ("--save_every_n_steps=1000 --save_every_n_epochs=100", 5, 5),
-        ("--save_n_epoch_ratio=5", 4, 4),
-        ("--save_n_epoch_ratio=999", 249, 249),
-        ("--save_every_n_epochs=1 --save_last_n_epochs_state=3", 249, 3),
-        ("--save_every_n_epochs=1 --save_last_n_epochs=2 --save_last_n_epochs_state=3", 2, 3),
-        ("--save_every_n_steps=100 --save_last_n_steps_state=200", 30, 3),
-    ],
-)
-def test_so_many_files_and_states_are_there_before_the_last(given, files, states):
+@pytest.mark.parametrize("given", SAVES)
+def test_so_many_files_and_states_are_there_before_the_last(given):
     training, args = Length(3000, 250), options(*given.split())
-    assert (saves(training, args), saves(training, args, "_state")) == (files, states)
+    assert (saves(training, args), saves(training, args, "_state")) == SAVES[given]
 
 
 @pytest.fixture
@@ -317,19 +305,20 @@ def test_saves_that_do_not_fit_beside_those_they_replace_are_an_error(folder, na
     ]
 
 
-@pytest.mark.parametrize(
-    ("machine", "told", "errors"),
-    [
-        (0, "1 of 1.13 GB in _out ", 1),
-        (1, "only on the first machine (--machine_rank=0)", 0),
-    ],
-)
 @pytest.mark.usefixtures("little_room")
-def test_the_first_of_several_machines_saves_and_the_others_need_no_room(machine, told, errors):
-    report = planned(machine=machine, network=made(640))
-    assert report.plan["training"].startswith("1500 steps, 250 epochs, batch 1/2 in each of 2 ")
-    assert report.plan["saves"].startswith(told)
-    assert len(report.errors) == errors
+def test_the_first_of_several_machines_saves_and_the_others_need_no_room():
+    first, second = (planned(machine=machine, network=made(640)) for machine in (0, 1))
+    assert (
+        first.plan["training"]
+        == second.plan["training"]
+        == (
+            "1500 steps, 250 epochs, batch 1/2 in each of 2 processes on 2 machines, "
+            "fp16 mixed precision"
+        )
+    )
+    assert first.plan["saves"].startswith("1 of 1.13 GB in _out ")
+    assert second.plan["saves"] == "only on the first machine (--machine_rank=0)"
+    assert (len(first.errors), len(second.errors)) == (1, 0)
 
 
 CACHED = "--cache_text_encoder_outputs"
@@ -359,11 +348,6 @@ def test_a_card_that_is_too_small_is_a_warning_that_says_what_to_change(
 
 # ---- Warnings on options -------------------------------------------------------------------------
 
-OPTIMIZERS = {
-    "Prodigy": prodigyopt.Prodigy,
-    "AdamW": torch.optim.AdamW,
-    "AdaFactor": transformers.Adafactor,
-}
 EVERYWHERE = ".*attn1.to_q$"  # in each of the 11 blocks with attention
 LYCORIS_PRINTS = "create LyCORIS for Text Encoder: 176 modules."
 # as networks/lora.py of sd-scripts 0.10.1 prints it
@@ -395,9 +379,7 @@ SAID = {
         {"given": "--network_module=lycoris.kohya --network_args"},
     ],
     'the preset "own.toml" trains 71 modules in 12 blocks of the U-Net: correct it, if two blocks '
-    "are meant": [
-        {"given": "--network_args preset=own.toml", "preset": (EVERYWHERE, "out.2$")},
-    ],
+    "are meant": [{"given": "--network_args preset=own.toml", "preset": (EVERYWHERE, "out.2$")}],
     "--network_module=networks.lora takes no preset and trains 160 modules: use lycoris.kohya or "
     "blora_network for a B-LoRA": [{"given": "--network_module=networks.lora"}],
     ALPHA.format(64, 8, 8): [{"given": "--network_dim=8"}],
@@ -406,12 +388,12 @@ SAID = {
     "of the two from --network_args": [{"dora_wd": "True", "bypass_mode": "True"}],
     LEFT_OUT.format(176): [{"printed": LYCORIS_PRINTS}],
     LEFT_OUT.format(264): [{"printed": SD_SCRIPTS_PRINTS}],
-    TOO_LOW.format("0.1"): [{"optimizer": ("Prodigy", 0.1)}],
-    TOO_LOW.format("0.0001"): [{"optimizer": ("Prodigy", 1e-4)}],
-    TOO_HIGH.format("0.1"): [{"optimizer": ("AdamW", 0.1)}],
+    TOO_LOW.format("0.1"): [{"optimizer": (Prodigy, 0.1)}],
+    TOO_LOW.format("0.0001"): [{"optimizer": (Prodigy, 1e-4)}],
+    TOO_HIGH.format("0.1"): [{"optimizer": (AdamW, 0.1)}],
     TOO_HIGH.format("1"): [
-        {"optimizer": ("AdamW", 1.0)},
-        {"optimizer": ("AdamW", 1.0), "has_network": False},
+        {"optimizer": (AdamW, 1.0)},
+        {"optimizer": (AdamW, 1.0), "has_network": False},
     ],
     "": [
         {},
@@ -428,9 +410,9 @@ SAID = {
         {"printed": "create LyCORIS for U-Net: 160 modules."},
         {"printed": LYCORIS_PRINTS, "trains_text": True},
         {"printed": LYCORIS_PRINTS, "without": "network_train_unet_only"},
-        {"optimizer": ("Prodigy", 0.11)},
-        {"optimizer": ("AdamW", 0.09)},
-        {"optimizer": ("AdaFactor", None)},  # it finds its own
+        {"optimizer": (Prodigy, 0.11)},
+        {"optimizer": (AdamW, 0.09)},
+        {"optimizer": (Adafactor, None)},  # it finds its own
     ],
 }
 
@@ -439,16 +421,16 @@ def check(
     given: str = "",
     without: str = "",
     printed: str = "",
-    optimizer: tuple[str, float | None] = ("AdamW", 1e-4),
+    optimizer: tuple[type[Optimizer], float | None] = (AdamW, 1e-4),
     has_network: bool = True,
     **network: object,
 ) -> Report:
     """What is said of a rehearsal with a real network, optimizer and accelerator."""
-    name, rate = optimizer
+    kind, rate = optimizer
     accelerator = Accelerator(cpu=True)
-    accelerator.prepare(OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(2, 2))], lr=rate))
+    accelerator.prepare(kind([Parameter(torch.zeros(2, 2))], lr=rate))
     rehearsal = Rehearsal(
-        args=options(f"--optimizer_type={name}", *given.split(), without=without),
+        args=options(f"--optimizer_type={kind.__name__}", *given.split(), without=without),
         accelerator=accelerator,
         printed=io.StringIO(printed),
         network=made(**network) if has_network else None,
@@ -472,8 +454,8 @@ def test_lycoris_prints_how_many_modules_it_makes(caplog):
 
 
 def test_a_warm_up_that_begins_at_zero_does_not_hide_the_rate():
-    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, 2))], lr=1.0)
-    transformers.get_constant_schedule_with_warmup(adam, 10)
+    adam = AdamW([Parameter(torch.zeros(2, 2))], lr=1.0)
+    get_constant_schedule_with_warmup(adam, 10)
     assert adam.param_groups[0]["lr"] == 0
     args = options(without="optimizer_type")
     report = reported(option_warnings.check_rate, adam.param_groups, args)

@@ -36,9 +36,9 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
         self.driver.get(page.resolve().as_uri())
 
-    def ask(self, expression: str, *values: Any) -> Any:
-        """What a JavaScript expression gives, or a promise comes to; arguments[0] is a value."""
-        return self.driver.execute_script(f"return {expression}", *values)
+    def ask(self, expression: str) -> Any:
+        """What a JavaScript expression gives, or a promise comes to."""
+        return self.driver.execute_script(f"return {expression}")
 
     def picture(self) -> str:
         """The whole page as PNG, in base64."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import prodigyopt
+import toml
 import torch
 from kohya_folder import ROOT
 from lycoris_modules import SDXL, make_tree
@@ -51,19 +52,14 @@ def made(
     from lycoris.kohya import create_network
 
     unet, *encoders = sdxl()
+    path = Path(preset) if "." in preset else ROOT / f"lycoris_presets/{preset}.toml"
     with TemporaryDirectory() as folder, on_meta():
-        path = Path(folder, "own.toml")
         if isinstance(preset, tuple):
             # LyCORIS keeps what an earlier preset said and this one does not.
-            others = [
-                "unet_target_module",
-                "text_encoder_target_module",
-                "text_encoder_target_name",
-            ]
-            lists = "".join(f"{name} = []\n" for name in others)
-            path.write_text(f"enable_conv = true\n{lists}unet_target_name = {list(preset)}\n")
-        else:
-            path = preset if "." in preset else ROOT / f"lycoris_presets/{preset}.toml"
+            every_key = toml.load(ROOT / f"lycoris_presets/{CONTENT_STYLE}.toml")
+            own = {"enable_conv": True, "unet_target_name": preset, "text_encoder_target_name": []}
+            path = Path(folder, "own.toml")
+            path.write_text(toml.dumps({**every_key, **own}))
         network = create_network(1.0, rank, rank, None, encoders, unet, preset=str(path), **args)
         network.apply_to(encoders, unet, trains_text, True)
     return network
