@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers_sdxl import sdxl_unet_without_weights
+from lycoris_modules import SDXL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from blora import sdxl
 from blora.slicer import keys
-
-SDXL = json.loads(Path(__file__).with_name("data").joinpath("sdxl_modules.json").read_text())
 
 
 @pytest.mark.parametrize("network", ["unet", "te1", "te2"])
@@ -41,9 +37,7 @@ def test_diffusers_names_and_all_shapes_norms_included_are_those_of_its_own_unet
         ("te2", CLIPTextModelWithProjection, "text_encoder_2", 1280, 32),
     ],
 )
-def test_all_layers_of_a_text_encoder_are_those_of_transformers_norms_included(
-    network, model, prefix, width, depth
-):
+def test_a_text_encoders_layers_are_those_of_transformers(network, model, prefix, width, depth):
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     with torch.device("meta"):
         theirs = weights(model(CLIPTextConfig(num_hidden_layers=depth, **sizes)))

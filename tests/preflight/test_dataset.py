@@ -21,16 +21,9 @@ import pytest
 from PIL import Image
 from reports import reported
 
-from blora.preflight import images
+from blora.preflight import folders, images
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
-from blora.preflight.folders import (
-    check_folders,
-    config_subsets,
-    overridden,
-    passed_over,
-    unnumbered,
-)
 from blora.preflight.images import ORIENTATION, Opened, broken_pictures, open_one, read_size
 from blora.preflight.preview import sections_of, trained_picture, write_preview
 from blora.preflight.report import Report
@@ -75,17 +68,13 @@ def make_folder(
     return Folder(Path(path), tuple(read), seen, **{"caption_extension": ".txt", **settings})
 
 
-def said(*folders: Folder) -> list[str]:
+def said(*subsets: Folder) -> list[str]:
     """Warnings, then notes."""
     report = Report()
-    check_captions(folders, report)
-    check_folders(folders, report)
+    check_captions(subsets, report)
+    folders.check_folders(subsets, report)
     assert not report.errors
     return [*report.warnings, *(f"note: {note}" for note in report.notes)]
-
-
-def words(number: int) -> dict[str, str]:
-    return {"a.txt": "dog " * number}
 
 
 # ---- Captions ------------------------------------------------------------------------------------
@@ -96,6 +85,7 @@ MISSING = 'images in "dogs" have no .txt caption'
 RENAME = "not read: rename to .txt, or correct caption_extension"
 FIVE = "a.png b.png c.png d.png e.png"
 SEVERAL = {"a.txt": "a dog\n\nand a cat\n"}
+LONG = {number: {"a.txt": "dog " * number} for number in (75, 150, 225, 226)}
 CUT = 'captions are cut after 75 tokens, 1 in "dogs": a.png'
 SAID = {
     f"1 of 2 {MISSING}: b.png": ("a.png b.png", DOG, {}),
@@ -119,9 +109,9 @@ SAID = {
     ),
     'captions that begin with an empty line are trained as empty, 1 in "dogs": a.txt: put the '
     "words on the first line": ("a.png b.png", {"a.txt": "\na dog\n", "b.txt": "a cat"}, {}),
-    f"{CUT} (150): shorten them, or give --max_token_length=150": ("a.png", words(150), {}),
-    f"{CUT} (225): shorten them, or give --max_token_length=225": ("a.png", words(225), {}),
-    f"{CUT} (226): shorten them": ("a.png", words(226), {}),
+    f"{CUT} (150): shorten them, or give --max_token_length=150": ("a.png", LONG[150], {}),
+    f"{CUT} (225): shorten them, or give --max_token_length=225": ("a.png", LONG[225], {}),
+    f"{CUT} (226): shorten them": ("a.png", LONG[226], {}),
     'caption_prefix and caption_suffix of "dogs" are not trained with '
     "--cache_text_encoder_outputs: write them into the captions": (
         "a.png",
@@ -141,7 +131,7 @@ def test_captions_that_are_not_trained_are_named(sentence):
 OTHERS = dict.fromkeys(["._a.png", ".hidden.gif", "a.npz", "notes.md", "Thumbs.db"], "BM")
 PASSED = {
     "each picture has a caption": (DOG, {}),
-    "a caption of as many tokens as there may be": (words(75), {}),
+    "a caption of as many tokens as there may be": (LONG[75], {}),
     "class_tokens alone, as in the paper": ({}, TOKENS),
     "several lines, with wildcards": (SEVERAL, {"has_wildcards": True}),
     "a metadata file, beside which nothing counts": (
@@ -229,7 +219,7 @@ def test_folders_that_the_config_names_and_nobody_trains_are_named():
     names = ("dogs", "gifs", "none", "empty", "missing", "dogs")
     subsets = [{"image_dir": name} for name in names]
     subsets[2]["num_repeats"] = 0
-    assert passed_over([*subsets, {}], [Path("dogs")]) == [
+    assert folders.passed_over([*subsets, {}], [Path("dogs")]) == [
         '"gifs" is skipped (sd-scripts does not read a.gif): save them as .png or .jpg',
         '"none" is skipped (num_repeats = 0): give it 1',
         '"empty" is skipped (no pictures): put some there, or correct image_dir',
@@ -241,7 +231,7 @@ def test_folders_of_train_data_dir_without_a_number_are_named():
     for name in ("3_dogs", "7", "cats", "12cats"):
         draw(f"in/{name}/a.png")
     Path("in/log").mkdir()
-    assert unnumbered(Path("in")) == [
+    assert folders.unnumbered(Path("in")) == [
         f'"{Path("in", name)}" is skipped, since its name does not begin with a number of '
         f'repeats: call it "1_{name}"'
         for name in ("12cats", "cats")
@@ -253,12 +243,15 @@ def test_a_subset_has_what_the_outer_tables_say_unless_it_says_so_itself():
     general = {"num_repeats": 2, "flip_aug": True}
     config = {"general": general, "datasets": [{"num_repeats": 3, "subsets": subsets}]}
     outer = {"num_repeats": 3, "flip_aug": True, "subsets": subsets}
-    assert config_subsets(config) == [{**outer, "image_dir": "a"}, {**outer, "flip_aug": False}]
+    assert folders.config_subsets(config) == [
+        {**outer, "image_dir": "a"},
+        {**outer, "flip_aug": False},
+    ]
 
 
 def without_effect(given: dict[str, object], config: dict[str, object]) -> list[str]:
-    subsets = config_subsets({"datasets": [{**config, "subsets": [{"image_dir": "a"}]}]})
-    return overridden(given, subsets, Path("c.toml"))
+    subsets = folders.config_subsets({"datasets": [{**config, "subsets": [{"image_dir": "a"}]}]})
+    return folders.overridden(given, subsets, Path("c.toml"))
 
 
 def test_an_option_that_the_config_overrides_is_named():
@@ -407,9 +400,7 @@ def test_a_call_that_fits_no_picture_is_an_error_of_the_call(error):
         ((16, 8), "a_0016x0008_sdxl.npz", {Path("dogs/a.png")}, False),  # its cache is trained
     ],
 )
-def test_a_size_that_is_taken_from_elsewhere_and_is_wrong_is_named(
-    size, beside, leftover, is_named
-):
+def test_a_wrong_size_that_is_taken_from_elsewhere_is_named(size, beside, leftover, is_named):
     folder = make_folder(beside={beside: ""})
     picture = replace(folder.pictures[0], size=size)
     found = [opened("dogs/a.png", None)]
@@ -470,9 +461,7 @@ def dogs() -> tuple[Folder, list[Opened]]:
         ({"prompt": "", "kept": 0}, "\na dog", [SIZE, NO_WORDS, Line("", cut="a dog")]),
     ],
 )
-def test_a_picture_has_its_bucket_repeats_and_caption_with_what_is_cut_struck_out(
-    dogs, trained, file, lines
-):
+def test_below_a_picture_what_is_cut_off_its_caption_is_struck_out(dogs, trained, file, lines):
     folder, [seen, _] = dogs
     Path("dogs/0.txt").write_text(file)
     picture = trained_picture(replace(folder.pictures[0], **trained), folder, seen)
@@ -523,8 +512,8 @@ def test_the_report_says_whether_all_pictures_are_on_the_sheet(dogs):
     assert "<h1>The pictures as the trainer sees them</h1>" in page
     assert page.count("data:image/webp;base64,UklGRg==") == 2
     # As with a release of sd-scripts that opens them in another way.
-    for folders, shown, number in (([folder], 0, 2), ([folder], 1, 2), ([], 0, 0)):
-        assert reported(write_preview, sheet, folders, opened[:shown]) == Report(
+    for subsets, shown, number in (([folder], 0, 2), ([folder], 1, 2), ([], 0, 0)):
+        assert reported(write_preview, sheet, subsets, opened[:shown]) == Report(
             warnings=[
                 f'"sheet.html" shows {shown} of {number} pictures: pre-flight could not open the '
                 "others as this release of sd-scripts does"
@@ -536,6 +525,5 @@ def test_the_report_says_whether_all_pictures_are_on_the_sheet(dogs):
 def test_a_sheet_that_cannot_be_written_is_an_error(dogs):
     folder, opened = dogs
     report = reported(write_preview, Path("gone/sheet.html"), [folder], opened)
-    [error] = report.errors
-    assert error.startswith(f"cannot write {Path('gone/sheet.html')} (")
-    assert (report.notes, report.warnings) == ([], [])
+    assert report == Report(errors=report.errors[:1])
+    assert report.errors[0].startswith(f"cannot write {Path('gone/sheet.html')} (")

@@ -27,7 +27,6 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from transformers import Adafactor, get_constant_schedule_with_warmup
 
 from blora.preflight import option_warnings, plan
-from blora.preflight.option_warnings import LYCORIS_TESTED
 from blora.preflight.plan import Length, length, saves
 from blora.preflight.processes import Started
 from blora.preflight.rehearsal import Rehearsal
@@ -198,16 +197,14 @@ MODULES = {
 
 @pytest.mark.parametrize("told", MODULES)
 def test_modules_are_told_by_trait_and_block(told):
-    modules = list(network(preset=MODULES[told]).modules)
-    assert plan.count_by_trait(modules, plan.known_traits(Report())) == told
+    assert planned(network=made(preset=MODULES[told])).plan["modules"] == told
 
 
 def test_a_broken_traits_file_is_a_warning_and_modules_are_told_without_it(monkeypatch, folder):
     monkeypatch.setattr(plan, "ROOT", folder)
     Path("blora_traits.json").write_text("{")
-    report = Report()
-    text = plan.count_by_trait(list(network().modules), plan.known_traits(report))
-    assert text == "160: 80 in output_blocks.0.1, 80 in output_blocks.1.1"
+    report = planned(network=made())
+    assert report.plan["modules"] == "160: 80 in output_blocks.0.1, 80 in output_blocks.1.1"
     [warning] = report.warnings
     assert warning.startswith(f"{folder / 'blora_traits.json'} is not valid JSON (")
 
@@ -222,8 +219,7 @@ def test_from_a_gigabyte_on_a_size_is_told_in_gigabytes():
 )
 def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(rank, given, at):
     sentence = f"{at}the LoRA is larger than the matrix it changes in 120 of 160 modules"
-    args = options(f"--network_dim={rank}", *given)
-    notes = reported(plan.plan_rank, network(rank), args).notes
+    notes = planned(f"--network_dim={rank}", *given, network=made(rank)).notes
     assert notes == [sentence] * (at is not None)
 
 
@@ -337,9 +333,7 @@ SAVE_MEMORY = (
         ([6144], 64, [CACHED], "gradient_checkpointing", ["6.44", "9.60", SAVE_MEMORY]),
     ],
 )
-def test_a_card_that_is_too_small_is_a_warning_that_says_what_to_change(
-    monkeypatch, cards, rank, given, without, told
-):
+def test_a_card_that_is_too_small_is_a_warning(monkeypatch, cards, rank, given, without, told):
     put_cards(monkeypatch, *cards)
     report = planned(f"--network_dim={rank}", *given, without=without, network=made(rank))
     sentence = "the card has {} GB of memory, and this training takes at least {} GB (computed): {}"
@@ -463,7 +457,7 @@ def test_a_warm_up_that_begins_at_zero_does_not_hide_the_rate():
 
 
 def test_the_tested_lycoris_releases_are_the_tested_ones():
-    assert list(LYCORIS_TESTED) == LYCORIS
+    assert list(option_warnings.LYCORIS_TESTED) == LYCORIS
 
 
 @pytest.mark.parametrize("version", ["1.0", "unknown"])
@@ -473,7 +467,7 @@ def test_a_lycoris_that_is_not_tested_is_a_note(monkeypatch, tmp_path, version):
         info = tmp_path / f"lycoris_lora-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Name: lycoris_lora\nVersion: {version}\n")
-    tested = ", ".join(LYCORIS_TESTED)
+    tested = ", ".join(option_warnings.LYCORIS_TESTED)
     sentence = f"LyCORIS {version} was not tested with this bundle; {tested} were"
     assert check().notes == [sentence]
     assert check("--network_module=networks.lora --network_args").notes == []
