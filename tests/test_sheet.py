@@ -147,8 +147,7 @@ def test_a_thousand_photos_take_less_than_20_mb_and_are_more_than_stamps(tmp_pat
     soft = np.asarray(shapes.resize((1024, 1024), Image.Resampling.BICUBIC), np.float32)
     grain = random.normal(0, 24, soft.shape)  # as of a photo at ISO 3200
     photo = Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8))
-    thumbnail = make_thumbnail(photo, 13_000)
-    assert size(thumbnail) == (320, 320)
+    assert size(make_thumbnail(photo, 13_000)) == (320, 320)
     picture = Picture("a.png", bytes(13_000), (Line("many words, " * 60),))
     assert len(written(tmp_path / "a.html", Section("photos", (picture,) * 1000))) < 20_000_000
 

@@ -63,19 +63,12 @@ def planned(*given: str, machine: int | None = None, without: str = "", **more: 
     return reported(plan.plan, rehearsal, started, MEGAPIXEL)
 
 
-def in_bytes(told: str) -> float:
-    number, unit = told.split()
-    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
-
-
 @pytest.mark.parametrize(
     ("without", "given", "args", "part"),
     [
-        ("", "", {}, "rank 64, alpha 64: 28,180,480 parameters, 112.7 MB a file"),
         ("", "--network_alpha=1", {}, "rank 64, alpha 1: 28,180,480 parameters, 112.7 MB a file"),
         ("", "--save_precision=fp16", {}, "28,180,480 parameters, 56.4 MB a file"),
         ("", "--save_precision=bf16", {}, "28,180,480 parameters, 56.4 MB a file"),
-        ("", "--full_bf16", {}, "28,180,480 parameters, 56.4 MB a file"),
         ("", "--full_fp16", {}, "28,180,480 parameters, 56.4 MB a file"),
         ("", "--full_fp16 --save_precision=float", {}, "28,180,480 parameters, 112.7 MB a file"),
         ("", "", {"dora_wd": "True"}, "28,385,280 parameters, 113.5 MB"),  # 1280 a module more
@@ -102,9 +95,7 @@ def in_bytes(told: str) -> float:
         # the copies in 16 bits are the LoRA itself
         ("gradient_checkpointing", "--full_fp16", {}, "3.73 GB activations"),
         ("", "--output_dir=a/b", {}, f"saves 1 of 112.7 MB in {Path('a/b')} ("),
-        ("", "--save_every_n_steps=1000", {}, "saves 4 of 112.7 MB in _out ("),
         # a state: the LoRA in 32 bits, and four times as much of the optimizer's
-        ("", "--save_state", {}, "1 of 112.7 MB and 1 states of 563.6 MB in _out ("),
         (
             "",
             "--save_every_n_steps=1000 --save_state",
@@ -118,9 +109,9 @@ def in_bytes(told: str) -> float:
 def test_each_part_of_the_plan_follows_the_options_and_the_network(without, given, args, part):
     lines = planned(*given.split(), without=without, network=made(**args)).plan
     assert part in "\n".join(f"{name} {text}" for name, text in lines.items())
-    total, parts = lines["memory"].split(" at least, computed: ")
-    sizes = [in_bytes(size) for size in re.findall(r"[\d.]+ [GM]B", parts.split(" (")[0])]
-    assert abs(in_bytes(total) - sum(sizes)) < 0.03e9
+    sizes = re.findall(r"([\d.]+) ([GM])B", lines["memory"].split(" (")[0])
+    total, *parts = (float(size) * {"M": 1e6, "G": 1e9}[unit] for size, unit in sizes)
+    assert abs(total - sum(parts)) < 0.03e9
 
 
 def test_a_plan_has_a_line_for_each():
@@ -145,7 +136,6 @@ LENGTHS = {
     ("--max_train_epochs=2 --gradient_accumulation_steps=5", 12, 1): (6, 2),
     ("--max_train_epochs=2", 13, 2): (14, 2),
     ("--max_train_epochs=2 --gradient_accumulation_steps=4", 13, 2): (4, 2),
-    ("--max_train_epochs=2", 1, 2): (2, 2),
     ("--max_train_epochs=2", 0, 1): (2, 2),
 }
 
@@ -254,11 +244,9 @@ def test_the_state_of_an_optimizer_that_was_not_counted_has_no_size():
 
 
 SAVES = {
-    "": (0, 0),
     "--save_every_n_steps=1000": (3, 3),  # the last step's is one of its own
     "--save_every_n_steps=100 --save_last_n_steps=1000": (11, 11),
     "--save_every_n_steps=1000 --save_last_n_steps=9000": (3, 3),
-    "--save_every_n_epochs=100": (2, 2),
     "--save_every_n_epochs=125": (1, 1),  # not the last epoch
     "--save_every_n_epochs=100 --save_last_n_epochs=9": (2, 2),
     "--save_every_n_epochs=1 --save_last_n_epochs=2": (2, 2),
@@ -385,10 +373,7 @@ SAID = {
     TOO_LOW.format("0.1"): [{"optimizer": (Prodigy, 0.1)}],
     TOO_LOW.format("0.0001"): [{"optimizer": (Prodigy, 1e-4)}],
     TOO_HIGH.format("0.1"): [{"optimizer": (AdamW, 0.1)}],
-    TOO_HIGH.format("1"): [
-        {"optimizer": (AdamW, 1.0)},
-        {"optimizer": (AdamW, 1.0), "has_network": False},
-    ],
+    TOO_HIGH.format("1"): [{"optimizer": (AdamW, 1.0)}],
     "": [
         {},
         {"given": "--network_alpha=1"},
@@ -416,7 +401,6 @@ def check(
     without: str = "",
     printed: str = "",
     optimizer: tuple[type[Optimizer], float | None] = (AdamW, 1e-4),
-    has_network: bool = True,
     **network: object,
 ) -> Report:
     """What is said of a rehearsal with a real network, optimizer and accelerator."""
@@ -427,7 +411,7 @@ def check(
         args=options(f"--optimizer_type={kind.__name__}", *given.split(), without=without),
         accelerator=accelerator,
         printed=io.StringIO(printed),
-        network=made(**network) if has_network else None,
+        network=made(**network),
     )
     return reported(option_warnings.check_options, rehearsal)
 
@@ -447,13 +431,14 @@ def test_lycoris_prints_how_many_modules_it_makes(caplog):
     assert LYCORIS_PRINTS in caplog.messages
 
 
-def test_a_warm_up_that_begins_at_zero_does_not_hide_the_rate():
-    adam = AdamW([Parameter(torch.zeros(2, 2))], lr=1.0)
+def test_without_a_network_the_rate_is_looked_at_that_a_warm_up_from_zero_hides():
+    accelerator = Accelerator(cpu=True)
+    adam = accelerator.prepare(AdamW([Parameter(torch.zeros(2, 2))], lr=1.0))
     get_constant_schedule_with_warmup(adam, 10)
     assert adam.param_groups[0]["lr"] == 0
-    args = options(without="optimizer_type")
-    report = reported(option_warnings.check_rate, adam.param_groups, args)
-    assert report.warnings == [TOO_HIGH.format("1")]
+    rehearsal = Rehearsal(args=options(without="optimizer_type"), accelerator=accelerator)
+    warnings = reported(option_warnings.check_options, rehearsal).warnings
+    assert warnings == [TOO_HIGH.format("1")]
 
 
 def test_the_tested_lycoris_releases_are_the_tested_ones():
