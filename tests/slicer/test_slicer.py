@@ -1,4 +1,4 @@
-"""What blora_slicer.py promises, on small real LoRA files."""
+"""What blora_slicer.py promises on its command line, on small real LoRA files."""
 
 from __future__ import annotations
 
@@ -11,191 +11,82 @@ from pathlib import Path
 
 import pytest
 import torch
-from kohya_folder import BASH, install
-from lora_files import CONTENT, LAYOUT, STYLE, TE2, blora_modules, change, lora_module
-from lora_files import write as write_lora
+from kohya_folder import install
+from lora_files import CONTENT, LAYOUT, STYLE, TE2, blora_modules, lora_module, write
 from safetensors.torch import load_file
-from slicing import all_traits, modules, refusal, slice_lora, stored
+from slicing import Stored, cut, modules, refused, slice_lora, stored
 
 import blora
-import blora_slicer
-
-SCRIPT = Path(blora_slicer.__file__)
 
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
     """A B-LoRA of content and style: 16 modules, rank 2, alpha 1, fp16."""
-    return write_lora(tmp_path / "parent.safetensors", blora_modules(CONTENT, STYLE))
+    return write(tmp_path / "my_content.safetensors", blora_modules(CONTENT, STYLE))
 
 
-def names(template: str) -> set[str]:
-    return {key.split(".")[0] for key in blora_modules(template)}
+def names(*templates: str) -> set[str]:
+    return {key.split(".")[0] for key in blora_modules(*templates)}
+
+
+def tensors_of(path: Path, kept: set[str]) -> Stored:
+    """All tensors of these modules of a file."""
+    return {key: entry for key, entry in stored(path).items() if key.split(".")[0] in kept}
 
 
 # ---- What is kept --------------------------------------------------------------------------------
 
-
-def test_content_is_kept_by_default(lora, output):
-    assert slice_lora("--loras", lora, "--output_path", output) == 0
-    assert modules(output) == names(CONTENT)
-
-
-@pytest.mark.parametrize(
-    ("trait", "kept"),
-    [("content", CONTENT), ("style", STYLE), ("layout", LAYOUT)],
-)
-def test_a_trait_keeps_the_attention_of_its_block_and_nothing_else(tmp_path, output, trait, kept):
-    block = kept.split("transformer")[0]
-    tensors = blora_modules(CONTENT, STYLE, LAYOUT)
-    tensors |= lora_module(f"{block}transformer_blocks_0_ff_net_0_proj")
-    tensors |= lora_module(f"{block}proj_in") | lora_module(f"{block}proj_out")
-    tensors |= lora_module("lora_unet_output_blocks_2_1_transformer_blocks_0_attn1_to_q")
-    lora = write_lora(tmp_path / "full.safetensors", tensors)
-    assert slice_lora("--loras", lora, "--traits", trait, "--output_path", output) == 0
-    assert modules(output) == names(kept)
+KEPT = {
+    "content": names(CONTENT),
+    "style": names(STYLE),
+    "layout": names(LAYOUT),
+    "clip_2_content": {TE2.format(0, "q")},
+}
 
 
-def test_clip_2_content_keeps_layer_0_of_the_second_text_encoder(tmp_path, output):
-    tensors = blora_modules(CONTENT)
-    for layer in (0, 1, 10):
-        tensors |= lora_module(TE2.format(layer, "q"))
-    tensors |= lora_module(TE2.format(0, "q").replace("te2", "te1"))
-    lora = write_lora(tmp_path / "clip.safetensors", tensors)
-    assert slice_lora("--loras", lora, "--traits", "clip_2_content", "--output_path", output) == 0
-    assert modules(output) == {TE2.format(0, "q")}
+@pytest.mark.parametrize("trait", KEPT)
+def test_a_trait_keeps_the_modules_of_its_block_and_nothing_else(tmp_path, trait):
+    tensors = blora_modules(CONTENT, STYLE, LAYOUT, alpha=0.3, dtype=torch.bfloat16)
+    others = ["lora_unet_output_blocks_2_1_transformer_blocks_0_attn1_to_q"]
+    for block in ("output_blocks_0_1", "output_blocks_1_1", "input_blocks_8_1"):
+        for layer in ("transformer_blocks_0_ff_net_0_proj", "proj_in", "proj_out"):
+            others.append(f"lora_unet_{block}_{layer}")
+    others += [TE2.format(layer, "q") for layer in (0, 1, 10)]
+    for name in (*others, TE2.format(0, "q").replace("te2", "te1")):
+        tensors |= lora_module(name)
+    lora = write(tmp_path / "full.safetensors", tensors)
+    assert stored(cut(lora, "--traits", trait)) == tensors_of(lora, KEPT[trait])
 
 
-def test_a_kept_module_keeps_every_tensor_to_the_byte(tmp_path, output):
-    tensors = blora_modules(CONTENT, STYLE, alpha=0.3, dtype=torch.bfloat16)
-    lora = write_lora(tmp_path / "bf16.safetensors", tensors)
-    assert slice_lora("--loras", lora, "--output_path", output) == 0
-    kept = load_file(output)
-    assert set(kept) == set(blora_modules(CONTENT))
-    assert all(torch.equal(kept[key], tensors[key]) for key in kept)
-    assert {t.dtype for t in kept.values()} == {torch.bfloat16}
+OWN_TRAITS = {
+    "a name of one's own": ({"queries": {"whitelist": ["_to_q"]}}, "_to_q"),
+    "a blacklist of alpha, as old files have": (
+        {"content": {"whitelist": ["lora_"], "blacklist": ["ff_net", "to_k", "alpha"]}},
+        ("_to_q", "_to_v", "_to_out_0"),
+    ),
+}
 
 
-def test_a_blacklist_of_alpha_in_an_old_traits_file_drops_no_alpha(lora, output, tmp_path):
-    old = {
-        "content": {
-            "whitelist": ["lora_unet_output_blocks_0_1_"],
-            "blacklist": ["ff_net", "proj_in", "proj_out", "alpha"],
-        }
-    }
-    traits = tmp_path / "old_traits.json"
-    traits.write_text(json.dumps(old))
-    assert slice_lora("--loras", lora, "--traits_file", traits, "--output_path", output) == 0
-    assert set(load_file(output)) == set(blora_modules(CONTENT))
-
-
-def test_a_trait_of_ones_own_is_used_by_name(lora, output, tmp_path):
-    traits = tmp_path / "traits.json"
-    traits.write_text('\ufeff{"queries": {"whitelist": ["_to_q"]}}', encoding="utf-8")
-    args = ("--traits", "queries", "--traits_file", traits, "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    assert modules(output) == {n for n in names(CONTENT) | names(STYLE) if n.endswith("to_q")}
-
-
-# ---- Strength ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("alpha", [None, 0.5, 2.0, 8.0])
-@pytest.mark.parametrize("strength", [0.5, -1.0, 0.0, 1.7])
-def test_the_change_is_multiplied_by_the_strength_once(tmp_path, output, alpha, strength):
-    tensors = blora_modules(CONTENT, alpha=alpha, dtype=torch.float32)
-    lora = write_lora(tmp_path / "lora.safetensors", tensors)
-    assert slice_lora("--loras", lora, "--alphas", strength, "--output_path", output) == 0
-    for module in names(CONTENT):
-        before = change(lora, module)
-        error = change(output, module) - strength * before
-        assert error.norm() < 1e-6 * before.norm()
-
-
-def test_only_lora_up_carries_the_strength(lora, output):
-    assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 0
-    before, after = stored(lora), stored(output)
-    changed = {key for key in after if after[key] != before[key]}
-    assert changed == {key for key in after if key.endswith(".lora_up.weight")}
-
-
-def test_a_locon_module_with_a_mid_weight_is_scaled_once(tmp_path, output):
-    name = "lora_unet_output_blocks_0_0_in_layers_2"  # from 2560 to 1280 channels
-    locon = {
-        f"{name}.lora_down.weight": torch.randn(2, 2560, 1, 1),
-        f"{name}.lora_mid.weight": torch.randn(2, 2, 3, 3),
-        f"{name}.lora_up.weight": torch.randn(1280, 2, 1, 1),
-        f"{name}.alpha": torch.tensor(1.0),
-    }
-    lora = write_lora(tmp_path / "locon.safetensors", locon)
-    args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
-    assert slice_lora("--loras", lora, *args, "--output_path", output) == 0
-    up = f"{name}.lora_up.weight"
-    assert torch.equal(load_file(output)[up], locon[up] * 0.5)
-    assert all(torch.equal(load_file(output)[k], locon[k]) for k in locon if k != up)
+@pytest.mark.parametrize(("traits", "ends"), OWN_TRAITS.values(), ids=OWN_TRAITS)
+def test_a_traits_file_of_ones_own_says_what_is_kept(lora, tmp_path, traits, ends):
+    path = tmp_path / "traits.json"
+    path.write_text(json.dumps(traits), encoding="utf-8-sig")  # as Notepad saves it
+    kept = {name for name in names(CONTENT, STYLE) if name.endswith(ends)}
+    output = cut(lora, "--traits", *traits, "--traits_file", path)
+    assert stored(output) == tensors_of(lora, kept)
 
 
 @pytest.mark.parametrize(
     ("suffix", "shape"), [("diff", (1280, 1280)), ("diff_b", (1280,)), ("b_norm", (1280,))]
 )
-def test_a_change_that_is_added_beside_the_factors_is_multiplied_too(
-    tmp_path, output, suffix, shape
-):
+def test_a_change_that_is_added_beside_the_factors_is_multiplied_too(tmp_path, suffix, shape):
     key = f"{(name := CONTENT.format(0, 1, 'q'))}.{suffix}"
     tensors = lora_module(name, dtype=torch.float32) | {key: torch.ones(shape)}
-    lora = write_lora(tmp_path / "added.safetensors", tensors)
-    assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 0
+    output = cut(write(tmp_path / "added.safetensors", tensors), "--alphas", "0.5")
     assert torch.equal(load_file(output)[key], torch.full(shape, 0.5))
 
 
-@pytest.mark.parametrize("strength", ["-1e-5", "-.5", "-2"])
-def test_a_negative_strength_is_a_number_however_it_is_written(tmp_path, output, strength):
-    lora = write_lora(
-        tmp_path / "a.safetensors", blora_modules(CONTENT, STYLE, dtype=torch.float32)
-    )
-    args = ("--traits", "content", "style", "--alphas", "0.5", strength, "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    style = STYLE.format(0, 1, "q")
-    wanted = float(strength) * change(lora, style)
-    assert (change(output, style) - wanted).norm() < 1e-6 * wanted.norm()
-
-
-def test_fp16_is_scaled_in_fp32_and_rounded_once(lora, output):
-    assert slice_lora("--loras", lora, "--alphas", "0.3", "--output_path", output) == 0
-    for key, tensor in load_file(output).items():
-        if key.endswith(".lora_up.weight"):
-            expected = (load_file(lora)[key].float() * 0.3).half()
-            assert torch.equal(tensor, expected)
-
-
-def test_a_dora_is_kept_at_1_and_refused_at_another_strength(tmp_path, output, capsys):
-    name = CONTENT.format(0, 1, "q")
-    dora = lora_module(name) | {f"{name}.dora_scale": torch.ones(1280, 1)}
-    lora = write_lora(tmp_path / "dora.safetensors", dora)
-    assert slice_lora("--loras", lora, "--output_path", output) == 0
-    assert stored(output) == stored(lora)
-    capsys.readouterr()
-    assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 1
-    assert capsys.readouterr().err == (
-        f"error: cannot rescale {name} in {lora}, because it is DoRA and "
-        "it needs the weights it was trained on: give the checkpoint as --base_model, or cut it "
-        "at 1.0 and set the strength where the LoRA is used\n"
-    )
-
-
 # ---- Several LoRAs, several traits ---------------------------------------------------------------
-
-
-def test_content_of_one_joins_style_of_another(tmp_path, output):
-    a = write_lora(tmp_path / "a.safetensors", blora_modules(CONTENT, STYLE, rank=2))
-    b = write_lora(tmp_path / "b.safetensors", blora_modules(CONTENT, STYLE, rank=3))
-    args = ("--traits", "content", "style", "--alphas", "1", "0.5")
-    assert slice_lora("--loras", a, b, *args, "--output_path", output) == 0
-    assert modules(output) == names(CONTENT) | names(STYLE)
-    content, style = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
-    assert torch.equal(change(output, content), change(a, content))
-    torch.testing.assert_close(change(output, style), 0.5 * change(b, style), rtol=1e-3, atol=0)
-
 
 PAIRS = [
     # LoRAs, traits, alphas, the cuts they make
@@ -206,259 +97,167 @@ PAIRS = [
     ("a b", "style", "", "a:style:1 b:content:1"),
     ("a b", "content style", "0.5", "a:content:0.5 b:style:1"),
     ("a b", "content style layout", "0.5 2 -1", "a:content:0.5 b:style:2 b:layout:-1"),
+    # argparse takes some of these for options
+    ("a", "content style layout", "-1e-5 -.5 -2", "a:content:-1e-05 a:style:-0.5 a:layout:-2"),
+    ("a", "content", "-5E+0", "a:content:-5"),
 ]
 
 
 @pytest.mark.parametrize(("loras", "traits", "alphas", "cuts"), PAIRS)
-def test_loras_traits_and_alphas_pair_by_order(
-    tmp_path, output, capsys, loras, traits, alphas, cuts
-):
+def test_loras_traits_and_alphas_pair_by_order(tmp_path, capsys, loras, traits, alphas, cuts):
     for name in loras.split():
-        write_lora(tmp_path / name, blora_modules(CONTENT, STYLE, LAYOUT, rank=1))
+        write(tmp_path / name, blora_modules(CONTENT, STYLE, LAYOUT, rank=1, dtype=torch.float32))
     options = [("--traits", traits), ("--alphas", alphas)]
     args = [word for option, text in options if text for word in (option, *text.split())]
-    args += ["--not_combined", "--output_path", output]
-    assert slice_lora("--loras", *(tmp_path / name for name in loras.split()), *args) == 0
+    cut(*(tmp_path / name for name in loras.split()), *args, "--not_combined")
     said = re.findall(r"^(\w+) of (\w+) at (\S+):", capsys.readouterr().out, re.M)
     assert [f"{lora}:{trait}:{strength}" for trait, lora, strength in said] == cuts.split()
 
 
-def test_not_combined_writes_one_file_for_each_trait_beside_the_output_path(lora, output):
-    args = ("--traits", "content", "style", "--not_combined", "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    assert modules(output.with_name("slice_content.safetensors")) == names(CONTENT)
-    assert modules(output.with_name("slice_style.safetensors")) == names(STYLE)
-    assert not output.exists()
+NOT_COMBINED = {
+    # LoRAs, traits, and what the files hold
+    "two traits": ("a", ["content", "style"], {"out_content": CONTENT, "out_style": STYLE}),
+    "a trait whose name is no file name": ("a", ["a/b: c"], {"out_a_b_c": STYLE}),
+    "one trait of two LoRAs": (
+        "ab",
+        ["content", "content"],
+        {"out_content_a": CONTENT, "out_content_b": CONTENT},
+    ),
+}
 
 
-def test_a_trait_whose_name_is_no_file_name_is_written_under_one(lora, output, tmp_path):
-    traits = tmp_path / "traits.json"
-    traits.write_text('{"a/b: c": {"whitelist": ["_to_q"]}}')
-    args = ("--traits", "a/b: c", "--traits_file", traits, "--not_combined")
-    assert slice_lora("--loras", lora, *args, "--output_path", output) == 0
-    assert output.with_name("slice_a_b_c.safetensors").is_file()
-
-
-def test_not_combined_adds_the_lora_to_the_name_where_two_give_the_same_trait(tmp_path, output):
-    for name in ("a", "b"):
-        write_lora(tmp_path / f"{name}.safetensors", blora_modules(CONTENT))
-    loras = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert slice_lora("--loras", *loras, "--not_combined", "--output_path", output) == 0
-    assert sorted(path.name for path in tmp_path.glob("slice*")) == [
-        "slice_content_a.safetensors",
-        "slice_content_b.safetensors",
-    ]
+@pytest.mark.parametrize(("loras", "traits", "files"), NOT_COMBINED.values(), ids=NOT_COMBINED)
+def test_not_combined_names_a_file_after_each_trait_and_where_it_must_its_lora(
+    tmp_path, loras, traits, files
+):
+    path = tmp_path / "traits.json"
+    starts = {"content": CONTENT[:27], "style": STYLE[:27], "a/b: c": STYLE[:27]}
+    path.write_text(json.dumps({name: {"whitelist": [start]} for name, start in starts.items()}))
+    paths = [tmp_path / f"{name}.safetensors" for name in loras]
+    for lora in paths:
+        write(lora, blora_modules(CONTENT, STYLE))
+    cut(*paths, "--traits", *traits, "--traits_file", path, "--not_combined")
+    written = {path.stem: modules(path) for path in tmp_path.glob("out*")}
+    assert written == {name: names(template) for name, template in files.items()}
 
 
 # ---- What is said --------------------------------------------------------------------------------
 
 
-def test_it_says_at_the_end_what_was_kept(lora, output, capsys):
-    assert slice_lora("--loras", lora, "--alphas", "0.5", "--output_path", output) == 0
+def test_it_says_at_the_end_what_was_kept_and_with_debug_each_module_before(lora, capsys):
+    output = cut(lora, "--alphas", "0.5")
+    said = capsys.readouterr()
+    assert said.err == ""
     size = f"{output.stat().st_size / 1e6:.1f}"
-    assert capsys.readouterr().out.splitlines() == [
-        "content of parent.safetensors at 0.5: 8 modules, 24 tensors, rank 2",
+    assert said.out.splitlines() == [
+        "content of my_content.safetensors at 0.5: 8 modules, 24 tensors, rank 2",
         f"-> {output}: 8 modules, 24 tensors, rank 2, {size} MB",
     ]
-
-
-def test_debug_names_each_kept_module_on_stderr(lora, output, capsys):
-    assert slice_lora("--loras", lora, "--debug", "--output_path", output) == 0
+    cut(lora, "--debug")
     err = capsys.readouterr().err.splitlines()
-    assert err == [f"content of parent.safetensors: {name}" for name in sorted(names(CONTENT))]
+    assert err == [f"content of {lora.name}: {name}" for name in sorted(names(CONTENT))]
 
 
 # ---- Refusals: one sentence, exit 1, nothing written ---------------------------------------------
 
+FORM = 'is not of the form {"whitelist": ["..."], "blacklist": ["..."]}: correct it there'
+IS_INPUT = "is one of the inputs: change --output_path"
+NAME = CONTENT.format(0, 1, "q")
+REFUSALS = {
+    # what follows --loras, {} being the test's folder, and the sentence
+    "an unknown trait": (
+        "{}/my_content.safetensors --traits colour",
+        'unknown trait "colour": choose one of content, style, layout, clip_2_content',
+    ),
+    "a trait that is not in the LoRA": (
+        "{}/my_content.safetensors --traits layout",
+        '{}/my_content.safetensors has no modules for the trait "layout": its blocks are '
+        "output_blocks.0.1, output_blocks.1.1",
+    ),
+    "a module of two LoRAs": (
+        "{}/my_content.safetensors {}/one.safetensors",
+        f"{NAME} would come from both content of my_content.safetensors and content of "
+        "one.safetensors: leave one out, or write separate files with --not_combined",
+    ),
+    "two cuts for one file": (
+        "{}/one.safetensors --traits content content --not_combined",
+        "two slices would both be written to {}/out_content_one.safetensors: cut them one by one",
+    ),
+    "no LoRA": (
+        "{}/base.safetensors",
+        "{}/base.safetensors is not an SDXL LoRA: it holds model.diffusion_model.out.2.bias",
+    ),
+    "no file": ("{}/gone.safetensors", "no file at {}/gone.safetensors: correct --loras"),
+    "an output over an input": (
+        "{}/one.safetensors --output_path {}/one.safetensors",
+        f"the output {{}}/one.safetensors {IS_INPUT}",
+    ),
+    "an output over an input by a link": (
+        "{}/one.safetensors --output_path {}/link.safetensors",
+        f"the output {{}}/link.safetensors {IS_INPUT}",
+    ),
+    "an output of --not_combined over an input": (
+        "{}/my_content.safetensors --not_combined --output_path {}/my.safetensors",
+        f"the output {{}}/my_content.safetensors {IS_INPUT}",
+    ),
+    "an output over the base model": (
+        "{}/one.safetensors --base_model {}/base.safetensors --output_path {}/base.safetensors",
+        f"the output {{}}/base.safetensors {IS_INPUT}",
+    ),
+    "an output of another kind": (
+        "{}/one.safetensors --output_path {}/slice.pt",
+        "the output {}/slice.pt must end in .safetensors: change --output_path",
+    ),
+    "an output in no folder": (
+        "{}/one.safetensors --output_path {}/no/slice.safetensors",
+        "no folder {}/no: create it, or change --output_path",
+    ),
+    "an output that is a folder": (
+        "{}/one.safetensors --output_path {}/folder.safetensors",
+        "the output {}/folder.safetensors is a folder: name a file in --output_path",
+    ),
+    "no traits file": (
+        "{}/one.safetensors --traits_file {}/gone.json",
+        "no traits file at {}/gone.json: copy blora_traits.json there",
+    ),
+    "traits without names": (
+        "{}/one.safetensors --traits_file {}/list.json",
+        "{}/list.json holds no traits: its JSON must be an object of traits by name",
+    ),
+    "a trait that is a list": (
+        "{}/one.safetensors --traits_file {}/no_trait.json",
+        f'trait "content" in {{}}/no_trait.json {FORM}',
+    ),
+    "a whitelist that is none": (
+        "{}/one.safetensors --traits_file {}/no_list.json",
+        f'trait "content" in {{}}/no_list.json {FORM}',
+    ),
+    "traits that are no JSON": (
+        "{}/one.safetensors --traits_file {}/brace.json",
+        "{}/brace.json is not valid JSON (Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)): correct it there",
+    ),
+}
 
-def test_an_unknown_trait_lists_the_known_ones(lora, output, capsys):
-    args = ("--loras", lora, "--traits", "colour", "--output_path", output)
-    assert refusal(capsys, *args) == (
-        'unknown trait "colour": choose one of content, style, layout, clip_2_content'
-    )
 
-
-def test_a_trait_the_lora_does_not_hold_is_refused_with_the_blocks_it_has(lora, output, capsys):
-    args = ("--loras", lora, "--traits", "layout", "--output_path", output)
-    assert refusal(capsys, *args) == (
-        f'{lora} has no modules for the trait "layout": its blocks are '
-        "output_blocks.0.1, output_blocks.1.1"
-    )
-    assert not output.exists()
-
-
-def test_the_same_module_from_two_loras_is_refused(tmp_path, output, capsys):
-    name = CONTENT.format(0, 1, "q")
-    a = write_lora(tmp_path / "a.safetensors", lora_module(name))
-    b = write_lora(tmp_path / "b.safetensors", lora_module(name))
-    assert refusal(capsys, "--loras", a, b, "--output_path", output) == (
-        f"{name} would come from both content of a.safetensors and content of b.safetensors: "
-        "leave one out, or write separate files with --not_combined"
-    )
-    assert not output.exists()
-
-
-def test_a_file_that_is_no_lora_is_refused(tmp_path, output, capsys):
-    checkpoint = write_lora(
-        tmp_path / "base.safetensors", {"model.diffusion_model.out.2.bias": torch.zeros(4)}
-    )
-    assert refusal(capsys, "--loras", checkpoint, "--output_path", output) == (
-        f"{checkpoint} is not an SDXL LoRA: it holds model.diffusion_model.out.2.bias"
-    )
-
-
-@pytest.mark.parametrize("damage", ["truncated", "pickle", "empty"])
-def test_a_file_that_is_not_whole_safetensors_is_refused(lora, output, capsys, damage):
-    if damage == "truncated":
-        lora.write_bytes(lora.read_bytes()[:-1])
-    elif damage == "pickle":
-        torch.save({"a": torch.zeros(1)}, lora)
-    else:
-        lora.write_bytes(b"")
-    sentence = refusal(capsys, "--loras", lora, "--output_path", output)
-    assert sentence.startswith(f"{lora} is not a whole safetensors file (")
-    assert sentence.endswith("): download it again, or save it as safetensors")
-    assert not output.exists()
-
-
-def test_a_missing_lora_is_named(tmp_path, output, capsys):
-    args = ("--loras", tmp_path / "gone.safetensors", "--output_path", output)
-    assert refusal(capsys, *args) == (
-        f"no file at {tmp_path / 'gone.safetensors'}: correct --loras"
-    )
-
-
-def test_writing_over_an_input_is_refused(lora, capsys):
-    before = lora.read_bytes()
-    assert refusal(capsys, "--loras", lora, "--output_path", lora) == (
-        f"the output {lora} is one of the inputs: change --output_path"
-    )
-    assert lora.read_bytes() == before
-
-
-def test_writing_over_an_input_through_a_link_is_refused(lora, output, capsys):
-    os.link(lora, output)
-    assert "is one of the inputs" in refusal(capsys, "--loras", lora, "--output_path", output)
-
-
-def test_not_combined_never_writes_over_an_input(tmp_path, capsys):
-    lora = write_lora(tmp_path / "slice_content.safetensors", blora_modules(CONTENT))
-    args = ("--not_combined", "--output_path", tmp_path / "slice.safetensors")
-    assert "is one of the inputs" in refusal(capsys, "--loras", lora, *args)
-
-
-@pytest.mark.parametrize(
-    ("output_path", "reason"),
-    [
-        ("slice.pt", "the output {path} must end in .safetensors: change --output_path"),
-        (
-            "gone/slice.safetensors",
-            "no folder {path.parent}: create it, or change --output_path",
-        ),
-        (
-            "folder.safetensors",
-            "the output {path} is a folder: name a file in --output_path",
-        ),
-    ],
-)
-def test_an_output_that_cannot_be_written_is_refused(lora, tmp_path, capsys, output_path, reason):
+@pytest.mark.parametrize(("args", "sentence"), REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_be_cut_is_refused_in_one_sentence(lora, tmp_path, capsys, args, sentence):
+    one = write(tmp_path / "one.safetensors", lora_module(NAME))
+    os.link(one, tmp_path / "link.safetensors")
+    base = {"model.diffusion_model.out.2.bias": torch.zeros(4)}
+    write(tmp_path / "base.safetensors", base)
     (tmp_path / "folder.safetensors").mkdir()
-    path = tmp_path / output_path
-    assert refusal(capsys, "--loras", lora, "--output_path", path) == reason.format(path=path)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("[1]", "{path} holds no traits: its JSON must be an object of traits by name"),
-        (
-            '{"content": ["a"]}',
-            'trait "content" in {path} is not of the form '
-            '{{"whitelist": ["..."], "blacklist": ["..."]}}: correct it there',
-        ),
-        (
-            '{"content": {"whitelist": "a"}}',
-            'trait "content" in {path} is not of the form '
-            '{{"whitelist": ["..."], "blacklist": ["..."]}}: correct it there',
-        ),
-    ],
-)
-def test_a_traits_file_of_another_form_is_refused(lora, output, tmp_path, capsys, text, reason):
-    traits = tmp_path / "traits.json"
-    traits.write_text(text)
-    args = ("--loras", lora, "--traits_file", traits, "--output_path", output)
-    assert refusal(capsys, *args) == reason.format(path=traits)
-
-
-def test_a_traits_file_that_is_no_json_is_refused(lora, output, tmp_path, capsys):
-    traits = tmp_path / "traits.json"
-    traits.write_text("{")
-    sentence = refusal(capsys, "--loras", lora, "--traits_file", traits, "--output_path", output)
-    assert sentence.startswith(f"{traits} is not valid JSON (")
-
-
-def test_a_missing_traits_file_is_named(lora, output, tmp_path, capsys):
-    gone = tmp_path / "gone.json"
-    args = ("--loras", lora, "--traits_file", gone, "--output_path", output)
-    assert refusal(capsys, *args) == f"no traits file at {gone}: copy blora_traits.json there"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_part(lora, output):
-    output.write_bytes(b"old")
-    command = f'ulimit -f 1; exec "{sys.executable}" "{SCRIPT}" "$@"'
-    args = ["--loras", lora, "--output_path", output]
-    done = subprocess.run(
-        [BASH, "-c", command, "bash", *args], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: cannot write {output} (")
-    assert done.stderr.count("\n") == 1
-    assert output.read_bytes() == b"old"
-    assert sorted(path.name for path in output.parent.iterdir()) == [lora.name, output.name]
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "no_trait.json").write_text('{"content": ["a"]}')
+    (tmp_path / "no_list.json").write_text('{"content": {"whitelist": "a"}}')
+    (tmp_path / "brace.json").write_text("{")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors") if path.is_file()}
+    words = [word.replace("{}/", f"{tmp_path}{os.sep}") for word in args.split()]
+    assert refused(capsys, *words) == sentence.replace("{}/", f"{tmp_path}{os.sep}")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # ---- Usage: exit 2 -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([], "the following arguments are required: --loras"),
-        (
-            ["--loras", "a", "--alphas", "1", "1"],
-            "--alphas: 2 values for 1 slice, leave some out",
-        ),
-        (
-            ["--loras", "a", "--alphas", "nan"],
-            "argument --alphas: 'nan' is not a finite fp32 number",
-        ),
-        (
-            ["--loras", "a", "--alphas", "inf"],
-            "argument --alphas: 'inf' is not a finite fp32 number",
-        ),
-        (
-            ["--loras", "a", "--alphas", "1e39"],
-            "argument --alphas: '1e39' is not a finite fp32 number",
-        ),
-        (
-            ["--loras", "a", "--alphas=-3.5e38"],
-            "argument --alphas: '-3.5e38' is not a finite fp32 number",
-        ),
-        (
-            ["--loras", "a", "--alphas", "-inf"],
-            "argument --alphas: '-inf' is not a finite fp32 number",
-        ),
-        (["--loras", "a", "--alphas", "x"], "argument --alphas: 'x' is not a finite fp32 number"),
-        (["--loras", "a", "--trait_file", "b"], "unrecognized arguments: --trait_file b"),
-    ],
-)
-def test_a_command_line_mistake_exits_2(capsys, args, message):
-    with pytest.raises(SystemExit) as stop:
-        slice_lora(*args)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(f"blora_slicer.py: error: {message}\n")
-
 
 WRITING = {
     "--traits": ["style"],
@@ -470,16 +269,33 @@ WRITING = {
     "--base_model": ["sdxl.safetensors"],
     "--no_metadata": [],
 }
+NO_NUMBERS = ("nan", "inf", "-inf", "1e39", "-3.5e38", "x")
+USAGE = {
+    "": "the following arguments are required: --loras",
+    "--loras a --alphas 1 1": "--alphas: 2 values for 1 slice, leave some out",
+    "--loras a --trait_file b": "unrecognized arguments: --trait_file b",
+    "--loras a --json": "--json requires --inspect",
+    **{
+        f"--loras a --alphas {text}": f"argument --alphas: '{text}' is not a finite fp32 number"
+        for text in NO_NUMBERS
+    },
+    **{
+        " ".join(["--loras a --inspect", option, *values]): (
+            f"--inspect writes nothing: leave out {option}"
+        )
+        for option, values in WRITING.items()
+    },
+}
 
 
-@pytest.mark.parametrize(("option", "values"), WRITING.items(), ids=WRITING)
-def test_what_has_a_say_in_a_slice_does_not_go_with_inspect(lora, capsys, option, values):
+@pytest.mark.parametrize(("args", "message"), USAGE.items(), ids=USAGE)
+def test_a_command_line_mistake_exits_2(capsys, args, message):
     with pytest.raises(SystemExit) as stop:
-        slice_lora("--loras", lora, "--inspect", option, *values)
+        slice_lora(*args.split())
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(
-        f"blora_slicer.py: error: --inspect writes nothing: leave out {option}\n"
-    )
+    err = capsys.readouterr().err
+    assert err.startswith("usage: ")
+    assert err.endswith(f"blora_slicer.py: error: {message}\n")
 
 
 def test_every_option_is_for_a_slice_or_goes_with_inspect(capsys):
@@ -510,13 +326,12 @@ class Words(list):
 
 
 @pytest.mark.parametrize("stream", [None, Words()], ids=["none", "no file"])
-def test_a_cut_works_where_stdout_and_stderr_are_no_files(lora, output, monkeypatch, stream):
+def test_a_cut_works_where_stdout_and_stderr_are_no_files(lora, monkeypatch, stream):
     monkeypatch.setattr("sys.stdout", stream)  # None is what pythonw has
     monkeypatch.setattr("sys.stderr", stream)
-    assert slice_lora("--loras", lora, "--output_path", output) == 0
-    assert slice_lora("--loras", lora.with_name("gone"), "--output_path", output) == 1
+    assert modules(cut(lora)) == names(CONTENT)
+    assert slice_lora("--loras", lora.with_name("gone")) == 1
     assert stream is None or "no file at" in "".join(stream)
-    assert modules(output) == names(CONTENT)
 
 
 def test_it_runs_from_any_folder_with_the_traits_and_the_output_beside_the_script(lora, tmp_path):
@@ -532,13 +347,3 @@ def test_it_runs_from_any_folder_with_the_traits_and_the_output_beside_the_scrip
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert modules(home / "model.safetensors") == names(CONTENT)
-
-
-def test_mistakes_are_told_without_loading_torch(tmp_path):
-    code = (
-        "import sys, blora_slicer\n"
-        "assert blora_slicer.main(['--loras', 'gone.safetensors']) == 1\n"
-        "sys.exit('torch' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=False)
-    assert done.returncode == 0

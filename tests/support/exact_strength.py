@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from lora_algebra import Module, bias_change, weight_change
 from lora_forms import FORMS, SMALL, TRAITS, base_weight, make_module
-from slicing import all_traits, slice_lora
+from slicing import all_traits, cut, everything
 from torch import Tensor
 
 # The same examples on every run.
@@ -62,11 +62,7 @@ def digits(strength: float) -> str:
 
 def slice_all(lora: Path, strength: float, *options: object) -> Path:
     """Everything that the file holds, at the strength."""
-    output = lora.with_name("out.safetensors")
-    traits = ("--traits", "all", "--traits_file", all_traits(lora.parent))
-    args = (*traits, "--alphas", digits(strength), "--output_path", output, *options)
-    assert slice_lora("--loras", lora, *args) == 0
-    return output
+    return cut(lora, *everything(lora.parent), "--alphas", digits(strength), *options)
 
 
 def both_traits(folder: Path) -> tuple[object, ...]:

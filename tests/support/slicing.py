@@ -35,6 +35,22 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return captured.err.removeprefix("error: ").rstrip("\n")
 
 
+def cut(*args: object) -> Path:
+    """Cut the LoRAs that begin the arguments into out.safetensors beside the first; its path."""
+    output = Path(str(args[0])).with_name("out.safetensors")
+    assert slice_lora("--output_path", output, "--loras", *args) == 0
+    return output
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one sentence with which such a cut is refused; nothing is written then."""
+    folder = Path(str(args[0])).parent
+    before = sorted(folder.iterdir())
+    sentence = refusal(capsys, "--output_path", folder / "out.safetensors", "--loras", *args)
+    assert sorted(folder.iterdir()) == before
+    return sentence
+
+
 def stored(path: Path) -> Stored:
     """Type, shape and bytes of each tensor, as safetensors' own reader hands them out."""
     return {
@@ -54,6 +70,11 @@ def all_traits(folder: Path, **traits: str) -> Path:
     words = {"all": "lora_"} | traits
     path.write_text(json.dumps({name: {"whitelist": [word]} for name, word in words.items()}))
     return path
+
+
+def everything(folder: Path) -> tuple[object, ...]:
+    """The options to keep all that a file holds."""
+    return ("--traits", "all", "--traits_file", all_traits(folder))
 
 
 def finite(path: Path) -> bool:
