@@ -4,79 +4,68 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from lora_algebra import Module, bias_change, weight_change
 from lora_files import CONTENT, METADATA, STYLE, TE2, blora_modules, change, lora_module, write
-from lora_forms import FORMS, INPUT, REFUSED, make_module, on_each_layer, write_modules
-from slicing import all_traits, slice_lora
+from lora_forms import (
+    FORMS,
+    INPUT,
+    LINEAR,
+    LOHA,
+    LORA,
+    REFUSED,
+    Form,
+    make_module,
+    on_each_layer,
+    write_modules,
+)
+from slicing import slice_lora
 
 
-@pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    """Content of rank 2, style of rank 3, two te2 layers, in fp32."""
-    tensors = blora_modules(CONTENT, dtype=torch.float32)
-    tensors |= blora_modules(STYLE, rank=3, alpha=2.0, dtype=torch.float32)
-    for layer in (0, 5):
-        tensors |= lora_module(TE2.format(layer, "q"), dtype=torch.float32)
-    return write(tmp_path / "a.safetensors", tensors)
-
-
-def inspected(capsys, *args: object) -> list[dict]:
-    assert slice_lora(*args, "--inspect", "--json") == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return json.loads(captured.out)
-
-
-def shown(capsys, *args: object) -> list[str]:
-    """The lines of the table that is shown."""
-    assert slice_lora(*args, "--inspect") == 0
+def shown(capsys: pytest.CaptureFixture[str], *args: object) -> list[str]:
+    """The lines that are shown of these files; nothing else is said."""
+    assert slice_lora("--loras", *args, "--inspect") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     return captured.out.splitlines()
 
 
-def exit_2(capsys, *args: object) -> str:
-    """What is said below the usage where the options are wrong."""
-    with pytest.raises(SystemExit) as stop:
-        slice_lora(*args)
-    assert stop.value.code == 2
-    start, message = capsys.readouterr().err.split("blora_slicer.py: error: ")
-    assert start.startswith("usage: ")
-    return message.removesuffix("\n")
+def inspected(capsys: pytest.CaptureFixture[str], *args: object) -> list[dict]:
+    """The facts of each file."""
+    return json.loads("\n".join(shown(capsys, *args, "--json")))
 
 
-def norm(path: Path, *names: str) -> float:
-    return sum(float(change(path, name).square().sum()) for name in names) ** 0.5
-
-
-def test_each_block_has_a_row_for_each_trait(lora, capsys):
-    [facts] = inspected(capsys, "--loras", lora)
-    rows = [(row["block"], row["trait"], row["modules"]) for row in facts["blocks"]]
-    assert sorted(rows) == [
-        ("output_blocks.0.1", "content", 8),
-        ("output_blocks.1.1", "style", 8),
-        ("te2", "-", 1),
-        ("te2", "clip_2_content", 1),
-    ]
-    style = facts["blocks"][[row[1] for row in rows].index("style")]
-    assert (style["algorithm"], style["ranks"], style["alphas"]) == ("LoRA", [3], [2.0])
-    of_style = blora_modules(STYLE, rank=3, dtype=torch.float32).values()
-    size = sum(tensor.nbytes for tensor in of_style)
-    assert (style["dtype"], style["bytes"]) == ("F32", size)
-
-
-def test_the_change_is_the_frobenius_norm_and_the_shares_add_up(lora, capsys):
-    [facts] = inspected(capsys, "--loras", lora)
-    rows = {row["trait"]: row for row in facts["blocks"]}
+def test_each_block_has_a_row_for_each_trait_with_its_share_of_the_whole_change(tmp_path, capsys):
+    tensors = blora_modules(CONTENT, dtype=torch.float32)
+    tensors |= (style := blora_modules(STYLE, rank=3, alpha=2.0, dtype=torch.float32))
+    middle = "lora_unet_middle_block_1_proj_in"
+    tensors |= lora_module("lora_unet_mid_block_attentions_0_proj_in", layer=middle)
+    for other in (TE2.format(0, "q"), TE2.format(5, "q"), "lora_unet_output_blocks_0_1_proj_in"):
+        tensors |= lora_module(other)
+    lora = write(tmp_path / "a.safetensors", tensors | {"strange": torch.zeros(1)})
+    [facts] = inspected(capsys, lora)
+    rows = {(row["block"], row["trait"]): row for row in facts["blocks"]}
+    assert {key: row["modules"] for key, row in rows.items()} == {
+        ("middle_block.1", "-"): 1,
+        ("output_blocks.0.1", "-"): 1,
+        ("output_blocks.0.1", "content"): 8,
+        ("output_blocks.1.1", "style"): 8,
+        ("te2", "-"): 1,
+        ("te2", "clip_2_content"): 1,
+    }
+    row = rows["output_blocks.1.1", "style"]
+    assert (row["algorithm"], row["ranks"], row["alphas"]) == ("LoRA", [3], [2.0])
+    size = sum(tensor.nbytes for tensor in style.values())
+    assert (row["dtype"], row["bytes"]) == ("F32", size)
     names = {key.split(".")[0] for key in blora_modules(CONTENT)}
-    assert rows["content"]["change"] == pytest.approx(norm(lora, *names), rel=1e-5)
+    content = math.hypot(*(float(change(lora, name).norm()) for name in names))
+    assert rows["output_blocks.0.1", "content"]["change"] == pytest.approx(content, rel=1e-5)
     total = sum(row["change"] ** 2 for row in facts["blocks"])
     for row in facts["blocks"]:
         assert row["share"] == pytest.approx(row["change"] ** 2 / total, rel=1e-6)
+    assert facts["unplaced"] == ["strange"]
 
 
 # ---- The size of a change ------------------------------------------------------------------------
@@ -85,6 +74,10 @@ DORA = {name: form for name, form in REFUSED.items() if "DoRA" in name}
 BY_THE_WEIGHT = {name: form for name, form in FORMS.items() if name.startswith(("IA3", "GLoRA"))}
 BY_THE_WEIGHT |= {name: form for name, form in REFUSED.items() if name not in DORA}
 MEASURED = {name: form for name, form in (FORMS | DORA).items() if name not in BY_THE_WEIGHT}
+MEASURED["LoRA, with a bias of lora_up"] = Form(LORA | {"lora_up.bias": "o"})
+for half in "12":
+    core = {f"hada_t{half}": "rr", f"hada_w{half}_a": "ro"}
+    MEASURED[f"LoHa, tucker in half {half} alone"] = Form(LOHA | core, kinds=LINEAR)
 
 
 def frobenius(module: Module) -> float:
@@ -97,49 +90,20 @@ def frobenius(module: Module) -> float:
 @pytest.mark.parametrize("form", MEASURED.values(), ids=MEASURED)
 def test_the_change_of_every_form_is_its_frobenius_norm(tmp_path, capsys, form, alpha):
     modules = on_each_layer(form, alpha, torch.float16)
-    lora = write_modules(tmp_path / "a.safetensors", modules)
-    [facts] = inspected(capsys, "--loras", lora)
+    [facts] = inspected(capsys, write_modules(tmp_path / "a.safetensors", modules))
     assert len(facts["blocks"]) == len(modules)  # each layer lies in a block of its own
     changes = sorted(row["change"] for row in facts["blocks"])
     assert changes == pytest.approx(sorted(map(frobenius, modules.values())), rel=1e-5)
 
 
-@pytest.mark.parametrize("core", [1, 2])
-def test_a_loha_with_a_tucker_core_in_one_half_alone_has_its_size(tmp_path, capsys, core):
-    halves, tensors = [], {"alpha": torch.tensor(2.0)}
-    for i in (1, 2):
-        a, b, middle = torch.randn(1280, 2), torch.randn(2, 1280), torch.eye(2)
-        if i == core:
-            middle = tensors[f"hada_t{i}"] = torch.randn(2, 2)
-        tensors |= {f"hada_w{i}_a": a.T.contiguous() if i == core else a, f"hada_w{i}_b": b}
-        halves.append(a @ middle @ b)
-    name = CONTENT.format(0, 1, "q")
-    lora = write(tmp_path / "a.safetensors", {f"{name}.{s}": t for s, t in tensors.items()})
-    [facts] = inspected(capsys, "--loras", lora)
-    assert facts["blocks"][0]["change"] == pytest.approx(
-        float((halves[0] * halves[1]).double().norm())
-    )
-
-
 @pytest.mark.parametrize("name", BY_THE_WEIGHT)
 def test_a_change_in_proportion_to_the_weight_has_no_size(tmp_path, capsys, name):
     modules = on_each_layer(BY_THE_WEIGHT[name], 1.0, torch.float16)
-    [facts] = inspected(capsys, "--loras", write_modules(tmp_path / "a.safetensors", modules))
+    [facts] = inspected(capsys, write_modules(tmp_path / "a.safetensors", modules))
     assert len(facts["blocks"]) == len(modules)
     for row in facts["blocks"]:
         assert row["algorithm"] == name.split(",")[0]
         assert (row["change"], row["share"]) == (None, None)
-
-
-def test_a_bias_among_the_factors_counts_as_alpha_over_rank_of_it(tmp_path, capsys):
-    module = make_module(INPUT["attention"], FORMS["LoRA"], 2, 1.0, torch.float32)
-    bias = torch.full((640,), 3.0)
-    lora = write_modules(
-        tmp_path / "a.safetensors", {INPUT["attention"]: module | {"lora_up.bias": bias}}
-    )
-    [facts] = inspected(capsys, "--loras", lora)
-    size = math.hypot(frobenius(module), float(bias.norm()) / 2)
-    assert facts["blocks"][0]["change"] == pytest.approx(size, rel=1e-5)
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -158,7 +122,7 @@ def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
         "strange": {"weight": torch.ones(1)},
     }
     lora = write_modules(tmp_path / "a.safetensors", modules, METADATA)
-    assert shown(capsys, "--loras", lora) == [
+    assert shown(capsys, lora) == [
         f"{lora}: 5 modules, 0.1 MB",
         "block              trait    modules   algorithm    rank     alpha      dtype    size  "
         "change  share",
@@ -179,22 +143,9 @@ def test_a_lora_that_changes_nothing_has_no_shares(tmp_path, capsys):
     module = make_module(INPUT["attention"], FORMS["LoRA"], 2, 1.0, torch.float16)
     module["lora_up.weight"] *= 0
     lora = write_modules(tmp_path / "a.safetensors", {INPUT["attention"]: module})
-    [facts] = inspected(capsys, "--loras", lora)
+    [facts] = inspected(capsys, lora)
     assert [(row["change"], row["share"]) for row in facts["blocks"]] == [(0, None)]
-    assert shown(capsys, "--loras", lora)[2].split()[-2:] == ["0", "-"]
-
-
-def test_nothing_that_it_shows_can_move_the_cursor(tmp_path, capsys):
-    clear = "\x1b[2J"
-    metadata = {"ss_training_comment": clear, "ss_tag_frequency": json.dumps({"a": {clear: 1}})}
-    lora = write(tmp_path / "a.safetensors", blora_modules(CONTENT), metadata)
-    traits = all_traits(tmp_path, **{clear: "lora_"})
-    lines = shown(capsys, "--loras", lora, "--traits_file", traits)
-    assert not [line for line in lines if not line.isprintable()]
-    escaped = "\\x1b[2J"
-    assert f"comment: {escaped}" in lines
-    assert f"trigger words: {escaped} (1)" in lines
-    assert lines[2].startswith(f"output_blocks.0.1  all, {escaped} ")
+    assert shown(capsys, lora)[2].split()[-2:] == ["0", "-"]
 
 
 # ---- Whose naming it is --------------------------------------------------------------------------
@@ -239,16 +190,6 @@ NAMINGS = {
 }
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
-def test_it_says_which_programs_naming_a_file_has(tmp_path, capsys, naming):
-    tensors = {key: torch.ones(1280, 1) for key in NAMINGS[naming]}
-    lora = write(tmp_path / "a.safetensors", tensors)
-    [facts] = inspected(capsys, "--loras", lora)
-    assert facts["modules"] == 1
-    assert set(facts["naming"].split("; ")) == set(naming.split("; "))
-    assert f"naming: {facts['naming']}" in shown(capsys, "--loras", lora)
-
-
 PREFIXES = {
     "unet.unet.": "diffusers",
     "text_encoder.": "diffusers", "text_encoder_2.": "diffusers",
@@ -261,15 +202,20 @@ PREFIXES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_each_prefix_tells_its_program(tmp_path, capsys, prefix):
-    layer = f"{SGM}.attn1.to_q" if "unet" in prefix else TEXT
-    lora = write(
-        tmp_path / "a.safetensors",
-        {f"{prefix}{layer}{end}": torch.ones(1280, 1) for end in UP_DOWN},
-    )
-    [facts] = inspected(capsys, "--loras", lora)
-    assert facts["naming"] == PREFIXES[prefix] + ", sgm names" * ("unet" in prefix)
+NAMED = [*NAMINGS.items()]
+for prefix, program in PREFIXES.items():
+    layer, words = (f"{SGM}.attn1.to_q", ", sgm names") if "unet" in prefix else (TEXT, "")
+    NAMED.append((program + words, [f"{prefix}{layer}{end}" for end in UP_DOWN]))
+
+
+@pytest.mark.parametrize(
+    ("naming", "keys"), NAMED, ids=lambda value: value[0] if isinstance(value, list) else value
+)
+def test_it_says_which_programs_naming_a_file_has(tmp_path, capsys, naming, keys):
+    lora = write(tmp_path / "a.safetensors", {key: torch.ones(1280, 1) for key in keys})
+    [facts] = inspected(capsys, lora)
+    assert facts["modules"] == 1
+    assert set(facts["naming"].split("; ")) == set(naming.split("; "))
 
 
 # ---- What stops a cut, or is left out ------------------------------------------------------------
@@ -285,7 +231,7 @@ def test_all_that_a_slice_would_leave_out_or_refuse_is_named(tmp_path, capsys):
     tensors |= {f"{own.replace('lora_', '')}.weight": torch.ones(1)}
     tensors |= {"unet.conv_in.weight": torch.ones(1)}
     lora = write(tmp_path / "a.safetensors", tensors)
-    assert shown(capsys, "--loras", lora)[-4:] == [
+    assert shown(capsys, lora)[-4:] == [
         f"incomplete modules (1): {half}",
         f"unknown tensors (1): {whole}.strange",
         f"duplicate modules (1): {copied}",
@@ -294,95 +240,46 @@ def test_all_that_a_slice_would_leave_out_or_refuse_is_named(tmp_path, capsys):
     ]
 
 
-# ---- What a file says of itself ------------------------------------------------------------------
-
-
-def test_training_facts_come_from_the_metadata(tmp_path, capsys):
-    metadata = METADATA | {
-        "ss_steps": "3000",
-        "ss_num_train_images": "12",
-        "ss_sd_model_name": "sdxl.safetensors",
-        "ss_training_comment": "None",
-        "ss_tag_frequency": json.dumps({"a": {"sks": 3, "cat": 1}, "b": {"cat": 7}}),
-    }
-    lora = write(tmp_path / "a.safetensors", blora_modules(CONTENT), metadata)
-    [facts] = inspected(capsys, "--loras", lora)
-    assert facts["training"] == {
-        "base": "sdxl_base_v1-0",
-        "checkpoint": "sdxl.safetensors",
-        "steps": "3000",
-        "images": "12",
-        "trigger_words": {"cat": 8, "sks": 3},
-    }
-
-
-@pytest.mark.parametrize("text", ["no json", "[1]", '{"a": 3}', '{"a": {"b": "c"}}'])
-def test_a_strange_tag_frequency_is_passed_over(tmp_path, capsys, text):
-    lora = write(tmp_path / "a.safetensors", blora_modules(CONTENT), {"ss_tag_frequency": text})
-    [facts] = inspected(capsys, "--loras", lora)
-    assert facts["training"] == {}
-
-
 def test_tensors_that_hold_nan_or_inf_are_named(tmp_path, capsys):
     tensors = blora_modules(CONTENT)
     broken = [f"{CONTENT.format(0, a, 'q')}.lora_up.weight" for a in (1, 2)]
     tensors[broken[0]][0, 0] = float("nan")
     tensors[broken[1]][0, 0] = float("inf")
     lora = write(tmp_path / "a.safetensors", tensors)
-    [facts] = inspected(capsys, "--loras", lora)
+    [facts] = inspected(capsys, lora)
     assert facts["not_finite"] == broken
     assert facts["blocks"][0]["change"] is None
-    assert f"tensors with NaN or inf (2): {', '.join(broken)}" in shown(capsys, "--loras", lora)
+    assert f"tensors with NaN or inf (2): {', '.join(broken)}" in shown(capsys, lora)
 
 
-def test_an_ordinary_lora_is_shown_too_with_what_no_trait_keeps(tmp_path, capsys):
-    tensors = blora_modules(CONTENT)
-    tensors |= lora_module("lora_unet_output_blocks_0_1_proj_in")
-    middle = "lora_unet_middle_block_1_proj_in"
-    tensors |= lora_module("lora_unet_mid_block_attentions_0_proj_in", layer=middle)
-    tensors |= {"strange": torch.zeros(1)}
-    [facts] = inspected(capsys, "--loras", write(tmp_path / "a.safetensors", tensors))
-    rows = {(row["block"], row["trait"]): row["modules"] for row in facts["blocks"]}
-    assert rows == {
-        ("output_blocks.0.1", "content"): 8,
-        ("output_blocks.0.1", "-"): 1,
-        ("middle_block.1", "-"): 1,
-    }
-    assert facts["unplaced"] == ["strange"]
+# ---- What a file says of itself ------------------------------------------------------------------
+
+TAGS = {"a": {"sks": 3, "cat": 1}, "b": {"cat": 7}}
+TRAINING: dict[str, tuple[dict[str, str], dict[str, object]]] = {
+    # metadata, and what is shown of them
+    "what is known of the training": (
+        METADATA
+        | {"ss_steps": "3000", "ss_num_train_images": "12", "ss_sd_model_name": "xl.safetensors"}
+        | {"ss_training_comment": "None", "ss_tag_frequency": json.dumps(TAGS)},
+        {
+            "base": "sdxl_base_v1-0",
+            "checkpoint": "xl.safetensors",
+            "steps": "3000",
+            "images": "12",
+            "trigger_words": {"cat": 8, "sks": 3},
+        },
+    ),
+    **{
+        f"a tag frequency of {text}": ({"ss_tag_frequency": text}, {})
+        for text in ("no json", "[1]", '{"a": 3}', '{"a": {"b": "c"}}')
+    },
+}
 
 
-def test_several_files_are_shown_one_after_the_other(lora, tmp_path, capsys):
-    other = write(tmp_path / "b.safetensors", blora_modules(STYLE))
-    assert [facts["file"] for facts in inspected(capsys, "--loras", lora, other)] == [
-        str(lora),
-        str(other),
-    ]
-
-
-def test_it_writes_nothing(lora, capsys):
-    before = {path: path.read_bytes() for path in lora.parent.iterdir()}
-    inspected(capsys, "--loras", lora)
-    assert {path: path.read_bytes() for path in lora.parent.iterdir()} == before
-
-
-OPTIONS_THAT_WRITE = [
-    ["--traits", "style"],
-    ["--alphas", "0.5"],
-    ["--output_path", "b.safetensors"],
-    ["--debug"],
-    ["--not_combined"],
-    ["--save_precision", "fp16"],
-    ["--base_model", "xl.safetensors"],
-    ["--no_metadata"],
-]
-
-
-@pytest.mark.parametrize("option", OPTIONS_THAT_WRITE, ids=" ".join)
-def test_an_option_of_what_is_written_exits_2(lora, capsys, option):
-    assert exit_2(capsys, "--loras", lora, "--inspect", *option) == (
-        f"--inspect writes nothing: leave out {option[0]}"
-    )
-
-
-def test_json_of_nothing_exits_2(lora, capsys):
-    assert exit_2(capsys, "--loras", lora, "--json") == ("--json requires --inspect")
+@pytest.mark.parametrize(("metadata", "training"), TRAINING.values(), ids=TRAINING)
+def test_training_facts_come_from_the_metadata(tmp_path, capsys, metadata, training):
+    lora = write(tmp_path / "a.safetensors", blora_modules(CONTENT), metadata)
+    other = write(tmp_path / "b.safetensors", blora_modules(STYLE), {})
+    first, second = inspected(capsys, lora, other)
+    assert (first["file"], first["training"]) == (str(lora), training)
+    assert (second["file"], second["training"]) == (str(other), {})

@@ -63,10 +63,8 @@ def lora_change(m: Module) -> Tensor:
 
 
 def loha_change(m: Module) -> Tensor:
-    if "hada_t1" in m:
-        halves = [tucker(m[f"hada_t{i}"], m[f"hada_w{i}_a"], m[f"hada_w{i}_b"]) for i in (1, 2)]
-    else:
-        halves = [m[f"hada_w{i}_a"] @ m[f"hada_w{i}_b"] for i in (1, 2)]
+    factors = [(m[f"hada_w{i}_a"], m[f"hada_w{i}_b"], m.get(f"hada_t{i}")) for i in (1, 2)]
+    halves = [a @ b if core is None else tucker(core, a, b) for a, b, core in factors]
     return halves[0] * halves[1]
 
 
