@@ -9,36 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from broken_files import (
-    DOWN,
-    NAME,
-    STRANGERS,
-    header_of,
-    raw,
-    small_file,
-    small_lora,
-    survey,
-    tensor,
-)  # fmt: skip
+from broken_files import DOWN, NAME, STRANGERS, header_of, raw, small_file, survey, tensor
 from header_faults import BITS, TYPES, files
 from hypothesis import given, settings
-from lora_files import STYLE, lora_module
-from lora_files import write as write_lora
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from slicing import Stored, one_sentence, opens, stored, too_new
+from slicing import Stored, one_sentence, opens, slice_lora, stored, too_new
 
-import blora_slicer
 from blora.tensorfile import (
     DTYPES,
     HASHES,
@@ -55,10 +41,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 # The same examples on every run.
 PROVE = settings(derandomize=True, deadline=None, max_examples=1500)
-SCRIPT = Path(blora_slicer.__file__)
 PART = f"{NAME}.a"  # of no kind known here, so that it is copied alone
-OTHER = STYLE.format(0, 1, "q")
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such thing")
 
 Whole = tuple[Stored, dict[str, str]]  # the tensors of a file, and its metadata
 
@@ -117,7 +100,7 @@ def write_bytes(path: Path, data: bytes) -> Path:
 
 # ---- Damaged files -------------------------------------------------------------------------------
 
-SOME = 7  # every so many bytes a damage is also tried on the whole command
+SOME = 20  # every so many bytes a damage is also tried on the whole command
 
 
 def with_byte(data: bytes, at: int, pattern: int) -> bytes:
@@ -157,7 +140,7 @@ def test_a_flipped_byte_before_the_tensors_is_read_as_safetensors_reads_it(slice
 
 def test_flipped_bytes_in_the_tensors_are_not_a_matter_of_the_file(slicer):
     data = small_file()
-    cases = [(at, with_byte(data, at, 0xFF)) for at in range(data_start(data), len(data))]
+    cases = [(at, with_byte(data, at, 0xFF)) for at in range(data_start(data), len(data), 3)]
     # A flip can make a number that --save_precision or a strength cannot hold, but no other harm.
     assert survey(slicer, cases)[0] >= len(cases)
 
@@ -172,51 +155,26 @@ def test_a_wrong_header_length_is_refused(slicer, length):
     assert "is not a whole safetensors file" in slicer.refuses(lora)
 
 
-def test_a_header_length_off_by_some_is_refused(slicer):
-    data = small_file()
-    length = int.from_bytes(data[:8], "little")
-    cases = ((by, struct.pack("<Q", length + by) + data[8:]) for by in range(-16, 17) if by)
-    assert survey(slicer, cases)[0] == 0
-
-
-# An alpha alone is the smallest LoRA: one number of any type.
+# A part alone is the smallest LoRA: one number of any type.
 TEXT = json.dumps({PART: tensor()}).encode()
 NUMBER = b"\0\0\x80\x3f"
 HEADERS: dict[str, object] = {
     "an empty object": {},
-    "metadata alone": {"__metadata__": {"a": "b"}},
     "a list": [],
-    "a list of tensors": [{PART: tensor()}],
-    "a string": "lora",
-    "a number": 1,
     "null": None,
-    "true": True,
     "nothing": b"",
-    "blanks": b" " * 64,
     "zeros": b"\0" * 64,
-    "a brace": b"{",
     "two objects": TEXT + TEXT,
-    "a comment": b"{/* */}" + b" " * 8,
-    "a trailing comma": TEXT[:-1] + b",}",
-    "single quotes": TEXT.replace(b'"', b"'"),
     "a byte order mark": b"\xef\xbb\xbf" + TEXT,
     "utf-16": TEXT.decode().encode("utf-16"),
-    "utf-16 without a mark": TEXT.decode().encode("utf-16-le"),
-    "utf-32": TEXT.decode().encode("utf-32-le"),
     "invalid utf-8 in a key": TEXT.replace(b"lora_unet", b"lora_\xff\xfe"),
-    "half a character": TEXT.replace(b"lora_unet", b"lora_\xe2\x82"),
     "a surrogate in utf-8": TEXT.replace(b"lora_unet", b"lora_\xed\xa0\x80"),
     "a raw line break in a key": TEXT.replace(b"lora_unet", b"lora\n"),
-    "a bad escape": TEXT.replace(b"lora_unet", b"lora\\x41"),
     "NaN": TEXT.replace(b"[1]", b"[NaN]"),
-    "Infinity": TEXT.replace(b"[1]", b"[Infinity]"),
     "deep lists": b"[" * 100_000,
-    "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     "a deep shape": {PART: tensor(shape=json.loads("[" * 100 + "]" * 100))},
     "a tensor that is null": {PART: None},
     "a tensor that is a short list": {PART: ["F32", [1]]},
-    "a tensor that is a string": {PART: "F32"},
-    "a tensor that is empty": {PART: {}},
     "no dtype": {PART: {"shape": [1], "data_offsets": [0, 4]}},
     "no shape": {PART: {"dtype": "F32", "data_offsets": [0, 4]}},
     "no offsets": {PART: {"dtype": "F32", "shape": [1]}},
@@ -224,14 +182,10 @@ HEADERS: dict[str, object] = {
     "three offsets": {PART: tensor(offsets=[0, 4, 4])},
     "offsets that are no list": {PART: tensor(offsets=4)},
     "offsets that are strings": {PART: tensor(offsets=["0", "4"])},
-    "offsets that are null": {PART: tensor(offsets=[None, None])},
     "a negative offset": {PART: tensor(offsets=[-4, 0])},
-    "a float offset": {PART: tensor(offsets=[0, 4.5])},
     "a whole float offset": {PART: tensor(offsets=[0.0, 4.0])},
-    "an exponent offset": TEXT.replace(b"[0, 4]", b"[0, 4e0]"),
     "a huge offset": {PART: tensor(offsets=[0, 2**63])},
     "the largest offset": {PART: tensor(offsets=[2**64 - 5, 2**64 - 1])},
-    "an offset beyond 64 bits": {PART: tensor(offsets=[0, 2**64])},
     "an offset beyond floats": TEXT.replace(b"[0, 4]", b"[0, 4" + b"0" * 5000 + b"]"),
     "offsets turned round": {PART: tensor(offsets=[4, 0])},
     "an end beyond the file": {PART: tensor(shape=[2], offsets=[0, 8])},
@@ -244,9 +198,7 @@ HEADERS: dict[str, object] = {
     "a tensor within another": {PART: tensor(), DOWN: tensor("U8", [1], [1, 2])},
     "a shape too large": {PART: tensor(shape=[2])},
     "a shape too small": {PART: tensor(shape=[0])},
-    "a shape of another type": {PART: tensor("F16", [1])},
     "a shape that is a number": {PART: tensor(shape=1)},
-    "a shape that is null": {PART: tensor(shape=None)},
     "a shape of strings": {PART: tensor(shape=["1"])},
     "a negative shape": {PART: tensor(shape=[-1])},
     "two negative lengths": {PART: tensor(shape=[-1, -1])},
@@ -258,18 +210,13 @@ HEADERS: dict[str, object] = {
         "a": tensor(shape=[2**40, 2**40, 0], offsets=[4, 4]),
     },
     "a shape that overflows to fit": {PART: tensor(shape=[2**62, 4], offsets=[0, 0])},
-    "a length beyond 64 bits": {PART: tensor(shape=[2**64])},
     "an empty dtype": {PART: tensor("")},
     "a dtype in small letters": {PART: tensor("f32")},
     "a dtype that is a number": {PART: tensor(32)},
-    "a dtype that is null": {PART: tensor(None)},
     "half a byte": {PART: tensor("F4", [1], [0, 1])},
     "metadata that is a list": {"__metadata__": [], PART: tensor()},
-    "metadata that is a string": {"__metadata__": "a", PART: tensor()},
     "a metadata value that is a number": {"__metadata__": {"ss_steps": 1}, PART: tensor()},
     "a metadata value that is null": {"__metadata__": {"ss_steps": None}, PART: tensor()},
-    "a metadata value that is an object": {"__metadata__": {"a": {"b": "c"}}, PART: tensor()},
-    "a metadata value that is a list": {"__metadata__": {"a": ["b"]}, PART: tensor()},
 }
 
 
@@ -290,45 +237,31 @@ def test_a_shape_that_numpy_refuses_is_refused_at_once(slicer, shape):
     assert time.monotonic() - started < 5
 
 
-ODD: dict[str, tuple[bytes, str]] = {
-    # a header, and the type of the one tensor that it gives
+ODD = {
     "a tensor twice, where the last counts": (
-        TEXT[:-1] + b"," + TEXT[1:].replace(b'"F32"', b'"I32"'),
-        "I32",
-    ),
-    "metadata that is null": (b'{"__metadata__": null,' + TEXT[1:], "F32"),
-    "a metadata key twice": (
-        b'{"__metadata__": {"ss_steps": "1", "ss_steps": "2"},' + TEXT[1:],
-        "F32",
-    ),
-    "a metadata key by the name of a field, twice": (
-        b'{"__metadata__": {"dtype": "1", "dtype": "2"},' + TEXT[1:],
-        "F32",
+        TEXT[:-1] + b"," + TEXT[1:].replace(b'"F32"', b'"I32"')
     ),
     "a tensor twice, the first as large as no file": (
-        TEXT[:-1].replace(b"[1]", b"[9]") + b"," + TEXT[1:],
-        "F32",
+        TEXT[:-1].replace(b"[1]", b"[9]") + b"," + TEXT[1:]
     ),
-    "a large number in a further field": (
-        TEXT.replace(b'"F32"', b'"F32", "extra": ' + b"1" * 300),
-        "F32",
-    ),
-    "a field more": (TEXT.replace(b'"F32"', b'"F32", "extra": [1, {"a": null}]'), "F32"),
-    "a field more, twice": (TEXT.replace(b'"F32"', b'"F32", "extra": 1, "extra": 2'), "F32"),
-    "blanks behind": (TEXT + b" " * 5000, "F32"),
-    "blanks before": (b" \t\r\n" + TEXT, "F32"),
-    "blanks between": (TEXT.replace(b": ", b"\n:\t"), "F32"),
-    "an escape in the key": (TEXT.replace(b"alpha", b"\\u0061lpha"), "F32"),
-    "an escape in the type": (TEXT.replace(b"F32", b"\\u004632"), "F32"),
+    "metadata that is null": b'{"__metadata__": null,' + TEXT[1:],
+    "a metadata key twice": b'{"__metadata__": {"dtype": "1", "dtype": "2"},' + TEXT[1:],
+    "a field more": TEXT.replace(b'"F32"', b'"F32", "extra": [1, {"a": null}]'),
+    "a field more, twice": TEXT.replace(b'"F32"', b'"F32", "extra": 1, "extra": 2'),
+    "blanks behind": TEXT + b" " * 5000,
+    "blanks before": b" \t\r\n" + TEXT,
+    "an escape in the key": TEXT.replace(b"lora_unet", b"lor\\u0061_unet"),
+    "an escape in the type": TEXT.replace(b"F32", b"\\u004632"),
 }
 
 
-@pytest.mark.parametrize(("header", "dtype"), ODD.values(), ids=ODD)
-def test_a_header_that_is_odd_is_read_as_safetensors_reads_it(slicer, header, dtype):
+@pytest.mark.parametrize("header", ODD.values(), ids=ODD)
+def test_a_header_that_is_odd_is_read_as_safetensors_reads_it(slicer, header):
     lora = write_bytes(slicer.folder / "odd.safetensors", raw(header, NUMBER))
     assert read(lora) == library(lora)
     assert slicer(lora) == 0
-    assert stored(slicer.output) == {PART: (dtype, [1], NUMBER)}
+    assert stored(slicer.output) == stored(lora)
+    assert set(stored(lora)) == {PART}
 
 
 def test_the_longest_header_that_safetensors_reads_is_the_longest_that_is_read(tmp_path):
@@ -338,43 +271,13 @@ def test_the_longest_header_that_safetensors_reads_is_the_longest_that_is_read(t
         assert (read(lora) is not None) == opens(lora) == whole
 
 
-def test_a_header_claimed_to_be_giant_is_refused_at_once(slicer):
-    lora = slicer.folder / "giant.safetensors"
-    for length in (99_999_999, 100_000_001, 2**32, 2**40):
-        with lora.open("wb") as file:
-            file.write(struct.pack("<Q", length) + b"{")
-            file.truncate(200_000_000)  # sparse: takes no disk
-        slicer.refuses(lora)
-
-
-def test_a_header_that_is_giant_is_refused_at_once(slicer):
-    lora = slicer.folder / "giant.safetensors"
-    lora.write_bytes(raw({"__metadata__": {"ss_a": "x" * 120_000_000}, PART: tensor()}, b"\0" * 4))
-    started = time.monotonic()
-    assert "is not a whole safetensors file" in slicer.refuses(lora)
-    assert time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize(("count", "length"), [(1, 20_000_000), (100, 100_000), (40_000, 60)])
-def test_metadata_too_long_for_a_header_is_cut_down_in_seconds(tmp_path, count, length):
-    lora, output = tmp_path / "long.safetensors", tmp_path / "slice.safetensors"
-    write_lora(lora, small_lora(), {f"ss_setting_{n}": "x" * length for n in range(count)})
-    args = [sys.executable, SCRIPT, "--loras", lora, "--output_path", output]
-    done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=10)
-    one_sentence(done.returncode, done.stderr)
-    assert done.returncode == 0
-    assert done.stderr.count("\n") <= 100
-    assert int.from_bytes(output.read_bytes()[:8], "little") < 1 << 20
-
-
 def test_a_file_of_a_header_near_1_mib_is_whole_whatever_has_room_in_it(tmp_path):
     short = {"ss_seed": "1", "modelspec.title": "t"}
     metadata = short | {key: "0" * digits for key, digits in HASHES.items()}
-    many = {f"{n:05}": Constant("U8", (1,), b"x") for n in range(15_000)}
-    free = (1 << 20) - len(header_bytes(many, {}))
+    free = (1 << 20) - len(header_bytes({"": Constant("U8", (1,), b"y")}, {}))
     kept = set()
     for length in range(free - 400, free, 8):
-        tensors = many | {"a" * length: Constant("U8", (1,), b"y")}
+        tensors = {"a" * length: Constant("U8", (1,), b"y")}
         fitting, _ = shorten_metadata(tensors, metadata)
         write_file(tensors, fitting, tmp_path / "a.safetensors")
         _, found = library(tmp_path / "a.safetensors")
@@ -386,26 +289,20 @@ def test_a_file_of_a_header_near_1_mib_is_whole_whatever_has_room_in_it(tmp_path
 # ---- Files that are something else ---------------------------------------------------------------
 
 
-LINKS: dict[str, Callable[[Path], object]] = {
+NO_FILES: dict[str, Callable[[Path], object]] = {
     "a dangling link": lambda path: path.symlink_to("gone.safetensors"),
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a pipe": lambda path: os.mkfifo(path),
     "a device": lambda path: path.symlink_to("/dev/zero"),
 }
+if sys.platform != "win32":
+    STRANGERS |= NO_FILES
 
 
-@pytest.mark.parametrize("what", STRANGERS)
-def test_what_is_no_safetensors_file_is_refused(slicer, what):
+@pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS)
+def test_what_is_no_safetensors_file_is_refused(slicer, make):
     lora = slicer.folder / "a.safetensors"
-    STRANGERS[what](lora)
-    assert str(lora) in slicer.refuses(lora)
-
-
-@POSIX
-@pytest.mark.parametrize("what", LINKS)
-def test_what_is_no_file_is_refused(slicer, what):
-    lora = slicer.folder / "a.safetensors"
-    LINKS[what](lora)
+    make(lora)
     assert str(lora) in slicer.refuses(lora)
 
 
@@ -419,10 +316,16 @@ def test_a_path_to_nothing_is_refused(slicer, name):
 
 
 @PROVE
-@given(data=files())
-def test_a_file_is_read_as_safetensors_reads_it(data):
-    with tempfile.TemporaryDirectory() as folder:
-        assert_agreed(write_bytes(Path(folder) / "a.safetensors", data))
+@given(data=files([PART, f"{NAME}.alpha", f"{NAME}.lokr_w1"]))
+def test_a_file_is_read_as_safetensors_reads_it_and_does_a_cut_no_harm(data):
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(StringIO()) as err:
+        lora = write_bytes(Path(folder) / "a.safetensors", data)
+        assert_agreed(lora)
+        output = lora.with_name("slice.safetensors")
+        code = slice_lora("--loras", lora, "--output_path", output)
+        one_sentence(code, err.getvalue())
+        assert output.exists() == (code == 0)
+        assert code or opens(output) or too_new(output)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -457,57 +360,3 @@ def test_a_type_that_is_not_known_yet_may_have_any_size_but_none_below_0(slicer)
 def test_types_and_their_order_in_a_file_are_those_of_the_library():
     # It lists them in the order of its enum, and writes the last of them first.
     assert list(DTYPES.items()) == [(name, BITS[name]) for name in reversed(TYPES)]
-
-
-# ---- Mutations by chance -------------------------------------------------------------------------
-
-ATOMS = [
-    0, 1, -1, 2, 3, 4, 2**31, 2**63, 2**64, 1.5, True, None, "", "F16", "F32", "BF16", "F8_E4M3",
-    "I64", "F4", "C64", [], {}, [0], [0, 0], [1, 1], "alpha", "lora_up.weight", "é\n\x1b[2J",
-]  # fmt: skip
-
-
-def mutate_bytes(data: bytes, chance: random.Random) -> bytes:
-    """Bytes flipped, left out, put in, doubled, or exchanged with others."""
-    at, other = sorted(chance.randrange(len(data)) for _ in range(2))
-    return chance.choice(
-        [
-            data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :],
-            data[:at] + data[at + 1 :],
-            data[:at] + chance.randbytes(chance.randrange(1, 9)) + data[at:],
-            data[:at] + data[other:],
-            data[:other] + data[at:],
-            data[:at] + bytes(other - at) + data[other:],
-        ]
-    )
-
-
-def mutate_header(data: bytes, chance: random.Random) -> bytes:
-    """A header that is JSON, with a part of it replaced, left out or renamed."""
-    header, tensors = header_of(data)
-    for _ in range(chance.randrange(1, 4)):
-        holder, key = header, chance.choice(list(header) or ["a"])
-        while isinstance(holder.get(key), dict) and holder[key] and chance.random() < 0.7:
-            holder, key = holder[key], chance.choice(list(holder[key]))
-        value = holder.pop(key, None)
-        kind = chance.randrange(4)
-        if kind == 0:
-            holder[key] = chance.choice(ATOMS)
-        elif kind == 1:
-            holder[f"{chance.choice(ATOMS)}" if chance.random() < 0.5 else f"{key}x"] = value
-        elif kind == 2 and isinstance(value, list) and value:
-            value[chance.randrange(len(value))] = chance.choice(ATOMS)
-            holder[key] = value
-    return raw(header, tensors)
-
-
-@pytest.mark.parametrize("mutate", [mutate_bytes, mutate_header])
-def test_a_file_mutated_by_chance_does_no_harm(slicer, mutate):
-    chance = random.Random(0)
-    sound = [
-        small_file(),
-        save(small_lora() | lora_module(OTHER)),
-        save(lora_module(NAME, alpha=None)),
-    ]
-    cases = [(index, mutate(chance.choice(sound), chance)) for index in range(300)]
-    assert sum(survey(slicer, iter(cases)).values()) == 600

@@ -61,10 +61,10 @@ names = st.sampled_from(["a", "b", "", "é", "\u2028", "alpha", *FIELDS]) | st.t
 
 
 @st.composite
-def sound_headers(draw) -> tuple[Pairs, int]:
+def sound_headers(draw, keys: list[str]) -> tuple[Pairs, int]:
     """A header that is right, in any order of its tensors, and how many bytes they take."""
     end, tensors = 0, []
-    for name in draw(st.lists(names, max_size=4, unique=True)):
+    for name in draw(st.lists(st.sampled_from(keys) | names, max_size=4, unique=True)):
         dtype = draw(st.sampled_from(TYPES))
         shape = draw(st.lists(st.integers(0, 4), max_size=3))
         if (BITS[dtype] * math.prod(shape)) % 8:
@@ -148,9 +148,12 @@ MUTATIONS: list[Callable] = [other_value, other_value, other_fields, other_layou
 
 
 @st.composite
-def files(draw) -> bytes:
-    """A file of a sound header with up to three faults, of which some are none."""
-    header, size = draw(sound_headers())
+def files(draw, keys: list[str]) -> bytes:
+    """A file of a sound header with up to three faults, of which some are none.
+
+    Some of its tensors have one of these keys.
+    """
+    header, size = draw(sound_headers(keys))
     for mutate in draw(st.lists(st.sampled_from(MUTATIONS), max_size=3)):
         mutate(draw, header)
     text = as_json(header).encode(errors="surrogatepass")
