@@ -5,8 +5,6 @@ W being the base model's weight and W' the one that was trained, that is (1 - s)
 
 from __future__ import annotations
 
-import json
-import struct
 import tracemalloc
 from pathlib import Path
 
@@ -24,7 +22,8 @@ from lora_algebra import (
 from lora_files import SDXL, weight_shape
 from lora_forms import INPUT, REFUSED, Form, make_module, write_modules
 from lycoris_files import DORA, base_weights, lycoris_file, reload_lycoris
-from slicing import all_traits, refusal
+from safetensors.torch import save_file
+from slicing import everything, refused
 from torch import Tensor
 
 BY_ROW, BY_COLUMN = REFUSED["DoRA"], REFUSED["DoRA, by column"]
@@ -54,15 +53,6 @@ KEYS = OPEN_CLIP | {
     )
     for layer in SDXL[part]
 }
-# As safetensors names them.
-TYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-UNREAD = 1 << 30  # bytes of the tensors before and behind them that no one needs
 
 
 def random_weights(names: list[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -73,29 +63,14 @@ def random_weights(names: list[str], dtype: torch.dtype = torch.float32) -> dict
 
 
 def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
-    """A checkpoint whose other tensors are holes in the file, far larger than the memory used.
+    """A checkpoint of these weights, and of 64 MiB that no cut needs.
 
     Weights under one key follow each other there, as open_clip has q, k and v.
     """
-    of_key: dict[str, list[Tensor]] = {}
+    of_key: dict[str, list[Tensor]] = {"unread": [torch.zeros(1 << 26, dtype=torch.uint8)]}
     for name, weight in weights.items():
         of_key.setdefault(KEYS[name], []).append(weight)
-    tensors = {key: torch.cat(parts) for key, parts in of_key.items()}
-    header, end = {"first_stage_model.before": {"data_offsets": [0, UNREAD]}}, UNREAD
-    for key, tensor in tensors.items():
-        header[key] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[key]["data_offsets"] = [end, end + tensor.nbytes]
-        end += tensor.nbytes
-    header["first_stage_model.behind"] = {"data_offsets": [end, end + UNREAD]}
-    for key in ("first_stage_model.before", "first_stage_model.behind"):
-        header[key] |= {"dtype": "U8", "shape": [UNREAD]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.seek(UNREAD, 1)
-        for tensor in tensors.values():
-            file.write(tensor.view(torch.uint8).numpy().tobytes())
-        file.truncate(file.tell() + UNREAD)
+    save_file({key: torch.cat(parts) for key, parts in of_key.items()}, path)
     return path
 
 
@@ -126,26 +101,21 @@ def write_both(
     return lora, write_checkpoint(folder / "xl.safetensors", weights)
 
 
-def cut(
+def assert_on_the_way(
     folder: Path, modules: dict[str, Module], weights: dict[str, Tensor], strength: float
 ) -> dict[str, Module]:
-    """The modules of a slice at this strength, made with a checkpoint of these weights."""
+    """Each weight that a slice makes lies so far on the way to the one that was trained.
+
+    Hands back the modules of the slice.
+    """
     lora, checkpoint = write_both(folder, modules, weights)
-    return read_modules(slice_all(lora, strength, "--base_model", checkpoint))
-
-
-def assert_on_the_way(
-    result: dict[str, Module],
-    modules: dict[str, Module],
-    weights: dict[str, Tensor],
-    strength: float,
-) -> None:
-    """Each weight that the slice makes lies so far on the way to the one that was trained."""
+    result = read_modules(slice_all(lora, strength, "--base_model", checkpoint))
     assert set(result) == set(modules)
     for name, source in modules.items():
         wanted = weight_at(source, weights[name], strength)
         error = (final_weight(result[name], weights[name]) - wanted).norm() / wanted.norm()
         assert error < 1e-5, name
+    return result
 
 
 # ---- The weight that it makes --------------------------------------------------------------------
@@ -156,25 +126,25 @@ def assert_on_the_way(
 def test_a_dora_with_its_base_model_has_the_interpolated_final_weight(tmp_path, form, strength):
     weights = random_weights(SMALL)
     modules = make_doras(form, weights)
-    result = cut(tmp_path, modules, weights, strength)
-    assert_on_the_way(result, modules, weights, strength)
+    result = assert_on_the_way(tmp_path, modules, weights, strength)
     for name, source in modules.items():
         types = {suffix: tensor.dtype for suffix, tensor in result[name].items()}
         assert types == {suffix: tensor.dtype for suffix, tensor in source.items()}
 
 
-@pytest.mark.parametrize("dtype", list(TYPES)[1:], ids=str)
+FEWER_BITS = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", FEWER_BITS, ids=str)
 @AXES
 def test_a_dora_on_a_base_model_of_fewer_bits_is_as_exact(tmp_path, form, dtype):
     weights = random_weights(SMALL, dtype)
-    modules = make_doras(form, weights)
-    assert_on_the_way(cut(tmp_path, modules, weights, 0.5), modules, weights, 0.5)
+    assert_on_the_way(tmp_path, make_doras(form, weights), weights, 0.5)
 
 
 def test_the_second_text_encoders_weights_go_by_open_clips_names(tmp_path):
     weights = random_weights(OPEN_CLIP)
-    modules = make_doras(BY_ROW, weights)
-    assert_on_the_way(cut(tmp_path, modules, weights, 0.5), modules, weights, 0.5)
+    assert_on_the_way(tmp_path, make_doras(BY_ROW, weights), weights, 0.5)
 
 
 def test_what_it_takes_of_memory_is_a_few_of_its_weights(tmp_path):
@@ -197,8 +167,7 @@ def test_lengths_that_a_strength_takes_below_zero_turn_the_weight_around(
     scale = lengths(weights[ATTENTION], form)
     turned = torch.arange(scale.numel()).reshape(scale.shape) % 2 == 0
     modules[ATTENTION]["dora_scale"] = torch.where(turned, length * scale, scale)
-    result = cut(tmp_path, modules, weights, strength)
-    assert_on_the_way(result, modules, weights, strength)
+    result = assert_on_the_way(tmp_path, modules, weights, strength)
     assert torch.equal(result[ATTENTION]["dora_scale"] < 0, turned)
 
 
@@ -206,32 +175,30 @@ def test_a_bias_beside_it_is_multiplied_by_the_strength(tmp_path):
     weights = random_weights([ATTENTION])
     modules = make_doras(BY_ROW, weights)
     modules[ATTENTION]["diff_b"] = torch.rand(640)
-    result = cut(tmp_path, modules, weights, -0.5)
-    assert_on_the_way(result, modules, weights, -0.5)
+    result = assert_on_the_way(tmp_path, modules, weights, -0.5)
     assert torch.equal(bias_change(result[ATTENTION]), -0.5 * bias_change(modules[ATTENTION]))
 
 
 LYCORIS_AXES = pytest.mark.parametrize("axes", ["lora, by row", "lora, by column"])
 
 
-def lycoris_base(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """The weights that LyCORIS trained on, and a checkpoint of them."""
-    weights = base_weights()
+@pytest.fixture(scope="module")
+def lycoris_base(tmp_path_factory) -> Path:
+    """A checkpoint of the weights that LyCORIS trained on."""
     unseen = random_weights([f"{TE2}self_attn_{projection}_proj" for projection in "kv"])
-    return weights, write_checkpoint(folder / "xl.safetensors", weights | unseen)
+    path = tmp_path_factory.mktemp("base") / "xl.safetensors"
+    return write_checkpoint(path, base_weights() | unseen)
 
 
 @LYCORIS_AXES
-def test_lycoris_reads_the_interpolated_weight(tmp_path, axes):
+def test_lycoris_reads_the_interpolated_weight(tmp_path, lycoris_base, axes):
     lora = lycoris_file(tmp_path / "in.safetensors", DORA[axes], torch.float32)
-    _, checkpoint = lycoris_base(tmp_path)
     source = reload_lycoris(lora, DORA[axes])
-    result = reload_lycoris(slice_all(lora, 0.5, "--base_model", checkpoint), DORA[axes])
+    result = reload_lycoris(slice_all(lora, 0.5, "--base_model", lycoris_base), DORA[axes])
     for name, module in source.items():
         wanted = 0.5 * module.org_weight + 0.5 * module.get_merged_weight()[0]
-        torch.testing.assert_close(
-            result[name].get_merged_weight()[0], wanted, rtol=1e-5, atol=1e-6
-        )
+        found = result[name].get_merged_weight()[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 # How far the change may be off, in parts of itself: about half of the last bit of the type.
@@ -241,114 +208,106 @@ PRECISE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 @pytest.mark.parametrize("strength", [0.5, 0.9, -1.0])
 @pytest.mark.parametrize("dtype", PRECISE, ids=str)
 @LYCORIS_AXES
-def test_the_change_of_a_dora_in_16_bits_is_as_exact_as_its_type(tmp_path, axes, dtype, strength):
+def test_the_change_of_a_dora_in_16_bits_is_as_exact_as_its_type(
+    tmp_path, lycoris_base, axes, dtype, strength
+):
     # Trained so little, a weight is ten times as large as its change: an error of the lengths that
     # is small beside the weight is ten times larger beside the change.
     lora = lycoris_file(tmp_path / "in.safetensors", DORA[axes], dtype, moved=0.03)
-    weights, checkpoint = lycoris_base(tmp_path)
-    result = read_modules(slice_all(lora, strength, "--base_model", checkpoint))
+    weights = base_weights()
+    result = read_modules(slice_all(lora, strength, "--base_model", lycoris_base))
     for name, source in read_modules(lora).items():
         wanted = strength * layer_change(source, weights[name])
         error = layer_change(result[name], weights[name]) - wanted
         assert error.norm() < PRECISE[dtype] * wanted.norm(), name
 
 
+@pytest.fixture
+def one(tmp_path: Path) -> tuple[Module, Path]:
+    """A DoRA of one layer in 64 bits, and the checkpoint that it was trained on."""
+    weights = random_weights([ATTENTION])
+    checkpoint = write_checkpoint(tmp_path / "xl.safetensors", weights)
+    return make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float64), checkpoint
+
+
+def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_path, one):
+    module, base = one
+    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
+    options = ("--base_model", base)
+    [exact] = read_modules(slice_all(lora, 0.5, *options)).values()
+    assert exact["dora_scale"].dtype is torch.float64
+    [rounded] = read_modules(slice_all(lora, 0.5, *options, "--save_precision", "bf16")).values()
+    for suffix, number in exact.items():
+        assert torch.equal(rounded[suffix], number.bfloat16())
+
+
 # ---- What is refused -----------------------------------------------------------------------------
 
-
-def refused(
-    capsys: pytest.CaptureFixture[str], lora: Path, checkpoint: Path, strength: float = 0.5
-) -> str:
-    """The sentence with which it is refused; nothing is left of the output then."""
-    folder, output = lora.parent, lora.with_name("out.safetensors")
-    args = ("--traits", "all", "--traits_file", all_traits(folder), "--alphas", digits(strength))
-    args += ("--base_model", checkpoint, "--output_path", output)
-    sentence = refusal(capsys, "--loras", lora, *args)
-    assert not [path for path in folder.iterdir() if output.name in path.name]
-    return sentence
-
-
-# The weight and the lengths of a DoRA whose factors change nothing, and a strength.
-NO_DIRECTION = {
-    "that ends at length 0 on the way": (4 * torch.eye(640), torch.full((640, 1), 2.0), 2.0),
-    "of a weight of length 0": (torch.zeros(640, 640), torch.ones(640, 1), 0.5),
-    "of length inf": (torch.eye(640), torch.full((640, 1), torch.inf), 0.5),
-    "of length NaN": (torch.eye(640), torch.full((640, 1), torch.nan), 0.5),
+CANNOT = f"{ATTENTION} is a DoRA that cannot be cut at {{}}: use 1.0"
+UNSCALED = (
+    f"cannot rescale {ATTENTION} in {{lora}}, because {{}}: cut it at 1.0 and set the strength "
+    "where the LoRA is used"
+)
+A_BIAS = UNSCALED.replace("{}", "it is DoRA and has a bias among its factors")
+ONES, NO_CHANGE = torch.ones(640), {"lora_up.weight": torch.zeros(640, 2)}
+REFUSALS: dict[str, tuple[Module, Tensor, float, str]] = {
+    # other tensors of the DoRA, the weight, the strength, and the sentence
+    "a length that ends at 0 on the way": (
+        NO_CHANGE | {"dora_scale": torch.full((640, 1), 2.0)},
+        4 * torch.eye(640),
+        2.0,
+        CANNOT.format(2),
+    ),
+    "a weight of length 0": (NO_CHANGE, torch.zeros(640, 640), 0.5, CANNOT.format(0.5)),
+    "a length of inf": (
+        {"dora_scale": torch.full((640, 1), torch.inf)},
+        torch.eye(640),
+        0.5,
+        CANNOT.format(0.5),
+    ),
+    "a length of NaN": (
+        {"dora_scale": torch.full((640, 1), torch.nan)},
+        torch.eye(640),
+        0.5,
+        CANNOT.format(0.5),
+    ),
+    "a weight of other widths": (
+        {},
+        torch.ones(320, 320),
+        0.5,
+        f"{ATTENTION} does not fit its weight in {{base}}: give the checkpoint that the LoRA was "
+        "trained on, or cut it at 1.0",
+    ),
+    "a bias of lora_up": ({"lora_up.bias": ONES}, torch.eye(640), 0.5, A_BIAS),
+    "a sparse bias": ({"bias_values": ONES}, torch.eye(640), 0.5, A_BIAS),
+    "an unknown tensor": (
+        {"strange": ONES},
+        torch.eye(640),
+        0.5,
+        UNSCALED.replace("{}", f"what {ATTENTION}.strange does is unknown"),
+    ),
 }
 
 
-@pytest.mark.parametrize(("weight", "length", "strength"), NO_DIRECTION.values(), ids=NO_DIRECTION)
-def test_a_row_without_a_direction_is_refused(tmp_path, capsys, weight, length, strength):
-    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32)
-    module |= {"lora_up.weight": torch.zeros(640, 2), "dora_scale": length}
-    files = write_both(tmp_path, {ATTENTION: module}, {ATTENTION: weight})
-    assert refused(capsys, *files, strength) == (
-        f"{ATTENTION} is a DoRA that cannot be cut at {strength:g}: use 1.0"
-    )
+@pytest.mark.parametrize(
+    ("others", "weight", "strength", "sentence"), REFUSALS.values(), ids=REFUSALS
+)
+def test_a_dora_that_cannot_be_cut_on_its_base_model_is_refused(
+    tmp_path, capsys, others, weight, strength, sentence
+):
+    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32) | others
+    lora, base = write_both(tmp_path, {ATTENTION: module}, {ATTENTION: weight})
+    args = (*everything(tmp_path), "--alphas", digits(strength), "--base_model", base)
+    assert refused(capsys, lora, *args) == sentence.format(lora=lora, base=base)
 
 
 def test_a_base_model_that_lacks_the_weight_is_refused(tmp_path, capsys):
-    weights = random_weights(SMALL)
+    weights = random_weights([ATTENTION, TE1])
     modules = make_doras(BY_ROW, weights)
     del weights[TE1]
-    lora, checkpoint = write_both(tmp_path, modules, weights)
-    assert refused(capsys, lora, checkpoint) == (
-        f"{checkpoint} holds no weight for {TE1}: give the SDXL checkpoint, as one .safetensors "
-        "file, that the LoRA was trained on"
+    lora, base = write_both(tmp_path, modules, weights)
+    args = (*everything(tmp_path), "--alphas", "0.5", "--base_model", base)
+    assert refused(capsys, lora, *args) == (
+        f"{base} holds no weight for {TE1}: give the SDXL checkpoint, as one .safetensors file, "
+        "that the LoRA was trained on"
     )
-
-
-def test_a_base_model_of_other_widths_is_refused(tmp_path, capsys):
-    weights = random_weights(SMALL)
-    modules = make_doras(BY_ROW, weights)
-    weights[ATTENTION] = torch.ones(320, 320)
-    lora, checkpoint = write_both(tmp_path, modules, weights)
-    assert refused(capsys, lora, checkpoint) == (
-        f"{ATTENTION} does not fit its weight in {checkpoint}: give the checkpoint that the LoRA "
-        "was trained on, or cut it at 1.0"
-    )
-
-
-# ---- What cannot be baked ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", ["lora_up.bias", "bias_values"])
-def test_a_dora_with_a_bias_among_its_factors_is_refused(tmp_path, capsys, suffix):
-    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32) | {suffix: torch.ones(640)}
-    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
-    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
-    args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
-    args += ("--output_path", tmp_path / "out.safetensors", "--base_model", base)
-    assert refusal(capsys, "--loras", lora, *args) == (
-        f"cannot rescale {ATTENTION} in {lora}, because it is DoRA and "
-        "has a bias among its factors: cut it at 1.0 and set the strength where the LoRA is used"
-    )
-
-
-def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_path):
-    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32)
-    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
-    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
-    [exact] = read_modules(slice_all(lora, 0.5, "--base_model", base)).values()
-    options = ("--base_model", base, "--save_precision", "bf16")
-    [rounded] = read_modules(slice_all(lora, 0.5, *options)).values()
-    for suffix, tensor in exact.items():
-        assert torch.equal(rounded[suffix], tensor.bfloat16())
-
-
-def test_a_dora_beside_which_something_unknown_stands_is_refused(tmp_path, capsys):
-    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32) | {"strange": torch.ones(1)}
-    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
-    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
-    args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
-    args += ("--output_path", tmp_path / "out.safetensors", "--base_model", base)
-    sentence = refusal(capsys, "--loras", lora, *args)
-    assert f"because what {ATTENTION}.strange does is unknown" in sentence
-
-
-def test_the_scale_of_a_dora_in_64_bits_keeps_them(tmp_path):
-    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float64)
-    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
-    base = write_checkpoint(tmp_path / "base.safetensors", random_weights([ATTENTION]))
-    [result] = read_modules(slice_all(lora, 0.5, "--base_model", base)).values()
-    assert result["dora_scale"].dtype is torch.float64
