@@ -10,42 +10,35 @@ import pytest
 import torch
 from lora_files import CONTENT, SHAPES, blora_modules, lora_module, write
 from safetensors.torch import load_file
-from slicing import all_traits, refusal, slice_lora, stored
+from slicing import cut, everything, refused, slice_lora, stored
 
 NAME = CONTENT.format(0, 1, "q")
 UP = f"{NAME}.lora_up.weight"
+FIRST = min(blora_modules(CONTENT)).split(".")[0]
 HALF, BF, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = {"F16": HALF, "BF16": BF, "F32": F32}
 FLOAT_8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
+PRECISIONS = {"fp16": HALF, "bf16": BF, "float": F32}
+
+
+def assert_same_numbers(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Of the same type, and each number the same; NaN is NaN."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 # ---- Precision -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)],
-)
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_save_precision_rounds_as_torch_does(tmp_path, output, source, precision, dtype):
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("source", [F32, HALF, BF, F64], ids=str)
+def test_save_precision_rounds_as_torch_does(tmp_path, source, precision):
     tensors = blora_modules(CONTENT, dtype=source)
-    lora = write(tmp_path / "a.safetensors", tensors)
-    args = ("--save_precision", precision, "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    kept = load_file(output)
-    assert all(torch.equal(kept[key], tensors[key].to(dtype)) for key in tensors)
-
-
-def test_inf_and_nan_of_the_source_are_kept(tmp_path, output):
-    tensors = blora_modules(CONTENT, dtype=torch.float32)
     tensors[UP][0] = torch.tensor([math.inf, math.nan])
-    lora = write(tmp_path / "a.safetensors", tensors)
-    for precision in ("fp16", "bf16"):
-        args = ("--alphas", "0.5", "--save_precision", precision, "--output_path", output)
-        assert slice_lora("--loras", lora, *args) == 0
-        kept = load_file(output)[UP]
-        assert kept[0, 0] == math.inf
-        assert kept[0, 1].isnan()
+    kept = load_file(cut(write(tmp_path / "a.safetensors", tensors), "--save_precision", precision))
+    for key, tensor in tensors.items():
+        assert_same_numbers(kept[key], tensor.to(PRECISIONS[precision]))
 
 
 # ---- Overflow ------------------------------------------------------------------------------------
@@ -100,26 +93,22 @@ def options(strength: str, precision: str | None) -> list[str]:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("number", "dtype", "strength", "precision", "saved"), SOUND)
 def test_the_last_number_before_an_overflow_becomes_the_largest_of_the_type(
-    tmp_path, output, sign, number, dtype, strength, precision, saved
+    tmp_path, sign, number, dtype, strength, precision, saved
 ):
     lora = one_number(tmp_path, sign * number, dtype)
-    args = (*options(strength, precision), "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    kept = load_file(output)[UP]
+    kept = load_file(cut(lora, *options(strength, precision)))[UP]
     assert (kept.dtype, float(kept[7, 1])) == (DTYPES[saved], sign * LARGEST[saved])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("number", "dtype", "strength", "precision", "saved"), OVERFLOWS)
 def test_the_first_number_that_overflows_is_refused_with_its_module(
-    tmp_path, output, capsys, sign, number, dtype, strength, precision, saved
+    tmp_path, capsys, sign, number, dtype, strength, precision, saved
 ):
     lora = one_number(tmp_path, sign * number, dtype)
-    args = (*options(strength, precision), "--output_path", output)
-    assert refusal(capsys, "--loras", lora, *args) == (
+    assert refused(capsys, lora, *options(strength, precision)) == (
         f"{UP} overflows {saved}: lower --alphas, or use --save_precision float"
     )
-    assert not output.exists()
 
 
 # ---- fp8 -----------------------------------------------------------------------------------------
@@ -152,83 +141,48 @@ def test_a_base_model_in_fp8_is_the_weight_that_torch_reads(tmp_path, dtype):
     weight = finite[torch.arange(320 * 4 * 9) % len(finite)].reshape(320, 4, 3, 3)
     dora = lora_module(name, dtype=F32) | {f"{name}.dora_scale": torch.ones(320, 1, 1, 1)}
     lora = write(tmp_path / "dora.safetensors", dora)
-    made = {}
-    for kind, base in {"fp8": weight, "fp32": weight.float()}.items():
-        key = "model.diffusion_model.input_blocks.0.0.weight"
-        checkpoint = write(tmp_path / f"base_{kind}.safetensors", {key: base})
-        output = tmp_path / f"{kind}.safetensors"
-        args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", "0.5")
-        args += ("--base_model", checkpoint, "--output_path", output)
-        assert slice_lora("--loras", lora, *args) == 0
-        made[kind] = load_file(output)
-    assert all(torch.equal(made["fp8"][key], made["fp32"][key]) for key in dora)
-    assert not torch.equal(made["fp8"][f"{name}.lora_up.weight"], dora[f"{name}.lora_up.weight"])
+    made = []
+    for base in (weight, weight.float()):
+        tensors = {"model.diffusion_model.input_blocks.0.0.weight": base}
+        checkpoint = write(tmp_path / "base.safetensors", tensors)
+        args = (*everything(tmp_path), "--alphas", "0.5", "--base_model", checkpoint)
+        made.append(load_file(cut(lora, *args)))
+    assert all(torch.equal(made[0][key], made[1][key]) for key in dora)
+    assert not torch.equal(made[0][f"{name}.lora_up.weight"], dora[f"{name}.lora_up.weight"])
 
 
-def in_fp8(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Modules whose factors hold every number of the type, with an alpha that it holds too."""
-    every = every_number(dtype)
-    tensors = {}
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0, 0.3])
+@pytest.mark.parametrize("dtype", FLOAT_8, ids=str)
+def test_a_strength_and_a_precision_change_fp8_once(tmp_path, dtype, precision, strength):
+    every, tensors = every_number(dtype), {}
     for key, tensor in blora_modules(CONTENT, alpha=1.5).items():
         whole = every[torch.arange(tensor.numel()) % 256].reshape(tensor.shape)
         tensors[key] = tensor.to(dtype) if key.endswith(".alpha") else whole
-    return tensors
-
-
-def assert_same_numbers(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Of the same type, and each number the same; NaN is NaN."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize(("precision", "saved"), [("fp16", HALF), ("bf16", BF), ("float", F32)])
-@pytest.mark.parametrize("dtype", FLOAT_8, ids=str)
-def test_save_precision_keeps_every_number_of_fp8(tmp_path, output, dtype, precision, saved):
-    tensors = in_fp8(dtype)
     lora = write(tmp_path / "a.safetensors", tensors)
-    args = ("--save_precision", precision, "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    kept = load_file(output)
+    kept = load_file(cut(lora, "--alphas", strength, "--save_precision", precision))
     assert set(kept) == set(tensors)
     for key, tensor in tensors.items():
-        assert_same_numbers(kept[key], tensor.to(saved))
-        assert_same_numbers(kept[key].float(), tensor.float())
-
-
-@pytest.mark.parametrize(("precision", "saved"), [("fp16", HALF), ("bf16", BF), ("float", F32)])
-@pytest.mark.parametrize("strength", [0.5, -1.0, 0.3])
-@pytest.mark.parametrize("dtype", FLOAT_8, ids=str)
-def test_a_strength_and_a_precision_change_fp8_once(
-    tmp_path, output, dtype, precision, saved, strength
-):
-    tensors = in_fp8(dtype)
-    lora = write(tmp_path / "a.safetensors", tensors)
-    args = ("--alphas", strength, "--save_precision", precision, "--output_path", output)
-    assert slice_lora("--loras", lora, *args) == 0
-    kept = load_file(output)
-    for key, tensor in tensors.items():
         factor = strength if key.endswith(".lora_up.weight") else 1
-        assert_same_numbers(kept[key], (tensor.float() * factor).to(saved))
+        assert_same_numbers(kept[key], (tensor.float() * factor).to(PRECISIONS[precision]))
 
 
-STRANGE_8 = [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
-
-
-@pytest.mark.parametrize("dtype", STRANGE_8, ids=str)
-@pytest.mark.parametrize("strength", ["1", "0.5"])
-def test_a_type_whose_numbers_are_not_known_is_refused_where_they_would_change(
-    tmp_path, output, capsys, dtype, strength
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str)
+def test_a_type_whose_numbers_are_not_known_is_copied_and_refused_where_they_would_change(
+    tmp_path, capsys, dtype
 ):
     tensors = {key: tensor.to(dtype) for key, tensor in blora_modules(CONTENT).items()}
     lora = write(tmp_path / "a.safetensors", tensors)
-    args = ("--save_precision", "fp16", "--alphas", strength, "--output_path", output)
-    sentence = refusal(capsys, "--loras", lora, *args)
-    assert "FNUZ" in sentence
-    assert not output.exists()
-
-
-@pytest.mark.parametrize("dtype", STRANGE_8, ids=str)
-def test_a_type_whose_numbers_are_not_known_is_copied(tmp_path, output, dtype):
-    tensors = {key: tensor.to(dtype) for key, tensor in blora_modules(CONTENT).items()}
-    lora = write(tmp_path / "a.safetensors", tensors)
-    assert slice_lora("--loras", lora, "--output_path", output) == 0
+    output = cut(lora)
     assert stored(output) == stored(lora)
+    output.unlink()
+    capsys.readouterr()
+    (name, *_), *_ = stored(lora).values()
+    assert refused(capsys, lora, "--save_precision", "fp16") == (
+        f"{FIRST} is stored as {name}, which can be copied but not converted: leave out "
+        "--save_precision"
+    )
+    assert refused(capsys, lora, "--save_precision", "fp16", "--alphas", "0.5") == (
+        f"{FIRST} is stored as {name}, which can be copied but not changed: cut it at 1.0 and "
+        "set the strength where the LoRA is used"
+    )

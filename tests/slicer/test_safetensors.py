@@ -40,7 +40,7 @@ from blora.text import BloraError
 pytestmark = pytest.mark.filterwarnings("error")
 
 # The same examples on every run.
-PROVE = settings(derandomize=True, deadline=None, max_examples=1500)
+PROVE = settings(derandomize=True, deadline=None, max_examples=1000)
 PART = f"{NAME}.a"  # of no kind known here, so that it is copied alone
 
 Whole = tuple[Stored, dict[str, str]]  # the tensors of a file, and its metadata
