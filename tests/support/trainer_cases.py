@@ -4,8 +4,8 @@ A case is a folder (trainer_folder.py), what is changed in it, and options behin
 sd-scripts' own train() is asked whether it trains (toy_training.py), pre-flight what it says, and
 test_real_cases.py compares the two. `fails` means an error, `warns` a warning, because
 something else is trained than was meant, and `trains` that pre-flight says nothing new. The second
-text of the first two is a pattern that has to be in the sentence. `truth` is what the trainer
-itself shows of the training.
+text of the first two is a pattern that has to be in the sentence. What has a name and is no field
+of a Case is what the trainer itself shows of the training.
 
 What cannot be asked on a CPU, or not without a network, is not here: fp16, two GPUs, bitsandbytes,
 DeepSpeed, Hugging Face, and diffusers folders, which are read whole. Nor are the launchers, which
@@ -14,481 +14,714 @@ begin before the trainer.
 
 from __future__ import annotations
 
-from trainer_case import CLASSIC, CONTENT_STYLE, fails, trains, warns
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from kohya_folder import ROOT
 from trainer_folder import (
     CHECKPOINT,
     CONFIG,
     IMAGES,
     PROJECT,
-    UNET,
+    SIDEWAYS,
+    Change,
+    Image,
     add,
-    animated,
-    caption,
+    all_gif,
     captions,
     checkpoint,
     config,
     config_as_json,
-    crlf,
-    cut_hole,
-    distilled,
-    encode,
-    folder,
-    inpainting,
+    cut_off,
+    dataset,
     leftover_cache,
     link,
+    make,
     move,
-    only_pictures,
     picture,
+    preset,
     remove,
     rename_captions,
+    resolution,
+    rewrite,
     sample_config,
-    sd15,
-    sideways,
     subset,
-    truncate,
-    with_tensors,
-    without,
     write,
 )
+
+FAST, CLASSIC = "fast", "classic"
+# Modules of the recipes' preset, of the attention of one of its blocks, and of no preset.
+CONTENT_STYLE, STYLE_ONLY, EVERY_LAYER = 160, 80, 788
+TEXT_ENCODERS = 176
+OLD_LYCORIS = "3.2.0.post2"  # what kohya_ss asks for
+HTML = b"<html></html>"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training, and what pre-flight says of it."""
+
+    says: str  # error, warning or nothing
+    name: str
+    sentence: str = ""  # a pattern in it
+    words: tuple[str, ...] = ()
+    change: tuple[Change, ...] = ()
+    less: str = ""  # the option of the recipe that is left out
+    recipe: str = FAST
+    truth: dict[str, Any] = field(default_factory=dict)
+    before_0_10: str = ""  # a pattern in the error, where sd-scripts 0.9 fails and 0.10 trains
+    lycoris: str = ""  # another release than the newest
+    after: str = ""  # the case whose output is copied into the folder as "before"
+
+
+def case(says: str, name: str, sentence: str, *given: str | Change, **named: Any) -> Case:
+    """Of what is given, words are options, and the rest are changes in the folder."""
+    words = tuple(item for item in given if isinstance(item, str))
+    changes = tuple(item for item in given if not isinstance(item, str))
+    fields = {key: named.pop(key) for key in named.keys() & Case.__annotations__.keys()}
+    return Case(says, name, sentence, words, changes, truth=named, **fields)
+
+
+fails, warns = partial(case, "error"), partial(case, "warning")
+
+
+def trains(name: str, *given: str | Change, **named: Any) -> Case:
+    return case("nothing", name, "", *given, **named)
+
 
 # ---- As it is ------------------------------------------------------------------------------------
 
 RECIPES = [
-    trains("the fast recipe", truth={"modules": CONTENT_STYLE, "sizes": [[64, 64]], "scale": 1.0}),
-    trains("the classic recipe", recipe=CLASSIC, truth={"modules": CONTENT_STYLE}),
+    trains("the fast recipe", modules=CONTENT_STYLE, sizes=[[64, 64]], scale=1.0),
+    trains("the classic recipe", recipe=CLASSIC, modules=CONTENT_STYLE),
     # The recipes' own 32; every other case has 64.
     trains("buckets in steps of 32", "--bucket_reso_steps=32", before_0_10="bucket_reso_steps"),
-    trains("the sample config", change=sample_config),
+    trains("the sample config", sample_config),
 ]
 
 # ---- The dataset config --------------------------------------------------------------------------
 
+YAML = f"{PROJECT}/config.yaml"
+OVERRIDING = ("--resolution=768", "--train_batch_size=4")
+OVERRIDDEN = "resolution.*batch_size|batch_size.*resolution|config"
+TINY = dataset("max_bucket_reso = 32\nmin_bucket_reso = 32")
 CONFIGS = [
-    trains("a config with CRLF", change=crlf(CONFIG)),
-    fails("a config with a byte order mark", "config.toml", change=encode("utf-8-sig")),
-    fails("a config in UTF-16", "config.toml", change=encode("utf-16")),
-    trains(
-        "a config in JSON",
-        f"--dataset_config={PROJECT}/config.json",
-        change=config_as_json,
-    ),
+    trains("a config with CRLF", rewrite("utf-8", "\r\n")),
+    fails("a config with a byte order mark", "config.toml", rewrite("utf-8-sig")),
+    fails("a config in UTF-16", "config.toml", rewrite("utf-16")),
+    trains("a config in JSON", f"--dataset_config={PROJECT}/config.json", config_as_json),
     fails(
-        "a config in YAML",
-        "config.yaml",
-        f"--dataset_config={PROJECT}/config.yaml",
-        change=write(f"{PROJECT}/config.yaml", "datasets: []\n"),
+        "a config in YAML", "config.yaml", f"--dataset_config={YAML}", write(YAML, "datasets: []\n")
     ),
-    fails("no config", "config.toml", change=remove(CONFIG)),
-    fails("a config that is no TOML", "config.toml", change=config("[[datasets]]", "[[datasets]")),
-    fails("a config of nothing", "config.toml", change=write(CONFIG, "")),
-    fails("one table of datasets", "datasets", change=config("[[datasets]]", "[datasets]")),
-    fails("an unknown key", "num_repeat", change=config("num_repeats", "num_repeat")),
-    fails("batch_size in a subset", "batch_size", change=add("batch_size = 1\n")),
-    fails("resolution in a subset", "resolution", change=add("resolution = 64\n")),
-    fails(
-        "image_dir in [general]",
-        "image_dir",
-        change=config("[general]", f'[general]\nimage_dir = "{IMAGES}"'),
-    ),
-    trains(
-        "num_repeats in a dataset",
-        change=(
-            config("  num_repeats = 2", ""),
-            config("batch_size", "num_repeats = 3\nbatch_size"),
-        ),
-    ),
-    fails("a resolution in quotes", "resolution", change=config("= 64", '= "64,64"')),
-    trains("a resolution of two", change=config("= 64", "= [64, 64]")),
-    fails("half a repeat", "num_repeats", change=config("num_repeats = 2", "num_repeats = 1.5")),
-    fails("no repeats", "no picture", change=config("num_repeats = 2", "num_repeats = 0")),
-    fails("a subset without image_dir", "image_dir", change=config("image_dir", "# image_dir")),
-    fails("true in quotes", "flip_aug", change=add('flip_aug = "true"\n')),
+    fails("no config", "config.toml", remove(CONFIG)),
+    fails("a config that is no TOML", "config.toml", config("[[datasets]]", "[[datasets]")),
+    fails("a config of nothing", "config.toml", write(CONFIG, "")),
+    fails("one table of datasets", "datasets", config("[[datasets]]", "[datasets]")),
+    fails("an unknown key", "num_repeat", config("num_repeats", "num_repeat")),
+    fails("batch_size in a subset", "batch_size", add("batch_size = 1\n")),
+    fails("resolution in a subset", "resolution", add("resolution = 64\n")),
+    fails("image_dir in [general]", "image_dir", config("]", f']\nimage_dir = "{IMAGES}"')),
+    trains("num_repeats in a dataset", config("  num_repeats = 2", ""), dataset("num_repeats = 3")),
+    fails("a resolution in quotes", "resolution", resolution('"64,64"')),
+    trains("a resolution of two", resolution("[64, 64]")),
+    fails("half a repeat", "num_repeats", config("num_repeats = 2", "num_repeats = 1.5")),
+    fails("no repeats", "no picture", config("num_repeats = 2", "num_repeats = 0")),
+    fails("a subset without image_dir", "image_dir", config("image_dir", "# image_dir")),
+    fails("true in quotes", "flip_aug", add('flip_aug = "true"\n')),
     fails(
         "a resolution above max_bucket_reso",
         "max_bucket_reso",
-        change=config("= 64", "= 128\nmax_bucket_reso = 64"),
+        resolution("128\nmax_bucket_reso = 64"),
     ),
-    fails(
-        "buckets smaller than their step",
-        "bucket_reso",
-        change=config("batch_size", "max_bucket_reso = 32\nmin_bucket_reso = 32\nbatch_size"),
-    ),
+    fails("buckets smaller than their step", "bucket_reso", TINY),
     fails("a resolution below min_bucket_reso", "min_bucket_reso", "--min_bucket_reso=128"),
     fails("bucket steps of 48", "bucket_reso_steps", "--bucket_reso_steps=48"),
-    fails("a batch of none", "batch_size", change=config("batch_size = 1", "batch_size = 0")),
-    trains("a batch of two", change=config("batch_size = 1", "batch_size = 2")),
-    trains("no buckets", change=config("batch_size", "enable_bucket = false\nbatch_size")),
-    warns(
-        "options that the config overrides",
-        "resolution.*batch_size|batch_size.*resolution|config",
-        "--resolution=768",
-        "--train_batch_size=4",
-        truth={"sizes": [[64, 64]]},
-    ),
-    warns(
-        "a folder of pictures beside a config",
-        "train_data_dir",
-        f"--train_data_dir={PROJECT}",
-    ),
+    fails("a batch of none", "batch_size", config("batch_size = 1", "batch_size = 0")),
+    trains("a batch of two", config("batch_size = 1", "batch_size = 2")),
+    trains("no buckets", dataset("enable_bucket = false")),
+    warns("options that the config overrides", OVERRIDDEN, *OVERRIDING, sizes=[[64, 64]]),
+    warns("a folder of pictures beside a config", "train_data_dir", f"--train_data_dir={PROJECT}"),
     fails("two words for a resolution", "64", "--resolution=64", "64"),
 ]
 
 # ---- Folders of pictures -------------------------------------------------------------------------
 
+OTHER, REG, NAMED = f"{PROJECT}/other", f"{PROJECT}/reg", f"{PROJECT}/train"
+ANOTHER = picture("../other/0.png")
+REGULARIZATION = (picture("../reg/0.png"), subset(REG, "is_reg = true"))
+OF_ANOTHER_PROJECT = (
+    move(IMAGES, "_in/lora/sdxl/other/images"),
+    write("_in/lora/sdxl/other/config.toml", ""),
+    config("demo", "other"),
+)
 FOLDERS = [
-    fails("a folder that is not there", "images", change=move(IMAGES, f"{PROJECT}/pictures")),
-    fails("backslashes in quotes", "config.toml", change=config(IMAGES, IMAGES.replace("/", "\\"))),
-    fails("an empty folder", "no picture", change=remove(f"{IMAGES}/*")),
-    trains(
-        "a folder with a space",
-        change=(move(IMAGES, f"{PROJECT}/my images"), config("demo/images", "demo/my images")),
+    fails("a folder that is not there", "images", move(IMAGES, f"{PROJECT}/pictures")),
+    fails("backslashes in quotes", "config.toml", config(IMAGES, IMAGES.replace("/", "\\"))),
+    fails("an empty folder", "no picture", remove(f"{IMAGES}/*")),
+    *(
+        trains(name, move(IMAGES, f"{PROJECT}/{folder}"), config("demo/images", f"demo/{folder}"))
+        for name, folder in {
+            "a folder with a space": "my images",
+            "a folder with brackets": "[v] é",
+        }.items()
     ),
-    trains(
-        "a folder with brackets",
-        change=(move(IMAGES, f"{PROJECT}/[v] é"), config("demo/images", "demo/[v] é")),
-    ),
-    warns(
-        "a config that names another project's folder",
-        "other",
-        change=(
-            move(IMAGES, "_in/lora/sdxl/other/images"),
-            write("_in/lora/sdxl/other/config.toml", ""),
-            config("demo", "other"),
-        ),
-    ),
-    warns("a second folder that is not there", "gone", change=subset("gone")),
-    warns(
-        "a second folder without pictures", "nothing", change=(folder("nothing"), subset("nothing"))
-    ),
-    warns("the same folder twice", "images", change=subset(IMAGES)),
+    warns("a config that names another project's folder", "other", *OF_ANOTHER_PROJECT),
+    warns("a second folder that is not there", "gone", subset("gone")),
+    warns("a second folder without pictures", "nothing", make("nothing"), subset("nothing")),
+    warns("the same folder twice", "images", subset(IMAGES)),
     warns(
         "a second folder with no repeats",
         "num_repeats|other",
-        change=(picture("../other/0.png"), subset(f"{PROJECT}/other", "num_repeats = 0")),
+        ANOTHER,
+        subset(OTHER, "num_repeats = 0"),
     ),
-    trains(
-        "a second folder",
-        change=(
-            picture("../other/0.png"),
-            write(f"{PROJECT}/other/0.txt", "a dog"),
-            subset(f"{PROJECT}/other"),
-        ),
-    ),
+    trains("a second folder", ANOTHER, subset(OTHER)),
     warns(
         "regularization pictures without a weight",
         "prior_loss_weight",
         "--max_train_steps=16",
-        change=(
-            picture("../reg/0.png"),
-            write(f"{PROJECT}/reg/0.txt", "a dog"),
-            subset(f"{PROJECT}/reg", "is_reg = true"),
-        ),
-        truth={"idle": True},
+        *REGULARIZATION,
+        idle=True,
     ),
-    trains(
-        "regularization pictures with a weight",
-        "--prior_loss_weight=1",
-        change=(
-            picture("../reg/0.png"),
-            write(f"{PROJECT}/reg/0.txt", "a dog"),
-            subset(f"{PROJECT}/reg", "is_reg = true"),
-        ),
-    ),
+    trains("regularization pictures with a weight", "--prior_loss_weight=1", *REGULARIZATION),
     trains(
         "folders as the GUI names them",
-        f"--train_data_dir={PROJECT}/train",
-        less=("dataset_config",),
-        change=move(IMAGES, f"{PROJECT}/train/10_sks dog"),
+        f"--train_data_dir={NAMED}",
+        move(IMAGES, f"{NAMED}/10_sks dog"),
+        less="dataset_config",
     ),
     fails(
         "a folder without repeats in its name",
         "train",
-        f"--train_data_dir={PROJECT}/train",
-        less=("dataset_config",),
-        change=move(IMAGES, f"{PROJECT}/train/dog"),
+        f"--train_data_dir={NAMED}",
+        move(IMAGES, f"{NAMED}/dog"),
+        less="dataset_config",
     ),
 ]
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
 ODD_PICTURES = {
-    "CMYK": ("004.jpg", (64, 64), "CMYK"),
-    "16 bits": ("004.png", (64, 64), "I;16"),
-    "grey": ("004.png", (64, 64), "L"),
-    "palette": ("004.png", (64, 64), "P"),
-    "alpha": ("004.png", (64, 64), "RGBA"),
-    "two pixels": ("004.png", (2, 2), "RGB"),
-    "long": ("004.png", (640, 64), "RGB"),
-    "odd sizes": ("004.webp", (131, 97), "RGB"),
-    "another format than its ending's": ("004.png", (64, 64), "RGB", "JPEG"),
-    "a space in its name": ("my picture.png", (64, 64), "RGB"),
+    "CMYK": picture("004.jpg", mode="CMYK"),
+    "16 bits": picture("004.png", mode="I;16"),
+    "grey": picture("004.png", mode="L"),
+    "palette": picture("004.png", mode="P"),
+    "alpha": picture("004.png", mode="RGBA"),
+    "two pixels": picture("004.png", (2, 2)),
+    "long": picture("004.png", (640, 64)),
+    "odd sizes": picture("004.webp", (131, 97)),
+    "another format than its ending's": picture("004.png", format="JPEG"),
+    "a space in its name": picture("my picture.png"),
 }
+ANIMATED = picture("004.webp", save_all=True, append_images=[Image.new("RGB", (64, 64), "blue")])
 BROKEN = {
-    "cut off": ("000.png", truncate(f"{IMAGES}/000.png")),
+    "cut off": ("000.png", cut_off(f"{IMAGES}/000.png")),
     "empty": ("000.png", write(f"{IMAGES}/000.png", b"")),
-    "a page in HTML": ("004.jpg", write(f"{IMAGES}/004.jpg", b"<html></html>")),
-    "a folder": ("004.png", folder(f"{IMAGES}/004.png")),
+    "a page in HTML": ("004.jpg", write(f"{IMAGES}/004.jpg", HTML)),
+    "a folder": ("004.png", make(f"{IMAGES}/004.png")),
     "a link to nothing": ("004.png", link(f"{IMAGES}/004.png", "gone.png")),
 }
+TEN, ON_DISK = "--max_train_steps=10", "--cache_latents_to_disk"
+BELOW = (move(IMAGES, f"{PROJECT}/below"), move(f"{PROJECT}/below", f"{IMAGES}/below"))
 PICTURES = [
     *(
-        warns(
-            f"a picture of the ending {ending}",
-            rf"\{ending}",
-            change=write(f"{IMAGES}/004{ending}", b"\xff\xd8"),
-        )
-        for ending in (".jfif", ".gif", ".heic", ".avif", ".Png")
+        warns(f"a picture of the ending {e}", rf"\{e}", write(f"{IMAGES}/004{e}", b"\xff\xd8"))
+        for e in (".jfif", ".gif", ".heic", ".avif", ".Png")
     ),
-    fails("pictures of the ending .gif alone", "no picture", change=only_pictures(".gif")),
-    fails(
-        "pictures one folder below",
-        "no picture",
-        change=(move(IMAGES, f"{PROJECT}/below"), move(f"{PROJECT}/below", f"{IMAGES}/below")),
-    ),
-    trains("files of macOS", change=write(f"{IMAGES}/._000.png", b"\x00\x05\x16\x07")),
+    fails("pictures of the ending .gif alone", "no picture", all_gif),
+    fails("pictures one folder below", "no picture", *BELOW),
+    trains("files of macOS", write(f"{IMAGES}/._000.png", b"\x00\x05\x16\x07")),
     warns(
         "a photo stored sideways",
         "EXIF|sideways|turn|orientation",
-        change=(remove(f"{IMAGES}/*.png"), config("= 64", "= 128"), sideways("000.jpg", (256, 64))),
-        truth={"sizes": [[256, 64]]},
+        remove(f"{IMAGES}/*.png"),
+        resolution("128"),
+        picture("000.jpg", (256, 64), exif=SIDEWAYS),
+        sizes=[[256, 64]],
     ),
-    trains("a photo stored upright", change=picture("004.jpg")),
+    trains("a photo stored upright", picture("004.jpg")),
+    *(trains(f"a picture: {n}", TEN, odd, recipe=CLASSIC) for n, odd in ODD_PICTURES.items()),
+    trains("a picture: animated", ANIMATED),
     *(
-        trains(f"a picture: {n}", "--max_train_steps=10", recipe=CLASSIC, change=picture(*options))
-        for n, options in ODD_PICTURES.items()
-    ),
-    trains("a picture: animated", change=animated("004.webp")),
-    *(
-        case
+        fails(f"a picture that is {name}{end}", number, *more, broken, recipe=recipe)
         for name, (number, broken) in BROKEN.items()
-        for case in (
-            fails(f"a picture that is {name}", number, change=broken),
-            fails(
-                f"a picture that is {name}, with classic",
-                number,
-                "--max_train_steps=10",
-                recipe=CLASSIC,
-                change=broken,
-            ),
-        )
+        for end, more, recipe in [("", (), FAST), (", with classic", (TEN,), CLASSIC)]
     ),
     trains(
         "pictures that are links",
-        change=(
-            move(IMAGES, "elsewhere"),
-            folder(IMAGES),
-            *(
-                link(f"{IMAGES}/{n}.png", f"elsewhere/{n}.png", absolute=True)
-                for n in ("000", "001")
-            ),
-            caption(0, "a dog"),
-            caption(1, "a cat"),
-        ),
+        move(IMAGES, "elsewhere"),
+        make(IMAGES),
+        *(link(f"{IMAGES}/{n}.png", f"elsewhere/{n}.png", absolute=True) for n in ("000", "001")),
+        *captions("a dog", range(2)),
     ),
     warns(
-        "a cache that an older picture left",
-        "npz",
-        "--cache_latents_to_disk",
-        change=(leftover_cache("000.npz"), picture("000.png")),
+        "a cache that an older picture left", "npz", ON_DISK, leftover_cache(), picture("000.png")
     ),
     warns(
         "a cache of another shape that is not checked",
         "npz",
-        "--cache_latents_to_disk",
+        ON_DISK,
         "--skip_cache_check",
-        change=leftover_cache("000.npz", (128, 64)),
+        leftover_cache((128, 64)),
         before_0_10="skip_cache_check",
     ),
-    trains("a cache that is not used", change=leftover_cache("000.npz")),
-    trains("alpha masks", change=(picture("004.png", mode="RGBA"), add("alpha_mask = true\n"))),
+    trains("a cache that is not used", leftover_cache()),
+    trains("alpha masks", picture("004.png", mode="RGBA"), add("alpha_mask = true\n")),
 ]
 
 # ---- Captions ------------------------------------------------------------------------------------
 
-CLASS_TOKENS = add('class_tokens = "A [v]"\n')
+CLASS_TOKENS, NO_CAPTIONS = add('class_tokens = "A [v]"\n'), remove(f"{IMAGES}/*.txt")
+FIRST = range(1)
 CAPTIONS = [
-    warns(
-        "captions of the ending .caption beside class_tokens",
-        r"\.caption",
-        change=(sample_config, rename_captions(".caption")),
-        truth={"captions": ["A [v]"]},
-    ),
-    warns(
-        "captions of the ending .png.txt beside class_tokens",
-        r"\.png\.txt",
-        change=(sample_config, rename_captions(".png.txt")),
-        truth={"captions": ["A [v]"]},
+    *(
+        warns(
+            f"captions of the ending {ending} beside class_tokens",
+            ending.replace(".", r"\."),
+            sample_config,
+            rename_captions(ending),
+            captions=["A [v]"],
+        )
+        for ending in (".caption", ".png.txt")
     ),
     warns(
         "captions of the ending .caption alone",
         "caption",
-        change=rename_captions(".caption"),
-        truth={"captions": [""]},
+        rename_captions(".caption"),
+        captions=[""],
     ),
     trains(
         "captions of the ending that is asked for",
-        change=(rename_captions(".caption"), config('".txt"', '".caption"')),
+        rename_captions(".caption"),
+        config('".txt"', '".caption"'),
     ),
-    trains(
-        "class_tokens and no captions",
-        change=(CLASS_TOKENS, remove(f"{IMAGES}/*.txt")),
-        truth={"captions": ["A [v]"]},
-    ),
-    warns(
-        "no captions at all", "caption", change=remove(f"{IMAGES}/*.txt"), truth={"captions": [""]}
-    ),
-    warns("one picture without a caption", "caption", change=remove(f"{IMAGES}/000.txt")),
-    warns(
-        "captions that begin with an empty line",
-        "line",
-        change=captions("\na dog\n"),
-        truth={"captions": [""]},
-    ),
-    warns(
-        "captions of several lines",
-        "line",
-        change=captions("a dog\nin the park\n"),
-        truth={"captions": ["a dog"]},
-    ),
-    warns("a caption of 80 words", "75", change=captions(", ".join(["dog"] * 80))),
-    trains(
-        "a caption of 80 words, with room",
-        "--max_token_length=225",
-        change=captions(" ".join(["dog"] * 80)),
-    ),
-    fails("an empty caption", "000.txt", change=caption(0, b"")),
-    warns("a caption of a space", "000.txt|caption", change=caption(0, b" \n")),
-    fails("a caption in cp1252", "000.txt", change=caption(0, "a café".encode("cp1252"))),
-    trains("a caption with CRLF", change=captions(b"a dog\r\n"), truth={"captions": ["a dog"]}),
-    trains("a caption with a byte order mark", change=captions(b"\xef\xbb\xbfa dog\n")),
+    trains("class_tokens and no captions", CLASS_TOKENS, NO_CAPTIONS, captions=["A [v]"]),
+    warns("no captions at all", "caption", NO_CAPTIONS, captions=[""]),
+    warns("one picture without a caption", "caption", remove(f"{IMAGES}/000.txt")),
+    warns("captions that begin with an empty line", "line", *captions("\na dog\n"), captions=[""]),
+    warns("captions of several lines", "line", *captions("a dog\nhere\n"), captions=["a dog"]),
+    warns("a caption of 80 words", "75", *captions(", ".join(["dog"] * 80))),
+    trains("a caption of 80 words, with room", "--max_token_length=225", *captions("dog " * 80)),
+    fails("an empty caption", "000.txt", *captions("", FIRST)),
+    warns("a caption of a space", "000.txt|caption", *captions(" \n", FIRST)),
+    fails("a caption in cp1252", "000.txt", *captions("a café".encode("cp1252"), FIRST)),
+    trains("a caption with CRLF", *captions("a dog\r\n"), captions=["a dog"]),
+    trains("a caption with a byte order mark", *captions("\ufeffa dog\n")),
 ]
 
 # ---- The checkpoint ------------------------------------------------------------------------------
 
-THIS = f"--pretrained_model_name_or_path={CHECKPOINT}"
+
+def taken(path: str) -> str:
+    return f"--pretrained_model_name_or_path={path}"
+
+
+THIS, UNET = taken(CHECKPOINT), "model.diffusion_model."
+FIRST_TEXT, SECOND = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1."
+LINK, SPACED = "models/x.safetensors", "my models/x.safetensors"
+V_PRED, IDS = {"v_pred": [0], "ztsnr": [0]}, {f"{FIRST_TEXT}embeddings.position_ids": [1, 77]}
+EMA, EXTRA = {"model_ema.decay": [1], "denoiser.sigmas": [1000]}, {f"{UNET}extra": [1]}
+MASKED = {f"{UNET}input_blocks.0.0.weight": [320, 9, 3, 3]}  # latents, a mask, and masked latents
+# SSD-1B lacks the middle's transformer and many blocks of the others.
+SSD = [f"{UNET}middle_block.1.", f"{UNET}middle_block.2."]
+SSD += [f"{UNET}output_blocks.0.1.transformer_blocks.{n}." for n in range(4, 10)]
+# SD 1.5 by its names: one text encoder, and no size conditioning.
+NOT_SD15 = ("conditioner.", f"{UNET}label_emb.")
+SD15 = {"cond_stage_model.transformer.text_model.final_layer_norm.weight": [768]}
 CHECKPOINTS = [
     fails("no checkpoint", "sdxl", THIS),
-    fails("an empty checkpoint", "sdxl", THIS, change=write(CHECKPOINT, b"")),
-    fails(
-        "a page in HTML as a checkpoint", "sdxl", THIS, change=write(CHECKPOINT, b"<html></html>")
+    fails("an empty checkpoint", "sdxl", THIS, write(CHECKPOINT, b"")),
+    fails("a page in HTML as a checkpoint", "sdxl", THIS, write(CHECKPOINT, HTML)),
+    fails("a checkpoint that is cut off", "sdxl", THIS, checkpoint(), cut_off(CHECKPOINT)),
+    fails("a checkpoint without VAE", "VAE", THIS, checkpoint("first_stage_model.")),
+    fails("an inpainting checkpoint", "inpaint", THIS, checkpoint(more=MASKED)),
+    fails("a distilled checkpoint", "SSD|distilled", THIS, checkpoint(*SSD)),
+    fails("a checkpoint of SD 1.5", "SDXL", THIS, checkpoint(*NOT_SD15, more=SD15)),
+    fails("a checkpoint without the second text encoder", "sdxl", THIS, checkpoint(SECOND)),
+    *(
+        fails(f"a checkpoint that lacks one tensor of {part}", pattern, THIS, checkpoint(tensor))
+        for part, pattern, tensor in [
+            ("the U-Net", "out.2.bias", f"{UNET}out.2.bias"),
+            ("a text encoder", "sdxl", f"{FIRST_TEXT}final_layer_norm.b"),
+            ("the VAE", "sdxl", "first_stage_model.decoder.conv_out.bias"),
+        ]
     ),
-    fails(
-        "a checkpoint that is cut off",
-        "sdxl",
-        THIS,
-        change=(checkpoint(dict), cut_hole),
-    ),
-    fails(
-        "a checkpoint without VAE", "VAE", THIS, change=checkpoint(without("first_stage_model."))
-    ),
-    fails("an inpainting checkpoint", "inpaint", THIS, change=checkpoint(inpainting)),
-    fails("a distilled checkpoint", "SSD|distilled", THIS, change=checkpoint(distilled)),
-    fails("a checkpoint of SD 1.5", "SDXL", THIS, change=checkpoint(sd15)),
-    fails(
-        "a checkpoint without the second text encoder",
-        "sdxl",
-        THIS,
-        change=checkpoint(without("conditioner.embedders.1.")),
-    ),
-    fails(
-        "a checkpoint that lacks one tensor of the U-Net",
-        "out.2.bias",
-        THIS,
-        change=checkpoint(without(f"{UNET}out.2.bias")),
-    ),
-    fails(
-        "a checkpoint that lacks one tensor of a text encoder",
-        "sdxl",
-        THIS,
-        change=checkpoint(
-            without("conditioner.embedders.0.transformer.text_model.final_layer_norm.b")
-        ),
-    ),
-    fails(
-        "a checkpoint that lacks one tensor of the VAE",
-        "sdxl",
-        THIS,
-        change=checkpoint(without("first_stage_model.decoder.conv_out.bias")),
-    ),
-    fails(
-        "a checkpoint with a tensor too many in the U-Net",
-        "sdxl",
-        THIS,
-        change=checkpoint(with_tensors(model__diffusion_model__extra=[1])),
-    ),
-    fails(
-        "the U-Net alone", "sdxl", THIS, change=checkpoint(without("conditioner.", "first_stage"))
-    ),
-    fails(
-        "a LoRA as a checkpoint", "sdxl", THIS, change=checkpoint(lambda _: {"lora_unet_x": [4, 4]})
-    ),
-    trains(
-        "a checkpoint of v-prediction",
-        THIS,
-        "--v_parameterization",
-        change=checkpoint(with_tensors(v_pred=[0], ztsnr=[0])),
-    ),
-    trains(
-        "a checkpoint with the weights of EMA",
-        THIS,
-        change=checkpoint(with_tensors(model_ema__decay=[1], denoiser__sigmas=[1000])),
-    ),
-    trains(
-        "a checkpoint with position ids",
-        THIS,
-        change=checkpoint(
-            with_tensors(
-                conditioner__embedders__0__transformer__text_model__embeddings__position_ids=[1, 77]
-            )
-        ),
-    ),
-    trains(
-        "a checkpoint without logit scale",
-        THIS,
-        change=checkpoint(without("conditioner.embedders.1.model.logit_scale")),
-    ),
-    trains("a checkpoint in bf16", THIS, change=checkpoint(dict, "BF16")),
-    trains("a checkpoint in fp32", THIS, change=checkpoint(dict, "F32")),
+    fails("a checkpoint with a tensor too many in the U-Net", "sdxl", THIS, checkpoint(more=EXTRA)),
+    fails("the U-Net alone", "sdxl", THIS, checkpoint("conditioner.", "first_stage")),
+    fails("a LoRA as a checkpoint", "sdxl", THIS, checkpoint("", more={"lora_unet_x": [4, 4]})),
+    trains("a checkpoint of v-prediction", THIS, "--v_parameterization", checkpoint(more=V_PRED)),
+    trains("a checkpoint with the weights of EMA", THIS, checkpoint(more=EMA)),
+    trains("a checkpoint with position ids", THIS, checkpoint(more=IDS)),
+    trains("a checkpoint without logit scale", THIS, checkpoint(f"{SECOND}model.logit_scale")),
+    trains("a checkpoint in bf16", THIS, checkpoint(dtype="BF16")),
+    trains("a checkpoint in fp32", THIS, checkpoint(dtype="F32")),
     trains(
         "a checkpoint that is an absolute link",
-        "--pretrained_model_name_or_path=models/x.safetensors",
-        change=(checkpoint(dict), link("models/x.safetensors", CHECKPOINT, absolute=True)),
+        taken(LINK),
+        checkpoint(),
+        link(LINK, CHECKPOINT, absolute=True),
     ),
     fails(
         "a checkpoint that is a relative link",
         "link",
-        "--pretrained_model_name_or_path=models/x.safetensors",
-        change=(checkpoint(dict), link("models/x.safetensors", f"../{CHECKPOINT}")),
+        taken(LINK),
+        checkpoint(),
+        link(LINK, f"../{CHECKPOINT}"),
     ),
     trains(
         "a checkpoint that is a relative link in this folder",
-        "--pretrained_model_name_or_path=x.safetensors",
-        change=(checkpoint(dict), link("x.safetensors", CHECKPOINT)),
+        taken("x.safetensors"),
+        checkpoint(),
+        link("x.safetensors", CHECKPOINT),
     ),
-    fails(
-        "a folder that is no diffusers model",
-        "models",
-        "--pretrained_model_name_or_path=models",
-        change=folder("models"),
-    ),
+    fails("a folder that is no diffusers model", "models", taken("models"), make("models")),
     fails(
         "a checkpoint of the ending .ckpt that is none",
         "x.ckpt",
-        "--pretrained_model_name_or_path=x.ckpt",
-        change=write("x.ckpt", b"<html></html>"),
+        taken("x.ckpt"),
+        write("x.ckpt", HTML),
     ),
     trains(
         "a checkpoint with a space in its path",
-        "--pretrained_model_name_or_path=my models/x.safetensors",
-        change=(checkpoint(dict), move(CHECKPOINT, "my models/x.safetensors")),
+        taken(SPACED),
+        checkpoint(),
+        move(CHECKPOINT, SPACED),
     ),
     fails("a VAE that is not there", "vae", "--vae=gone.safetensors"),
+    fails("a page in HTML as a VAE", "vae", "--vae=x.safetensors", write("x.safetensors", HTML)),
+]
+
+# ---- Modules and presets -------------------------------------------------------------------------
+
+
+def lycoris(*arguments: str) -> tuple[str, ...]:
+    """LyCORIS' own network with these arguments."""
+    return "--network_module=lycoris.kohya", "--network_args", *arguments
+
+
+PRESETS = sorted((ROOT / "lycoris_presets").glob("*.toml"))
+PRESET = "preset=lycoris_presets/blora_content_style.toml"
+PLAIN, OWN = lycoris(PRESET), lycoris("preset=my.toml")
+SPACE = lycoris(PRESET.replace("=", " = "))
+UNCLOSED = write("my.toml", "unet_target_name = [\n")
+DORA_WD = preset("my.toml", before="dora_wd = true\n")
+EXCLUDED = preset("my.toml", more=r"exclude_name = ['.*attn2.*']")
+UNET_ONLY = "network_train_unet_only"
+OF_PRESETS = [
+    *(
+        trains(f"the preset {path.stem}", *lycoris(f"preset=lycoris_presets/{path.name}"))
+        for path in PRESETS
+    ),
+    *(
+        trains(f"the recipe's preset in LyCORIS {release}", *PLAIN, lycoris=release)
+        for release in ("3.4.0", OLD_LYCORIS)
+    ),
+    trains("text encoders too", less=UNET_ONLY, modules=CONTENT_STYLE + TEXT_ENCODERS),
+    warns(
+        "network arguments without a preset",
+        "preset",
+        "--network_args",
+        "conv_dim=4",
+        modules=EVERY_LAYER,
+    ),
+    warns("a preset with a space before =", "preset", *SPACE, modules=EVERY_LAYER),
+    trains("conv_dim=1, as the GUI has it", *PLAIN, "conv_dim=1", "conv_alpha=1", "algo=lora"),
+    trains("a preset of LyCORIS' own", *lycoris("preset=attn-only")),
+    fails("a preset that is not there", "gone.toml", *lycoris("preset=gone.toml")),
+    trains("an own preset", *OWN, preset("my.toml"), modules=STYLE_ONLY),
+    fails("a preset that fits nothing", "my.toml", *OWN, preset("my.toml", "no_such_block")),
+    fails("a preset that is no TOML", "my.toml", *OWN, write("my.toml", "a preset")),
+    # toml reads a list that is not closed as if it were not there.
+    warns("a preset that is cut off", "my.toml", *OWN, UNCLOSED, modules=EVERY_LAYER),
+    fails("a pattern that is none", "my.toml", *OWN, preset("my.toml", "attn[12")),
+    fails("a preset with dora_wd at its top", "dora_wd", *OWN, DORA_WD),
+    trains("a preset that excludes", *OWN, EXCLUDED, modules=STYLE_ONLY // 2),
+    *(
+        trains(f"{name}, in LyCORIS 3.2.0", *OWN, made, lycoris=OLD_LYCORIS, modules=STYLE_ONLY)
+        for name, made in {
+            "a preset with dora_wd at its top": DORA_WD,
+            "a preset that excludes": EXCLUDED,
+        }.items()
+    ),
+    trains(
+        "a preset with = in its name",
+        *lycoris("preset=my=preset.toml"),
+        preset("my=preset.toml"),
+        before_0_10="network_args",
+    ),
+    trains(
+        "a preset with a space in its name",
+        *lycoris("preset=my preset.toml"),
+        preset("my preset.toml"),
+    ),
+]
+
+# ---- Network arguments ---------------------------------------------------------------------------
+
+ALGOS = ("locon", "loha", "lokr", "dylora", "glora", "ia3", "diag-oft")
+ARGS, BYPASS = ("--network_args", PRESET), "bypass_mode=True"
+LORA = ("--network_module=networks.lora", *ARGS)
+LARGE_ALPHA = ("--network_dim=8", "--network_alpha=1024")
+NETWORKS = [
+    *(trains(f"algo={algo}", *PLAIN, f"algo={algo}") for algo in (*ALGOS, "full")),
+    *(trains(f"algo={algo} with bypass", *PLAIN, f"algo={algo}", BYPASS) for algo in ALGOS),
+    fails("algo=full with bypass", "bypass", *PLAIN, "algo=full", BYPASS),
+    fails("algo=boft of a rank that it cannot have", "boft", *PLAIN, "algo=boft"),
+    fails("algo=dora", "algo", *PLAIN, "algo=dora"),
+    fails("dora_wd without =", "dora_wd", *PLAIN, "dora_wd"),
+    trains("DoRA", *PLAIN, "dora_wd=True", "wd_on_output=False"),
+    fails("DoRA with bypass", "bypass_mode", *ARGS, "dora_wd=True", BYPASS),
+    trains("use_tucker and rs_lora", *PLAIN, "use_tucker=True", "rs_lora=True"),
+    trains("dropout", *PLAIN, "rank_dropout=0.1", "module_dropout=0.1"),
+    trains("dropout in both ways", *PLAIN, "dropout=0.1", "--network_dropout=0.1"),
+    trains("an argument that nobody knows", *PLAIN, "such_a_thing=1"),
+    fails("an argument that is no number", "conv_dim=four", *PLAIN, "conv_dim=four"),
+    fails("a rank of 0", "network_dim", "--network_dim=0"),
+    fails("a rank with a comma", "network_dim", "--network_dim=4,5"),
+    warns("a rank below the alpha", "alpha", *LARGE_ALPHA, scale=128.0),
+    trains("an alpha of 1", "--network_alpha=1", scale=0.25),
+    fails("a network module that is not there", "network_module", "--network_module=lycoris.koyha"),
+    warns("sd-scripts' own LoRA with a preset", "network_module|preset", *LORA),
+    fails("no network module", "network_module", less="network_module"),
+]
+
+# ---- Going on ------------------------------------------------------------------------------------
+
+WEIGHTS = "--network_weights=before/demo_1.safetensors"
+OTHER_RANK = (WEIGHTS, "--network_dim=8")
+RESUMED = "--resume=before/demo_1-state"
+GOING_ON = [
+    trains("going on", WEIGHTS, after="the fast recipe"),
+    trains("going on from weights alone", WEIGHTS, "--dim_from_weights", after="the fast recipe"),
+    fails("going on with another rank", "network_dim|rank", *OTHER_RANK, after="the fast recipe"),
+    fails("going on from nothing", "network_weights", "--network_weights=gone.safetensors"),
     fails(
-        "a page in HTML as a VAE",
-        "vae",
-        "--vae=x.safetensors",
-        change=write("x.safetensors", b"<html></html>"),
+        "going on from a page in HTML",
+        "network_weights",
+        "--network_weights=x.safetensors",
+        write("x.safetensors", HTML),
+    ),
+    fails("weights alone, of no file", "network_weights", "--dim_from_weights"),
+    trains("a state at the end", "--save_state", "--max_train_steps=2"),
+    trains("resuming", RESUMED, "--max_train_steps=4", after="a state at the end"),
+    fails("resuming at the end", "max_train_steps|resume", RESUMED, after="a state at the end"),
+    fails("resuming from nothing", "resume", "--resume=gone"),
+    fails("resuming from an empty folder", "resume", "--resume=gone", make("gone")),
+    fails("a base weight that is not there", "base_weights", "--base_weights", "gone.safetensors"),
+]
+
+# ---- Optimizers ----------------------------------------------------------------------------------
+
+
+def optimizer(name: str, *words: str, rate: str = "1e-4") -> tuple[str, ...]:
+    arguments = ("--optimizer_args", *words)
+    return f"--optimizer_type={name}", f"--learning_rate={rate}", *arguments
+
+
+FREE, DADAPT = optimizer("AdamWScheduleFree"), optimizer("DAdaptAdam")
+PRODIGY = ("--optimizer_args", "decouple=True")
+OPTIMIZERS = [
+    fails("AdamW with Prodigy's arguments", "optimizer_args", "--optimizer_type=AdamW"),
+    warns("AdamW at a rate of 1", "learning_rate|rate", *optimizer("AdamW", rate="1.0")),
+    warns("Prodigy at 1e-4", "learning_rate|rate", "--learning_rate=1e-4"),
+    trains("AdamW", *optimizer("AdamW", "weight_decay=1e-2", "betas=0.9,0.99")),
+    trains("adamw in lower case", *optimizer("adamw")),
+    trains("Lion", *optimizer("Lion")),
+    trains("SGDNesterov", *optimizer("SGDNesterov")),
+    trains("Adafactor", *optimizer("Adafactor", "relative_step=False", "scale_parameter=False")),
+    trains("Adafactor with its own rate", *optimizer("Adafactor", "relative_step=True")),
+    trains("an optimizer of torch by its path", *optimizer("torch.optim.RAdam")),
+    trains("Prodigy by its path", "--optimizer_type=prodigyopt.Prodigy"),
+    trains("an optimizer without a schedule", *FREE, before_0_10="optimizer_type"),
+    fails("an optimizer of no name", "optimizer_type", "--optimizer_type=Prodgy"),
+    fails("an optimizer without its package", "dadaptation|optimizer_type", *DADAPT),
+    fails("8 bits without bitsandbytes", "bitsandbytes", *optimizer("AdamW8bit")),
+    fails("a comma too many", "weight_decay", *PRODIGY, "weight_decay=0.5,"),
+    fails("betas split at a space", "optimizer_args|betas", *PRODIGY, "betas=(0.9,", "0.999)"),
+    fails("a word in place of a number", "weight_decay", *PRODIGY, "weight_decay=small"),
+    fails("an argument of no optimizer", "weight_dekay", *PRODIGY, "weight_dekay=0.1"),
+    fails("a rate that is no number", "learning_rate", "--learning_rate=1e-"),
+    trains("rates for the parts", "--unet_lr=1", "--text_encoder_lr=1"),
+]
+
+# ---- Schedulers ----------------------------------------------------------------------------------
+
+COSINE, WARM = "--lr_scheduler=cosine_with_restarts", "--lr_warmup_steps=1"
+ANNEALING, LEAST = "--lr_scheduler_type=CosineAnnealingLR", "--lr_scheduler=cosine_with_min_lr"
+SCHEDULERS = [
+    *(
+        trains(f"the scheduler {name}", f"--lr_scheduler={name}")
+        for name in "linear constant cosine_with_restarts polynomial constant_with_warmup".split()
+    ),
+    trains("restarts and warm-up", COSINE, "--lr_scheduler_num_cycles=2", WARM),
+    trains("warm-up as a share", "--lr_warmup_steps=0.5"),
+    fails("a scheduler misspelt", "lr_scheduler", "--lr_scheduler=cosin"),
+    fails("constant after a warm-up", "lr_warmup_steps", "--lr_scheduler=constant", recipe=CLASSIC),
+    trains("a scheduler of torch", ANNEALING, "--lr_scheduler_args", "T_max=10"),
+    fails(
+        "a scheduler of torch misspelt", "lr_scheduler_type", "--lr_scheduler_type=CosinAnnealingLR"
+    ),
+    fails("a scheduler of torch without its argument", "lr_scheduler|T_max", ANNEALING),
+    fails("a scheduler that needs a rate", "lr_scheduler", LEAST),
+    trains("a scheduler with its least rate", LEAST, "--lr_scheduler_min_lr_ratio=0.1"),
+    fails("rules without a word", "lr_scheduler", "--lr_scheduler=piecewise_constant"),
+]
+
+# ---- Steps, saves and outputs --------------------------------------------------------------------
+
+OUTPUT = "_out/lora/sdxl/demo_1/demo_1.safetensors"
+OUTPUTS = [
+    trains("an option cut short", "--max_train_step=2"),
+    trains("epochs", "--max_train_epochs=1"),
+    fails("no step", "max_train_steps", "--max_train_steps=0"),
+    fails("no epoch", "max_train_epochs", "--max_train_epochs=0"),
+    fails("an option misspelt", "max_train_stepss", "--max_train_stepss=2"),
+    trains("a save each step", "--save_every_n_steps=1", "--save_last_n_steps=1"),
+    fails("a save every 0 steps", "save_every_n_steps", "--save_every_n_steps=0"),
+    fails("a save every 0 epochs", "save_every_n_epochs", "--save_every_n_epochs=0"),
+    trains("the format .pt", "--save_model_as=pt"),
+    fails("a format of none", "save_model_as", "--save_model_as=diffusers"),
+    fails("a precision of none", "save_precision", "--save_precision=fp8"),
+    fails("an output name with a folder", "output_name", "--output_name=a/b"),
+    *(
+        warns(f"an output name with {mark}", "output_name", f"--output_name=a{mark}b")
+        for mark in ":?"
+    ),
+    trains("an output name with a space", "--output_name=my hero"),
+    fails("an output name that is too long", "output_name", f"--output_name={'a' * 260}"),
+    fails("no output folder", "output_dir", less="output_dir"),
+    fails("an output folder that is a file", "output_dir", "--output_dir=x", write("x", b"")),
+    fails("an output folder below a file", "output_dir", "--output_dir=x/y", write("x", b"")),
+    fails("an output folder that cannot be made", "/proc", "--output_dir=/proc/blora"),
+    warns("an output that is there already", "demo_1.safetensors", write(OUTPUT, b"old")),
+    trains("states", "--save_state", "--save_every_n_steps=1"),
+    trains("no metadata", "--no_metadata"),
+]
+
+# ---- The trainer's other options -----------------------------------------------------------------
+
+ALONE, CACHED = "--max_data_loader_n_workers=0", "--cache_text_encoder_outputs"
+SHUFFLED = add("shuffle_caption = true\n")
+SCALED = "--scale_v_pred_loss_like_noise_pred"
+OTHERS = [
+    fails("no workers beside persistent ones", "max_data_loader_n_workers", ALONE),
+    trains("no workers", ALONE, less="persistent_data_loader_workers"),
+    fails("xformers without the package", "xformers", "--xformers"),
+    fails("wandb without the package", "wandb", "--log_with=wandb", "--logging_dir=logs"),
+    trains("tensorboard", "--log_with=tensorboard", "--logging_dir=logs"),
+    fails("tensorboard without a folder", "logging_dir", "--log_with=tensorboard"),
+    fails("a crop by chance beside a cache", "random_crop", "--random_crop"),
+    fails("colours by chance beside a cache", "color_aug", add("color_aug = true\n")),
+    trains("flips beside a cache", add("flip_aug = true\n")),
+    trains("colours by chance", add("color_aug = true\n"), recipe=CLASSIC),
+    trains("the text's cache", CACHED),
+    fails("the text's cache beside shuffling", "shuffle_caption", CACHED, SHUFFLED),
+    fails("the text's cache beside trained encoders", CACHED.strip("-"), CACHED, less=UNET_ONLY),
+    trains("shuffling", add("shuffle_caption = true\nkeep_tokens = 1\n")),
+    trains("the latents' cache on disk", ON_DISK),
+    trains("v-prediction", "--v_parameterization", "--zero_terminal_snr"),
+    fails("the loss of v-prediction without it", "scale_v_pred_loss", SCALED),
+    fails("a model of version 2", "v2", "--v2"),
+    trains("clip skip", "--clip_skip=2"),
+    trains("noise", "--noise_offset=0.05", "--adaptive_noise_scale=0.01", "--min_snr_gamma=5"),
+    fails("adaptive noise alone", "noise_offset", "--adaptive_noise_scale=0.01"),
+    trains("the loss of Huber", "--loss_type=huber", "--huber_schedule=snr"),
+    fails("a loss of none", "loss_type", "--loss_type=hubr"),
+    trains("accumulation", "--gradient_accumulation_steps=2"),
+    fails("full bf16 without bf16", "full_bf16", "--full_bf16"),
+    fails("fp8 without mixed precision", "fp8_base", "--fp8_base"),
+    trains("bf16", "--mixed_precision=bf16"),
+    trains("validation", "--validation_split=0.25", before_0_10="validation_split"),
+]
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+
+def sampled(name: str, content: str | bytes) -> tuple[str | Change, ...]:
+    """Pictures are drawn at first, of a file of prompts."""
+    return "--sample_at_first", f"--sample_prompts={name}", write(name, content)
+
+
+text = partial(sampled, "p.txt")
+in_json, in_toml = partial(sampled, "p.json"), partial(sampled, "p.toml")
+OURS = sampled("blora_prompts.txt", (ROOT / "blora_prompts.txt").read_bytes())
+SIZED, DRAWN = "a dog --w 64 --h 128 --s 1", [[64, 128]]
+EACH_STEP = "--sample_every_n_steps=1"
+WIDE, SUBSET = "prompt.width = 64\n", '[[prompt.subset]]\nprompt = "a dog"\n'
+STEPS = "prompt.sample_steps = 1\n"
+SAMPLES = [
+    trains("the bundle's prompts", *OURS, samples=[[1024, 1024]] * 3),
+    trains("prompts", *text(f"# a comment --w abc\n\n{SIZED}\n"), EACH_STEP, samples=DRAWN * 3),
+    trains(
+        "prompts of a size that is no multiple of 8",
+        *text("a dog --w 71 --h 130 --s 1"),
+        samples=DRAWN,
+    ),
+    trains("prompts in JSON", *in_json(f'["{SIZED}"]'), samples=DRAWN),
+    trains("prompts in TOML", *in_toml(f"{WIDE}{STEPS}{SUBSET}height = 128\n"), samples=DRAWN),
+    fails("prompts without a file", "sample_prompts", EACH_STEP),
+    warns(
+        "prompts that are not there",
+        "sample_prompts",
+        EACH_STEP,
+        "--sample_prompts=gone.txt",
+        samples=[],
+    ),
+    fails("prompts in cp1252", "p.txt", *text("a café".encode("cp1252"))),
+    warns("no prompt", "p.txt", *text("# a\n\n"), samples=[]),
+    warns("no prompt in JSON", "p.json", *in_json("[]"), samples=[]),
+    *(
+        warns(f"a comment with {c!r} before it", "comment", *text(f"{c}# {SIZED}\n"), samples=DRAWN)
+        for c in (" ", "\ufeff")
+    ),
+    *(
+        warns(
+            f"a prompt with --{part}",
+            f'"--{part}"',
+            *text(f"a dog --s 1 --{part}\n"),
+            samples=[[512, 512]],  # sd-scripts' default
+        )
+        for part in ("w abc", "w=64", "width 64", "seed 1", "d -1", "l .")
+    ),
+    fails("prompts that are no JSON", "JSON", *in_json("a dog\n")),
+    fails("prompts that are one in JSON", "p.json", *in_json('"a dog"')),
+    fails("prompts in a table in JSON", "p.json", *in_json('{"a": "dog"}')),
+    fails("prompts that are no TOML", "TOML", *in_toml("a dog\n")),
+    fails("prompts in TOML without their table", "p.toml", *in_toml("")),
+    fails(
+        "prompts in TOML with a number twice", "p.toml", *in_toml(f"{WIDE}{SUBSET}width = 128\n")
+    ),
+]
+
+# ---- --config_file, as the GUI starts it ---------------------------------------------------------
+
+GUI = f"""\
+dataset_config = "{CONFIG}"
+network_dim = 8
+optimizer_args = ["decouple=True", "weight_decay=0.01"]
+network_args = ["{PRESET}"]
+"""
+BROKEN_SETTING = 'lr_scheduler = "cosin"\n'
+IN_TABLES = f"[a]\n{GUI}"
+
+
+def settings(content: str, name: str = "gui.toml") -> tuple[str | Change, ...]:
+    return f"--config_file={name}", write("gui.toml", content)
+
+
+FILES = [
+    trains("settings in a file", *settings(GUI), less="dataset_config"),
+    trains("settings in a file without its ending", *settings(GUI, "gui"), less="dataset_config"),
+    fails("a file of settings that is not there", "config_file", "--config_file=gui.toml"),
+    fails("a file of settings that is no TOML", "gui.toml", *settings("no settings")),
+    trains("a setting in a file that nobody knows", *settings("such_a_thing = 1\n")),
+    trains("settings in a file in tables", *settings(IN_TABLES), less="dataset_config"),
+    fails(
+        "a broken setting in a file", "lr_scheduler", *settings(BROKEN_SETTING), less="lr_scheduler"
     ),
 ]
 
 OF_DATA = [*RECIPES, *CONFIGS, *FOLDERS, *PICTURES, *CAPTIONS, *CHECKPOINTS]
+OF_TRAINING = [*OF_PRESETS, *NETWORKS, *GOING_ON, *OPTIMIZERS, *SCHEDULERS, *OUTPUTS, *OTHERS]
+CASES = {case.name: case for case in [*OF_DATA, *OF_TRAINING, *SAMPLES, *FILES]}

@@ -1,286 +1,195 @@
 """What a case of trainer_cases.py changes in a folder in which the trainer would train.
 
 The folder has lycoris_presets, four drawings of 64 x 64 with captions in IMAGES, and their CONFIG.
-Each function hands back a change: a function of the folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from kohya_folder import ROOT
 from make_dataset import main as make_dataset
 from PIL import Image
-from sdxl_checkpoint import write_checkpoint
+from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
+Given = ParamSpec("Given")
 PROJECT = "_in/lora/sdxl/demo"
 CONFIG, IMAGES = f"{PROJECT}/config.toml", f"{PROJECT}/images"
 CHECKPOINT = "sdxl.safetensors"
-UNET = "model.diffusion_model."
 SIDE = 64
+
+
+def change(function: Callable[Concatenate[Path, Given], object]) -> Callable[Given, Change]:
+    """The function is called in a case without the folder, which is given when it is made."""
+    return lambda *args, **options: lambda folder: function(folder, *args, **options)
 
 
 def make_folder(path: Path) -> Path:
     """The folder that nothing is wrong with."""
     shutil.copytree(ROOT / "lycoris_presets", path / "lycoris_presets")
     make_dataset([str(path / PROJECT), "--images", "4", "--size", str(SIDE)])
-    config = path / CONFIG
-    text = config.read_text(encoding="utf-8").replace((path / PROJECT).as_posix(), PROJECT)
-    config.write_text(text, encoding="utf-8")
+    config((path / PROJECT).as_posix(), PROJECT)(path)
     return path
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def write(name: str, content: str | bytes) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return change
+@change
+def write(folder: Path, name: str, content: str | bytes) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def move(old: str, new: str) -> Change:
-    def change(folder: Path) -> None:
-        (folder / new).parent.mkdir(parents=True, exist_ok=True)
-        (folder / old).rename(folder / new)
-
-    return change
+@change
+def move(folder: Path, old: str, new: str) -> None:
+    (folder / new).parent.mkdir(parents=True, exist_ok=True)
+    (folder / old).rename(folder / new)
 
 
-def remove(pattern: str) -> Change:
-    def change(folder: Path) -> None:
-        for path in list(folder.glob(pattern)):
-            path.unlink()
-
-    return change
+@change
+def remove(folder: Path, pattern: str) -> None:
+    for path in list(folder.glob(pattern)):
+        path.unlink()
 
 
-def folder(name: str) -> Change:
-    return lambda path: (path / name).mkdir(parents=True)
+@change
+def make(folder: Path, name: str) -> None:
+    (folder / name).mkdir(parents=True)
 
 
-def link(name: str, target: str, absolute: bool = False) -> Change:
+@change
+def link(folder: Path, name: str, target: str, absolute: bool = False) -> None:
     """A link to what the target is seen from the folder, or from the link itself."""
-
-    def change(path: Path) -> None:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).symlink_to(path / target if absolute else target)
-
-    return change
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(folder / target if absolute else target)
 
 
-def truncate(name: str, part: float = 0.5) -> Change:
-    """Keep the first part of a file."""
-
-    def change(path: Path) -> None:
-        content = (path / name).read_bytes()
-        (path / name).write_bytes(content[: int(len(content) * part)])
-
-    return change
+@change
+def cut_off(folder: Path, name: str) -> None:
+    """Half of a file, as of a download that stopped."""
+    os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
 
 # ---- The dataset config --------------------------------------------------------------------------
 
 
-def config(old: str, new: str) -> Change:
+@change
+def config(folder: Path, old: str, new: str) -> None:
     """Replace a text of the config."""
-
-    def change(path: Path) -> None:
-        text = (path / CONFIG).read_text(encoding="utf-8")
-        assert old in text, old
-        (path / CONFIG).write_text(text.replace(old, new, 1), encoding="utf-8")
-
-    return change
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    assert old in text, old
+    (folder / CONFIG).write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def add(text: str) -> Change:
+def resolution(value: str) -> Change:
+    return config(f"= {SIDE}", f"= {value}")
+
+
+def dataset(text: str) -> Change:
+    """Add to the config's table of its one dataset."""
+    return config("batch_size", f"{text}\nbatch_size")
+
+
+@change
+def add(folder: Path, text: str) -> None:
     """Add to the config's end, which is in the table of its one subset."""
-
-    def change(path: Path) -> None:
-        with (path / CONFIG).open("a", encoding="utf-8") as file:
-            file.write(text)
-
-    return change
+    with (folder / CONFIG).open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def subset(image_dir: str, more: str = "") -> Change:
     return add(f'[[datasets.subsets]]\nimage_dir = "{image_dir}"\n{more}\n')
 
 
-def encode(encoding: str) -> Change:
-    """Write the config in another encoding."""
-
-    def change(path: Path) -> None:
-        text = (path / CONFIG).read_text(encoding="utf-8")
-        (path / CONFIG).write_bytes(text.encode(encoding))
-
-    return change
+@change
+def rewrite(folder: Path, encoding: str, newline: str = "\n") -> None:
+    """The config in another encoding, or with other line ends."""
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding, newline=newline)
 
 
-def crlf(name: str) -> Change:
-    def change(path: Path) -> None:
-        content = (path / name).read_bytes()
-        (path / name).write_bytes(content.replace(b"\n", b"\r\n"))
-
-    return change
-
-
-def sample_config(path: Path) -> None:
+def sample_config(folder: Path) -> None:
     """The config that the bundle ships, for these drawings."""
     text = (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
     text = text.replace("sdxl/my_project", "sdxl/demo").replace("= 1024", f"= {SIDE}")
-    (path / CONFIG).write_text(text, encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def config_as_json(path: Path) -> None:
-    dataset = {"subsets": [{"image_dir": IMAGES, "num_repeats": 2}]}
-    dataset |= {"resolution": SIDE, "batch_size": 1}
-    content = {"general": {"caption_extension": ".txt"}, "datasets": [dataset]}
-    (path / CONFIG).with_suffix(".json").write_text(json.dumps(content))
+def config_as_json(folder: Path) -> None:
+    table = {"subsets": [{"image_dir": IMAGES, "num_repeats": 2}]}
+    table |= {"resolution": SIDE, "batch_size": 1}
+    content = {"general": {"caption_extension": ".txt"}, "datasets": [table]}
+    (folder / CONFIG).with_suffix(".json").write_text(json.dumps(content))
 
 
 # ---- Pictures and captions -----------------------------------------------------------------------
 
+SIDEWAYS = Image.Exif()
+SIDEWAYS[0x0112] = 6  # orientation: it is to be turned by a quarter
 
+
+@change
 def picture(
-    name: str, size: tuple[int, int] = (SIDE, SIDE), mode: str = "RGB", kind: str = "", **save: Any
-) -> Change:
+    folder: Path, name: str, size: tuple[int, int] = (SIDE, SIDE), mode: str = "RGB", **options: Any
+) -> None:
     """A picture of noise with a caption; its name is seen from IMAGES."""
-
-    def change(path: Path) -> None:
-        rng = np.random.default_rng(0)
-        noise = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
-        target = path / IMAGES / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        options = {"format": kind or None, **save}
-        sixteen = mode == "I;16"
-        image = Image.new("I;16", size, 40_000) if sixteen else noise.convert(mode)
-        image.save(target, **options)
-        target.with_suffix(".txt").write_text("a dog")
-
-    return change
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
+    target = folder / IMAGES / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sixteen = mode == "I;16"
+    image = Image.new("I;16", size, 40_000) if sixteen else noise.convert(mode)
+    image.save(target, **options)
+    target.with_suffix(".txt").write_text("a dog")
 
 
-def sideways(name: str, size: tuple[int, int]) -> Change:
-    """A photo whose EXIF orientation says that it is to be turned by a quarter."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return picture(name, size, exif=exif)
+def captions(content: str | bytes, numbers: range = range(4)) -> tuple[Change, ...]:
+    """The same caption for the drawings of these numbers."""
+    return tuple(write(f"{IMAGES}/{number:03d}.txt", content) for number in numbers)
 
 
-def animated(name: str) -> Change:
-    def change(path: Path) -> None:
-        frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
-        target = path / IMAGES / name
-        frames[0].save(target, save_all=True, append_images=frames[1:])
-        target.with_suffix(".txt").write_text("a dog")
-
-    return change
+@change
+def rename_captions(folder: Path, ending: str) -> None:
+    for text in (folder / IMAGES).glob("*.txt"):
+        text.rename(text.with_name(text.stem + ending))
 
 
-def caption(number: int, content: str | bytes) -> Change:
-    return write(f"{IMAGES}/{number:03d}.txt", content)
-
-
-def captions(content: str | bytes) -> Change:
-    """The same caption for all four drawings."""
-
-    def change(path: Path) -> None:
-        for number in range(4):
-            caption(number, content)(path)
-
-    return change
-
-
-def rename_captions(ending: str) -> Change:
-    """Captions under another ending; {} stands for the drawing's own."""
-
-    def change(path: Path) -> None:
-        for text in (path / IMAGES).glob("*.txt"):
-            text.rename(text.with_name(text.stem + ending))
-
-    return change
-
-
-def only_pictures(kind: str) -> Change:
+def all_gif(folder: Path) -> None:
     """All four drawings in another format."""
-
-    def change(path: Path) -> None:
-        for drawing in list((path / IMAGES).glob("*.png")):
-            Image.open(drawing).save(drawing.with_suffix(kind))
-            drawing.unlink()
-
-    return change
+    for drawing in list((folder / IMAGES).glob("*.png")):
+        Image.open(drawing).save(drawing.with_suffix(".gif"))
+        drawing.unlink()
 
 
-def leftover_cache(name: str, size: tuple[int, int] = (SIDE, SIDE)) -> Change:
-    """What --cache_latents_to_disk left of a picture of this size."""
-    buffer = BytesIO()
-    np.savez(
-        buffer,
-        latents=np.zeros((4, size[1] // 8, size[0] // 8), np.float32),
-        original_size=np.array(size),
-        crop_ltrb=np.array([0, 0, *size]),
-    )
-    return write(f"{IMAGES}/{name}", buffer.getvalue())
+def leftover_cache(size: tuple[int, int] = (SIDE, SIDE)) -> Change:
+    """What --cache_latents_to_disk left of a first picture of this size."""
+    latents = np.zeros((4, size[1] // 8, size[0] // 8), np.float32)
+    buffer, crop = BytesIO(), np.array([0, 0, *size])
+    np.savez(buffer, latents=latents, original_size=np.array(size), crop_ltrb=crop)
+    return write(f"{IMAGES}/000.npz", buffer.getvalue())
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+# ---- Checkpoints and presets ---------------------------------------------------------------------
 
 
-def checkpoint(edit: Callable[[dict[str, list[int]]], dict[str, list[int]]], dtype: str = "F16"):
-    """CHECKPOINT made of the names and shapes of the one that trains, as edited."""
+@change
+def checkpoint(
+    folder: Path, *lacking: str, more: dict[str, list[int]] | None = None, dtype: str = "F16"
+) -> None:
+    """CHECKPOINT of the names and shapes of SDXL, without what begins so, and with more."""
+    shapes = {n: s for n, s in sdxl_shapes().items() if not n.startswith(lacking)}
+    write_checkpoint(folder / CHECKPOINT, shapes | (more or {}), dtype=dtype)
 
-    def change(path: Path) -> None:
-        shapes = json.loads((path / "shapes.json").read_text())
-        write_checkpoint(path / CHECKPOINT, edit(shapes), dtype=dtype)
-
-    return change
-
-
-def without(*prefixes: str) -> Callable[[dict[str, list[int]]], dict[str, list[int]]]:
-    return lambda shapes: {n: s for n, s in shapes.items() if not n.startswith(prefixes)}
-
-
-def with_tensors(**more: list[int]) -> Callable[[dict[str, list[int]]], dict[str, list[int]]]:
-    return lambda shapes: shapes | {name.replace("__", "."): more[name] for name in more}
-
-
-def inpainting(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Nine input channels: latents, a mask, and the masked latents."""
-    return shapes | {f"{UNET}input_blocks.0.0.weight": [320, 9, 3, 3]}
-
-
-def distilled(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """SSD-1B lacks the middle's transformer and many blocks of the others."""
-    gone = [f"{UNET}middle_block.1.", f"{UNET}middle_block.2."]
-    gone += [f"{UNET}output_blocks.0.1.transformer_blocks.{n}." for n in range(4, 10)]
-    return without(*gone)(shapes)
-
-
-def sd15(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """By its names: one text encoder, and no size conditioning."""
-    names = without("conditioner.", f"{UNET}label_emb.")(shapes)
-    return names | {"cond_stage_model.transformer.text_model.final_layer_norm.weight": [768]}
-
-
-def cut_hole(path: Path) -> None:
-    """Half of CHECKPOINT, as a download that stopped."""
-    with (path / CHECKPOINT).open("r+b") as file:
-        file.truncate((path / CHECKPOINT).stat().st_size // 2)
-
-
-# ---- Presets -------------------------------------------------------------------------------------
 
 ATTENTION = r"output_blocks\.1\.1\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$"
 
