@@ -1,58 +1,40 @@
 """Pre-flight and sd-scripts' own train() are asked about the same trainings, and have to agree.
 
-  KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
-    .venv/bin/python -m pytest tests/real/test_real_cases.py
+The cases are in trainer_cases.py; -k chooses among them by name, and only those are run. All of
+them took nine minutes on two cores. What the models compute is a toy (toy_training.py).
 
-The cases are in trainer_cases.py and trainer_option_cases.py; -k chooses among them by name, and
-only those are run. All of them took nine minutes on two cores. No graphics card is needed: what the
-models compute is a toy (toy_training.py). The checkout is only read: the bundle goes into a copy of
-its tracked files.
-
-KOHYA_PYTHON needs kohya's requirements, lycoris_lora and prodigyopt, and no bitsandbytes, xformers,
-wandb or dadaptation, whose absence is a case. The tokenizers of SDXL come from BLORA_RANDOM_SDXL, a
-folder that tests/support/make_random_sdxl.py filled; without it that script makes them, for which
-open_clip_torch is needed. It forks: not on Windows.
+KOHYA_PYTHON must have no bitsandbytes, xformers, wandb or dadaptation, whose absence is a case. It
+forks: not on Windows.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kohya_folder import PROGRAMS, ROOT, SCRIPT, Bash, install, make_kohya
+from kohya_folder import PROGRAMS, SCRIPT, Bash, install, make_kohya
 from lycoris_releases import RELEASES
-from real_kohya import BEFORE_0_10, KOHYA_PYTHON, make_copy, tokenizers
-from safetensors import safe_open
-from trainer_case import Case
-from trainer_cases import OF_DATA
+from real_kohya import BEFORE_0_10, SUPPORT, kohya_python, make_copy, options_of, tokenizers
+from sdxl_checkpoint import sdxl_shapes, write_checkpoint
+from trainer_cases import CASES, Case
 from trainer_folder import make_folder
-from trainer_option_cases import OF_OPTIONS
 
 pytestmark = pytest.mark.slow
 
-TESTS = ROOT / "tests"
-CASES = {case.name: case for case in [*OF_DATA, *OF_OPTIONS]}
 ALL = list(CASES)
 # What makes a training of the recipe one of seconds on a CPU. sd-scripts 0.9 refuses buckets in
 # steps of 32, which the recipes ask for.
-SMALL = [
-    "--resolution=64,64",
-    "--min_bucket_reso=64",
-    "--bucket_reso_steps=64",
-    "--network_dim=4",
-    "--network_alpha=4",
-    "--max_train_steps=2",
-    "--mixed_precision=no",
-    "--max_data_loader_n_workers=1",
-]
+SMALL = (
+    "--resolution=64,64 --min_bucket_reso=64 --bucket_reso_steps=64 --network_dim=4 "
+    "--network_alpha=4 --max_train_steps=2 --mixed_precision=no --max_data_loader_n_workers=1"
+).split()
 RECIPES = {"fast": "sdxl_blora_fast.sh", "classic": "sdxl_blora_classic.sh"}
+Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,7 +43,6 @@ class Bench:
 
     root: Path
     kohya: Path
-    shapes: str  # of the checkpoint's tensors, as JSON
     recipes: dict[str, list[str]]  # the words that a launcher passes to the trainer
 
     def folder(self, case: Case, who: str) -> Path:
@@ -70,7 +51,6 @@ class Bench:
     def make_folder(self, case: Case, who: str) -> Path:
         """The case's folder, one each for the trainer and for pre-flight."""
         path = make_folder(self.folder(case, who))
-        (path / "shapes.json").write_text(self.shapes)
         if case.after:
             before = self.folder(CASES[case.after], "trainer") / "_out/lora/sdxl/demo_1"
             shutil.copytree(before, path / "before")
@@ -78,22 +58,25 @@ class Bench:
             change(path)
         return path
 
-    def words(self, case: Case) -> list[str]:
-        kept = [
-            word
-            for word in self.recipes[case.recipe]
-            if word.removeprefix("--").split("=")[0] not in case.less
+    def ask(self, cases: list[Case], who: str) -> dict[str, Answer]:
+        """The answers of toy_training.py by the trainings' names."""
+        asked = [
+            {
+                "name": case.name,
+                "folder": str(self.folder(case, who)),
+                "words": [
+                    word
+                    for word in self.recipes[case.recipe]
+                    if not case.less or word.removeprefix("--").split("=")[0] != case.less
+                ]
+                + list(case.words),
+                "path": str(RELEASES / case.lycoris) if case.lycoris else "",
+            }
+            for case in cases
         ]
-        return [*kept, *case.words]
-
-
-def lycoris(case: Case) -> str:
-    return str(RELEASES / case.lycoris) if case.lycoris else ""
-
-
-def environment(*first: str | Path) -> dict[str, str]:
-    path = os.pathsep.join(str(item) for item in first if str(item))
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        program = [SUPPORT / "toy_training.py", self.kohya / SCRIPT, who]
+        told = kohya_python(*program, cwd=self.root, path=self.kohya, question=asked)
+        return {answer["name"]: answer for answer in map(json.loads, told.splitlines())}
 
 
 def launched(tmp: Path, checkpoint: Path) -> dict[str, list[str]]:
@@ -107,9 +90,7 @@ def launched(tmp: Path, checkpoint: Path) -> dict[str, list[str]]:
     for recipe, launcher in RECIPES.items():
         done, calls = Bash().run(kohya / launcher, [], kohya, tmp / f"log_{recipe}", env)
         assert done.returncode == 0, done.output
-        line = calls[-1].argv
-        start = next(i for i, word in enumerate(line) if word.endswith(SCRIPT))
-        words[recipe] = line[start + 1 :]
+        words[recipe] = options_of(calls[-1].argv)
     return words
 
 
@@ -119,48 +100,9 @@ def bench(tmp_path_factory) -> Bench:
     kohya, checkpoint = tmp / "sd-scripts", tmp / "sdxl.safetensors"
     make_copy(kohya)
     install(kohya)
-    make = [TESTS / "support/toy_training.py", "--checkpoint", kohya, checkpoint]
-    subprocess.run([KOHYA_PYTHON, *make], check=True)
-    with safe_open(checkpoint, "np") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    cached = f"--tokenizer_cache_dir={tokenizers(tmp, kohya)}"
-    recipes = {
-        recipe: [*words, *SMALL, cached] for recipe, words in launched(tmp, checkpoint).items()
-    }
-    return Bench(tmp, kohya, json.dumps(shapes), recipes)
-
-
-# ---- The two who are asked -----------------------------------------------------------------------
-
-
-def ask(bench: Bench, cases: list[Case], who: str, *program: str | Path) -> list[dict[str, Any]]:
-    """The program's answer to each case, in its own folder."""
-    asked = [
-        {
-            "name": case.name,
-            "folder": str(bench.folder(case, who)),
-            "words": bench.words(case),
-            "path": lycoris(case),
-        }
-        for case in cases
-    ]
-    done = subprocess.run(
-        [KOHYA_PYTHON, *program, bench.kohya / SCRIPT],
-        input=json.dumps(asked),
-        env=environment(bench.kohya),
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        check=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def ask_trainer(bench: Bench, cases: list[Case]) -> dict[str, dict[str, Any]]:
-    """What sd-scripts makes of them: see toy_training.py."""
-    for case in cases:
-        bench.make_folder(case, "trainer")
-    answers = ask(bench, cases, "trainer", TESTS / "support/toy_training.py", "--many")
-    return {answer["name"]: answer for answer in answers}
+    write_checkpoint(checkpoint, sdxl_shapes())
+    more = [*SMALL, tokenizers(tmp)]
+    return Bench(tmp, kohya, {n: [*words, *more] for n, words in launched(tmp, checkpoint).items()})
 
 
 def files(path: Path) -> dict[str, tuple[int, int]]:
@@ -169,30 +111,26 @@ def files(path: Path) -> dict[str, tuple[int, int]]:
     return {str(file): (stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
 
 
-def ask_preflight(bench: Bench, cases: list[Case]) -> dict[str, dict[str, Any]]:
+def ask_preflight(bench: Bench, cases: list[Case]) -> dict[str, Answer]:
     """Its report on each, with the exit code and what it changed in the folder."""
     folders = {case.name: bench.make_folder(case, "preflight") for case in cases}
     before = {name: files(folder) for name, folder in folders.items()}
     reports = {}
-    for answer in ask(bench, cases, "preflight", TESTS / "support/preflight_many.py"):
+    for name, answer in bench.ask(cases, "preflight").items():
+        out, err = (Path(f"{folders[name]}.{end}").read_text("utf-8") for end in ("out", "err"))
         try:
-            report = json.loads(answer["out"])
+            report = json.loads(out)
         except json.JSONDecodeError:
-            report = {"crashed": answer["out"] + answer["err"]}
-        name = answer["name"]
+            report = {"crashed": out + err}
         written = sorted(files(folders[name]).items() ^ before[name].items())
-        reports[name] = report | {"code": answer["code"], "written": written}
+        reports[name] = report | answer | {"written": written}
     return reports
 
 
 @dataclass(frozen=True)
 class Answers:
-    trainer: dict[str, dict[str, Any]]
-    preflight: dict[str, dict[str, Any]]
-
-    def usual(self, case: Case) -> list[str]:
-        """The warnings that the recipe has by itself."""
-        return self.preflight[f"the {case.recipe} recipe"]["warnings"]
+    trainer: dict[str, Answer]
+    preflight: dict[str, Answer]
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +141,13 @@ def answers(bench, request) -> Answers:
     chosen = {spec.params["name"] for spec in given if spec and "name" in spec.params}
     first = {CASES[name].after for name in chosen} - {""}
     first |= {f"the {recipe} recipe" for recipe in RECIPES}
-    cases = [[CASES[n] for n in ALL if n in first], [CASES[n] for n in ALL if n in chosen - first]]
-    trainer = {name: told for part in cases for name, told in ask_trainer(bench, part).items()}
-    return Answers(trainer, ask_preflight(bench, [case for part in cases for case in part]))
+    trainer: dict[str, Answer] = {}
+    for names in (first, chosen - first):
+        cases = [CASES[name] for name in ALL if name in names]
+        for case in cases:
+            bench.make_folder(case, "trainer")
+        trainer |= bench.ask(cases, "trainer")
+    return Answers(trainer, ask_preflight(bench, [CASES[name] for name in trainer]))
 
 
 # ---- The brakes ----------------------------------------------------------------------------------
@@ -232,19 +174,16 @@ def test_a_release_that_drops_a_brake_is_stopped_by_the_next(bench, answers, tmp
 # ---- What they say -------------------------------------------------------------------------------
 
 
-def expected(case: Case) -> str:
-    """error, warning or nothing, with this release of sd-scripts."""
-    return "error" if BEFORE_0_10 and case.before_0_10 else case.says
-
-
-def sentence(case: Case) -> str:
-    return case.before_0_10 if BEFORE_0_10 and case.before_0_10 else case.sentence
+def expected(case: Case) -> tuple[str, str]:
+    """error, warning or nothing, with this release of sd-scripts, and the pattern in it."""
+    fails = BEFORE_0_10 and case.before_0_10
+    return ("error", case.before_0_10) if fails else (case.says, case.sentence)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_case_is_right_about_the_trainer(answers, name):
     trainer, case = answers.trainer[name], CASES[name]
-    assert (trainer["outcome"] == "failed") == (expected(case) == "error"), trainer["error"]
+    assert (trainer["outcome"] == "failed") == (expected(case)[0] == "error"), trainer["error"]
     assert {key: trainer[key] for key in case.truth} == case.truth
 
 
@@ -252,23 +191,21 @@ def test_the_case_is_right_about_the_trainer(answers, name):
 def test_preflight_stops_what_the_trainer_fails_at_and_nothing_else(answers, name):
     trainer, preflight = answers.trainer[name], answers.preflight[name]
     assert "crashed" not in preflight, preflight["crashed"]
-    assert bool(preflight["errors"]) == (trainer["outcome"] == "failed"), (
-        trainer["when"],
-        trainer["error"],
-        preflight["errors"],
-    )
+    told = trainer["when"], trainer["error"], preflight["errors"]
+    assert bool(preflight["errors"]) == (trainer["outcome"] == "failed"), told
     assert preflight["code"] == (1 if preflight["errors"] else 0)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_preflight_says_what_it_is_about(answers, name):
-    case, preflight = CASES[name], answers.preflight[name]
-    new = [warning for warning in preflight["warnings"] if warning not in answers.usual(case)]
-    said = {"error": preflight["errors"], "warning": new, "nothing": []}[expected(case)]
-    if expected(case) == "nothing":
+    preflight, (says, sentence) = answers.preflight[name], expected(CASES[name])
+    usual = answers.preflight[f"the {CASES[name].recipe} recipe"]["warnings"]
+    new = [warning for warning in preflight["warnings"] if warning not in usual]
+    said = {"error": preflight["errors"], "warning": new, "nothing": []}[says]
+    if says == "nothing":
         assert (preflight["errors"], new) == ([], [])
     else:
-        assert any(re.search(sentence(case), text, re.IGNORECASE) for text in said), said
+        assert any(re.search(sentence, text, re.IGNORECASE) for text in said), said
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if CASES[name].says != "error"])

@@ -1,41 +1,34 @@
-"""Run sd-scripts' own SDXL training to its end on a CPU in seconds, with toys for its three models.
+"""Ask sd-scripts' own SDXL training, or pre-flight, about many trainings on a CPU.
 
-  KOHYA_PYTHON toy_training.py SCRIPT [options of a training...]
-  KOHYA_PYTHON toy_training.py --many SCRIPT < trainings.json
-  KOHYA_PYTHON toy_training.py --checkpoint KOHYA_ROOT FILE
+  KOHYA_PYTHON toy_training.py SDXL_TRAIN_NETWORK.py trainer|preflight < trainings.json
 
-SCRIPT is the sdxl_train_network.py of a kohya folder. Its parser, verification, datasets, loader of
-checkpoints, network module, optimizer, DataLoader, scheduler, loop and saving run as they are, in
-sd-scripts 0.9 and 0.10. What is a toy: every weight of the checkpoint is 0, in memory that nobody
-writes to; the U-Net, the text encoders and the VAE call no layer but the ones that are trained,
-each on a small input, so that a backward pass reaches them; and the checkpoint is not hashed.
+stdin is a list of {"name", "folder", "words", "path"}: trainings, each in its folder, with a path
+where Python looks first. Two at a time run in forks of a process that has imported sd-scripts,
+which halves the time. Each answer is a line of JSON with the name; what was printed lies beside
+the folder, in its name with .out and .err. Run it with the bundle on PYTHONPATH.
 
-The last line of stdout is a JSON object: "outcome" (trained or failed), "when" it failed (before,
-step or save), "error", and what a training was about: "losses", and whether a step was "idle" with
-a loss of 0; "captions" and "sizes" of the pictures it was shown; "modules" and "scale" of its
-network; the sizes of the "samples" it drew; and the "files" it left. The exit code is the trainer's
-own. A training that ends without a step has failed, although sd-scripts then exits with 0.
+The trainer's parser, verification, datasets, loader of checkpoints, network module, optimizer,
+DataLoader, scheduler, loop and saving run as they are, in sd-scripts 0.9 and 0.10. What is a toy:
+every weight of the checkpoint is 0, in memory that nobody writes to; the U-Net, the text encoders
+and the VAE call no layer but the ones that are trained, each on a small input, so that a backward
+pass reaches them; and the checkpoint is not hashed.
 
---many takes a list of {"name", "folder", "words", "path"}: trainings, each in its folder, with a
-path where Python looks first. Two at a time run in forks of a process that has imported sd-scripts,
-which halves the time. Each answer is a line with the name and the exit code; what the trainer
-printed lies in the folder's trainer.log.
-
---checkpoint writes an SDXL checkpoint of full size by sd-scripts' own names and shapes. It is a
-hole in the disk: 6.9 GB that take 300 kB.
+Its answer has "outcome" (trained or failed), "when" it failed (before, step or save), "error", and
+what a training was about: "losses", and whether a step was "idle" with a loss of 0; "captions" and
+"sizes" of the pictures it was shown; "modules" and "scale" of its network; and the sizes of the
+"samples" it drew. A training that ends without a step has failed, although sd-scripts then exits
+with 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +36,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from standin.sdxl_checkpoint import write_checkpoint
 from torch import Tensor, nn
-
-# ---- Checkpoints that are holes ------------------------------------------------------------------
-
-
-def make_checkpoint(kohya: Path, path: Path) -> None:
-    """The names and shapes that sd-scripts' own code saves SDXL's models under."""
-    from make_random_sdxl import import_models, models_on_meta
-
-    sdxl = import_models(kohya)
-    te1, te2, vae, unet = models_on_meta(sdxl)
-    found: dict[str, tuple[int, ...]] = {}
-
-    def note(tensors: dict[str, Tensor], *_: Any) -> None:
-        found.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-
-    sdxl.save_file = note
-    scale = torch.tensor(1.0)
-    sdxl.save_stable_diffusion_checkpoint(
-        "x.safetensors", te1, te2, unet, 0, 0, None, vae, scale, None
-    )
-    write_checkpoint(path, found)
 
 
 def zeros_of(path: str, device: Any = None) -> dict[str, Tensor]:
@@ -159,15 +130,12 @@ class Seen:
 
     def __init__(self) -> None:
         self.begun = False
+        self.output_dir = ""
         self.losses: list[float] = []
         self.captions: set[str] = set()
         self.sizes: set[tuple[int, int]] = set()
         self.modules: int | None = None
         self.scale: float | None = None
-
-    def batch(self, batch: dict[str, Any], latents: Tensor) -> None:
-        self.captions |= set(batch["captions"])
-        self.sizes.add((latents.shape[-1] * 8, latents.shape[-2] * 8))
 
     def network(self, network: nn.Module) -> None:
         self.modules = len({name.split(".")[0] for name in network.state_dict()})
@@ -175,6 +143,7 @@ class Seen:
         self.scale = getattr(loras[0], "scale", None) if loras else None
 
     def answer(self) -> dict[str, Any]:
+        samples = sorted(Path(self.output_dir, "sample").glob("*.png"))  # in their order
         return {
             "losses": self.losses,
             "idle": 0.0 in self.losses,
@@ -182,6 +151,7 @@ class Seen:
             "sizes": sorted(self.sizes),
             "modules": self.modules,
             "scale": self.scale,
+            "samples": [Image.open(path).size for path in samples],
         }
 
 
@@ -208,7 +178,8 @@ def toy_trainer(script: Any, train_util: Any, seen: Seen) -> Any:
             self, args: Any, accelerator: Any, unet: Any, noisy: Tensor, *more: Any, **kw
         ):
             batch = next(item for item in more if isinstance(item, dict))
-            seen.batch(batch, noisy)
+            seen.captions |= set(batch["captions"])
+            seen.sizes.add((noisy.shape[-1] * 8, noisy.shape[-2] * 8))
             return super().call_unet(args, accelerator, unet, noisy, *more, **kw)
 
         def all_reduce_network(self, accelerator: Any, network: nn.Module) -> None:
@@ -222,24 +193,17 @@ def toy_trainer(script: Any, train_util: Any, seen: Seen) -> Any:
     return ToyTrainer()
 
 
-def import_script(path: Path) -> Any:
-    """sdxl_train_network, which finds the rest of sd-scripts beside itself."""
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    return importlib.import_module(path.stem)
-
-
-def train(script_path: Path, words: list[str], seen: Seen) -> None:
+def train(script_path: str, words: list[str], seen: Seen) -> None:
     """As the script itself begins when it is run."""
-    sys.argv = [str(script_path), *words]  # sd-scripts reads --config_file off the command line
-    script = import_script(script_path)
+    sys.argv = [script_path, *words]  # sd-scripts reads --config_file off the command line
+    script = importlib.import_module(Path(script_path).stem)
     from library import train_util
 
     parser = script.setup_parser()
     args = parser.parse_args()
     train_util.verify_command_line_training_args(args)
     args = train_util.read_config_from_file(args, parser)
-    seen.output_dir = args.output_dir
+    seen.output_dir = args.output_dir or ""
     toy_trainer(script, train_util, seen).train(args)
 
 
@@ -251,95 +215,67 @@ def phase(error: BaseException, seen: Seen) -> str:
     return "step" if seen.begun else "before"
 
 
-def files_of(folder: str | None) -> list[str]:
-    """What lies in the output folder in the end."""
-    if not folder or not Path(folder).is_dir():
-        return []
-    root = Path(folder)
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-
-
-def samples_of(folder: str | None) -> list[tuple[int, int]]:
-    """The sizes of the pictures that it drew of --sample_prompts, in their order."""
-    return [Image.open(path).size for path in sorted(Path(folder or "", "sample").glob("*.png"))]
-
-
-def run(script_path: Path, words: list[str]) -> tuple[int, dict[str, Any]]:
-    """The exit code of the trainer, and the answer."""
+def ask_trainer(script: str, words: list[str]) -> dict[str, Any]:
+    """What the training was about, and how it ended."""
     seen = Seen()
-    seen.output_dir = None
     answer: dict[str, Any] = {"outcome": "trained", "when": "", "error": ""}
-    code = 0
     try:
-        train(script_path, words, seen)
+        train(script, words, seen)
         if not seen.losses:
             answer |= {"outcome": "failed", "when": "before", "error": "it ended without a step"}
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        code = error.code if isinstance(error, SystemExit) else 1
-        if isinstance(code, str):
-            code = 1
         told = f"{type(error).__name__}: {error}"
         answer |= {"outcome": "failed", "when": phase(error, seen), "error": told}
-    left = {"samples": samples_of(seen.output_dir), "files": files_of(seen.output_dir)}
-    return code or 0, answer | seen.answer() | left
+    return answer | seen.answer()
 
 
-def run_in_fork(script_path: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """The child's part: everything but the answer goes to the folder's log."""
-    os.chdir(training["folder"])
-    log = os.open("trainer.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if training["path"]:
-        sys.path.insert(0, training["path"])
-    code, answer = run(script_path, training["words"])
-    return {"name": training["name"], "code": code, **answer}
+def ask_preflight(script: str, words: list[str]) -> dict[str, Any]:
+    """Its exit code, as from the command line."""
+    import blora_preflight
+
+    return {"code": blora_preflight.main(["--json", script, *words])}
 
 
-def fork_each(
-    script_path: Path,
-    trainings: list[dict[str, Any]],
-    ask: Callable[[Path, dict[str, Any]], dict[str, Any]],
-) -> None:
-    """Each in a fork of this process, which has imported the trainer; two at a time.
+def answer_in_fork(ask: Any, script: str, training: dict[str, Any]) -> None:
+    """The child's part: everything but the answer goes to files beside the folder."""
+    out = os.dup(1)
+    for number, ending in ((1, "out"), (2, "err")):
+        file = os.open(f"{training['folder']}.{ending}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, number)
+    answer = {"name": training["name"]}
+    try:
+        os.chdir(training["folder"])
+        sys.path[:0] = filter(None, [training["path"]])
+        answer |= ask(script, training["words"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(out, json.dumps(answer).encode() + b"\n")
+        os._exit(0)
 
-    What a child answers is printed as a line of JSON. One that ends otherwise prints none.
-    """
-    import_script(script_path)
+
+def main(script: str, who: str) -> None:
+    """Each training in a fork of this process, which has imported the trainer; two at a time."""
+    ask = {"trainer": ask_trainer, "preflight": ask_preflight}[who]
+    sys.path.insert(0, str(Path(script).parent))
+    importlib.import_module(Path(script).stem)
+    torch.set_num_threads(1)
     gc.freeze()  # sd-scripts collects garbage often, and need not look through what was imported
     sys.stdout.flush()
     running = 0
-    for training in trainings:
+    for training in json.load(sys.stdin):
         if running == 2:
             os.wait()
             running -= 1
         if not os.fork():
-            out = os.dup(1)
-            try:
-                answer = ask(script_path, training)
-                os.write(out, json.dumps(answer).encode() + b"\n")
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
+            answer_in_fork(ask, script, training)
         running += 1
     for _ in range(running):
         os.wait()
 
 
-def main(argv: list[str]) -> int:
-    if argv[0] == "--many":
-        fork_each(Path(argv[1]).absolute(), json.load(sys.stdin), run_in_fork)
-        return 0
-    if argv[0] == "--checkpoint":
-        make_checkpoint(Path(argv[1]), Path(argv[2]))
-        return 0
-    with contextlib.redirect_stdout(sys.stderr):
-        code, answer = run(Path(argv[0]).absolute(), argv[1:])
-    print(json.dumps(answer))
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(*sys.argv[1:])
