@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from kohya_folder import PROGRAMS, SCRIPT, Bash, install, make_kohya
 from lycoris_releases import RELEASES
-from real_kohya import BEFORE_0_10, SUPPORT, kohya_python, make_copy, options_of, tokenizers
+from real_kohya import BEFORE_0_10, SUPPORT, kohya_python, make_copy, options_of
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 from trainer_cases import CASES, Case
 from trainer_folder import make_folder
@@ -95,13 +95,13 @@ def launched(tmp: Path, checkpoint: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Bench:
+def bench(tmp_path_factory, cached_tokenizers) -> Bench:
     tmp = tmp_path_factory.mktemp("cases")
     kohya, checkpoint = tmp / "sd-scripts", tmp / "sdxl.safetensors"
     make_copy(kohya)
     install(kohya)
     write_checkpoint(checkpoint, sdxl_shapes())
-    more = [*SMALL, tokenizers(tmp)]
+    more = [*SMALL, cached_tokenizers]
     return Bench(tmp, kohya, {n: [*words, *more] for n, words in launched(tmp, checkpoint).items()})
 
 
@@ -188,8 +188,10 @@ def test_the_case_is_right_about_the_trainer(answers, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_preflight_stops_what_the_trainer_fails_at_and_nothing_else(answers, name):
+def test_preflight_stops_what_the_trainer_fails_at_and_nothing_else(answers, name, record_property):
     trainer, preflight = answers.trainer[name], answers.preflight[name]
+    record_property("trained", trainer["outcome"] == "trained")
+    record_property("stopped", bool(preflight.get("errors")))
     assert "crashed" not in preflight, preflight["crashed"]
     told = trainer["when"], trainer["error"], preflight["errors"]
     assert bool(preflight["errors"]) == (trainer["outcome"] == "failed"), told

@@ -1,14 +1,8 @@
 """The recipes in a real kohya_ss GUI: what it prints trains what the launchers train.
 
-  KOHYA_SS_ROOT=<kohya_ss> KOHYA_SS_PYTHON=<its python> KOHYA_ROOT=<sd-scripts> \\
-    KOHYA_PYTHON=<its python> .venv/bin/python -m pytest tests/real/test_real_gui.py
-
-takes a minute. The recipes are loaded and the commands printed by the GUI's own code, as for a
-browser: see gui_probe.py. sd-scripts' own parser reads both command lines, and LyCORIS makes the
-networks of both. The checkouts are only read.
-
-KOHYA_SS_PYTHON needs what the GUI itself imports of kohya_ss' requirements, accelerate included;
-KOHYA_PYTHON as for test_real_kohya.py.
+The recipes are loaded and the commands printed by the GUI's own code, as for a browser: see
+gui_probe.py. sd-scripts' own parser reads both command lines, and LyCORIS makes the networks of
+both. The checkouts are only read. It takes a minute.
 """
 
 from __future__ import annotations
@@ -18,24 +12,22 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kohya_folder import CHECKPOINT, ROOT, SCRIPT, install
-from real_kohya import KOHYA_PYTHON, make_copy, tokenizers
+from real_kohya import SUPPORT, kohya_python, make_copy, options_of
 from write_gui_recipes import launcher_options
 
 KOHYA_SS_ROOT, KOHYA_SS_PYTHON = map(os.environ.get, ("KOHYA_SS_ROOT", "KOHYA_SS_PYTHON"))
 if not (KOHYA_SS_ROOT and KOHYA_SS_PYTHON):
     pytest.skip(
-        "NOT RUN on a real GUI: set KOHYA_SS_ROOT to a kohya_ss and KOHYA_SS_PYTHON to its python",
+        "NOT RUN on a real GUI: KOHYA_SS_ROOT=<kohya_ss> KOHYA_SS_PYTHON=<its python>",
         allow_module_level=True,
     )
 
 pytestmark = pytest.mark.slow
-TESTS = ROOT / "tests"
 PROJECT = "_in/lora/sdxl/my_project"
 RECIPES = ("classic", "fast")
 # What a user types, in the launcher's words.
@@ -85,29 +77,9 @@ SAME_ALL_THE_SAME = {
 }
 
 
-@dataclass(frozen=True)
-class Gui:
-    """A kohya_ss folder with the bundle, and what its GUI prints for each of LOADS."""
-
-    path: Path
-    printed: dict[str, list[str]]
-
-    def python(self, *args: str | Path, question: Any = None) -> subprocess.CompletedProcess[str]:
-        """Run sd-scripts' Python in the folder, as the GUI runs a training."""
-        return subprocess.run(
-            [KOHYA_PYTHON, *args],
-            cwd=self.path,
-            env=os.environ | {"PYTHONPATH": str(self.path)},
-            input=json.dumps(question),
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            check=False,
-        )
-
-
 @pytest.fixture(scope="module")
-def gui(tmp_path_factory) -> Gui:
-    """The folder set up as the page says, and every load in a page of its own."""
+def folder(tmp_path_factory) -> Path:
+    """A kohya_ss folder with the bundle, set up as the page says."""
     path = tmp_path_factory.mktemp("gui") / "kohya_ss"
     make_copy(path, KOHYA_SS_ROOT)
     make_copy(path / "sd-scripts")
@@ -118,37 +90,42 @@ def gui(tmp_path_factory) -> Gui:
     Path(path, PROJECT).mkdir(parents=True)
     shutil.copy(path / "blora_dataset.toml", path / PROJECT / "config.toml")
     Path(path, CHECKPOINT).parent.mkdir(exist_ok=True)
-    for command in (["make_checkpoint.py", CHECKPOINT], ["make_dataset.py", "made"]):
-        script, target = command
-        subprocess.run([KOHYA_PYTHON, TESTS / "standin" / script, target], cwd=path, check=True)
+    for script, target in {"make_checkpoint.py": CHECKPOINT, "make_dataset.py": "made"}.items():
+        kohya_python(ROOT / "tests/standin" / script, target, cwd=path)
     shutil.move(path / "made/images", path / PROJECT / "images")
+    return path
+
+
+@pytest.fixture(scope="module")
+def printed(folder) -> dict[str, list[str]]:
+    """What the GUI prints for each of LOADS, in a page of its own."""
     # The GUI looks for accelerate as in an active environment.
     programs = Path(KOHYA_SS_PYTHON).absolute().parent
     done = subprocess.run(
-        [programs / Path(KOHYA_SS_PYTHON).name, TESTS / "support/gui_probe.py"],
-        cwd=path,
+        [programs / Path(KOHYA_SS_PYTHON).name, SUPPORT / "gui_probe.py"],
+        cwd=folder,
         env=os.environ | {"PATH": os.pathsep.join([str(programs), os.defpath])},
         input=json.dumps({name: [*deeds, {"fields": FILLED}] for name, deeds in LOADS.items()}),
         stdout=subprocess.PIPE,
         encoding="utf-8",
         check=True,
     )
-    return Gui(path, json.loads(done.stdout.splitlines()[-1])["printed"])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def options_of(line: list[str]) -> list[str]:
-    """The options of a printed line, which sd-scripts gets."""
-    return line[next(i for i, word in enumerate(line) if word.endswith(SCRIPT)) + 1 :]
+def probed(folder: Path, probe: str, question: Any) -> Any:
+    """A probe's answer in the folder, where the GUI runs a training."""
+    program = [SUPPORT / probe, folder / "sd-scripts"]
+    told = kohya_python(*program, cwd=folder, path=folder, question=question)
+    return json.loads(told.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def answer(gui) -> dict[str, Any]:
+def answer(folder, printed) -> dict[str, Any]:
     """What sd-scripts' parser and LyCORIS make of every load, and of the launchers."""
-    command_lines = {name: options_of(line) for name, line in gui.printed.items()}
+    command_lines = {name: options_of(line) for name, line in printed.items()}
     command_lines |= {name: launcher_options(name) for name in RECIPES}
-    question = {"command_lines": command_lines, "continue": {}, "from_file": []}
-    done = gui.python(TESTS / "support/kohya_probe.py", gui.path / "sd-scripts", question=question)
-    return json.loads(done.stdout)
+    return probed(folder, "kohya_probe.py", {"command_lines": command_lines})
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -173,7 +150,7 @@ def test_lycoris_makes_the_same_modules(answer, load):
 
 
 @pytest.fixture(scope="module")
-def steps(gui, answer) -> dict[str, Any]:
+def steps(folder, answer) -> dict[str, Any]:
     """A step with the network of each load and launcher, on sd-scripts' U-Net: network_probe.py."""
     cases = {}
     for name, options in answer["options"].items():
@@ -181,19 +158,15 @@ def steps(gui, answer) -> dict[str, Any]:
         case = {"module": options["network_module"], "args": args}
         cases[name] = case | {"checkpointing": options["gradient_checkpointing"]}
     # Loads of one recipe ask for the same step, which takes seconds.
-    question = {"steps": {json.dumps(case): case for case in cases.values()}, "layers": {}}
-    done = gui.python(
-        TESTS / "support/network_probe.py", gui.path / "sd-scripts", question=question
-    )
-    steps = json.loads(done.stdout.splitlines()[-1])["steps"]
+    asked = {json.dumps(case): case for case in cases.values()}
+    steps = probed(folder, "network_probe.py", {"steps": asked, "layers": {}})["steps"]
     return {name: steps[json.dumps(case)] for name, case in cases.items()}
 
 
 @pytest.mark.parametrize("load", LOADS)
 def test_a_step_has_the_same_output_and_gradients_bit_for_bit(steps, load):
-    printed, launched = steps[load], steps[load.split(",")[0]]
-    assert printed == launched
-    assert printed["zero"] == []
+    assert steps[load] == steps[load.split(",")[0]]
+    assert steps[load]["zero"] == []
 
 
 def test_the_two_recipes_do_not_make_the_same_step(steps):
@@ -202,16 +175,15 @@ def test_the_two_recipes_do_not_make_the_same_step(steps):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_preflight_takes_the_whole_printed_line_and_plans_the_launchers_training(
-    gui, name, tmp_path
+    folder, printed, cached_tokenizers, name
 ):
-    cache = f"--tokenizer_cache_dir={tokenizers(tmp_path, gui.path / 'sd-scripts')}"
     launched = [f"sd-scripts/{SCRIPT}", *launcher_options(name)]
     reports = []
-    for words in (gui.printed[f"{name}, as a preset"], launched):
-        done = gui.python("blora_preflight.py", "--json", *words, cache)
-        assert done.returncode == 0, done.stdout
+    for words in (printed[f"{name}, as a preset"], launched):
+        asked = ["blora_preflight.py", "--json", *words, cached_tokenizers]
+        told = kohya_python(*asked, cwd=folder, path=folder)
         # The GUI writes Prodigy, the launcher prodigy; what is free on the disk changes meanwhile.
-        told = re.sub(r" \([\d.]+ \w+ free\)", "", done.stdout.replace("Prodigy", "prodigy"))
+        told = re.sub(r" \([\d.]+ \w+ free\)", "", told.replace("Prodigy", "prodigy"))
         reports.append(json.loads(told))
     assert reports[0] == reports[1]
     assert reports[0]["errors"] == []

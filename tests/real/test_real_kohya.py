@@ -1,14 +1,8 @@
 """The launchers, presets and slicer on a real sd-scripts checkout, with real LyCORIS.
 
-  KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
-    .venv/bin/python -m pytest tests/real/test_real_kohya.py
-
-takes a minute: sd-scripts' own parser and LyCORIS on sd-scripts' own SDXL. With BLORA_E2E=1 each
+sd-scripts' own parser and LyCORIS on sd-scripts' own SDXL take two minutes. With BLORA_E2E=1 each
 recipe also trains two steps of a full-size SDXL with random weights on the CPU, which takes minutes
-a recipe and 16 GB of memory; BLORA_RANDOM_SDXL names a folder that make_random_sdxl.py filled
-or is to fill. The checkout is only read: the bundle goes into a copy of its tracked files.
-
-KOHYA_PYTHON needs kohya's requirements, lycoris_lora and prodigyopt; BLORA_E2E open_clip_torch too.
+a recipe and 16 GB of memory.
 """
 
 from __future__ import annotations
@@ -17,8 +11,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,7 +22,15 @@ import torch
 from kohya_folder import ROOT, SCRIPT, Bash, install, with_text_encoders
 from network_cases import MODULES, PLAIN, cases, preset_files, with_both
 from preset_modules import CONTENT, EXPECTED, STYLE, block_modules, text_encoder_modules
-from real_kohya import BEFORE_0_10, KOHYA_PYTHON, KOHYA_ROOT, make_copy, tokenizers
+from real_kohya import (
+    BEFORE_0_10,
+    KOHYA_PYTHON,
+    SUPPORT,
+    kohya_python,
+    make_copy,
+    options_of,
+    random_sdxl,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -42,7 +42,7 @@ e2e = pytest.mark.skipif(
     os.environ.get("BLORA_E2E") != "1",
     reason="NOT RUN: BLORA_E2E=1 trains a full-size SDXL on the CPU, minutes a recipe",
 )
-TESTS = ROOT / "tests"
+STANDIN = ROOT / "tests/standin"
 NAME = "demo"
 DORA = ["dora_wd=True", "wd_on_output=False"]
 
@@ -66,19 +66,18 @@ class Recipe:
 
 
 CLASSIC, FAST = "sdxl_blora_classic", "sdxl_blora_fast"
+PLAIN_ARGS = ("--network_args", preset("blora_content_style"))
+DORA_ARGS = ("--network_args", preset("bdora_content_style_clip"), *DORA)
 RECIPES = {
     "classic": Recipe(CLASSIC),
     "fast": Recipe(FAST),
     "classic, ten steps": Recipe(CLASSIC, ("--max_train_steps=10",)),
     "fast, ten steps": Recipe(FAST, ("--max_train_steps=10",)),
-    "fast, DoRA": Recipe(FAST, ("--network_args", preset("bdora_content_style_clip"), *DORA)),
-    "classic, DoRA": Recipe(CLASSIC, ("--network_args", preset("bdora_content_style_clip"), *DORA)),
-    "fast, DoRA and clip": Recipe(
-        FAST, ("--network_args", preset("bdora_content_style_clip"), *DORA), text_encoders=True
-    ),
+    "fast, DoRA": Recipe(FAST, DORA_ARGS),
+    "classic, DoRA": Recipe(CLASSIC, DORA_ARGS),
+    "fast, DoRA and clip": Recipe(FAST, DORA_ARGS, text_encoders=True),
 }
 # Trainings that are to give the same file bit for bit, with LyCORIS' network and with ours.
-PLAIN_ARGS = ("--network_args", preset("blora_content_style"))
 LYCORIS_NETWORK = ("--network_module=lycoris.kohya", *PLAIN_ARGS)
 GO_ON = ("--dim_from_weights",)
 LOOK = ("--sample_prompts=prompts.txt", "--sample_every_n_steps=1", "--sample_at_first")
@@ -131,16 +130,6 @@ class Kohya:
     bin: Path
     checkpoint: Path
 
-    def python(self, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run kohya's Python in the folder."""
-        return subprocess.run(
-            [KOHYA_PYTHON, *args],
-            cwd=self.path,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            **options,
-        )
-
     def launcher(self, recipe: Recipe) -> Path:
         """The launcher, or a copy without --network_train_unet_only as the README describes."""
         original = self.path / f"{recipe.launcher}.sh"
@@ -154,13 +143,12 @@ class Kohya:
             "BLORA_CHECKPOINT": str(self.checkpoint),
         }
 
+    def python(self, *command: str | Path, question: Any = None) -> str:
+        return kohya_python(*command, cwd=self.path, path=self.path, question=question)
+
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answers of kohya_probe.py."""
-        question = {"command_lines": {}, "continue": {}, "from_file": [], **question}
-        probe = self.python(
-            TESTS / "support/kohya_probe.py", self.path, input=json.dumps(question), check=True
-        )
-        return json.loads(probe.stdout)
+        return json.loads(self.python(SUPPORT / "kohya_probe.py", self.path, question=question))
 
 
 @pytest.fixture(scope="module")
@@ -188,25 +176,17 @@ def make_ready(path: Path) -> Kohya:
     (programs / "python").write_text(f'#!/bin/sh\nexec "{KOHYA_PYTHON}" "$@"\n')
     (programs / "python").chmod(0o755)
     made = Kohya(path, programs, path.with_name("sdxl.safetensors"))
-    made.python(TESTS / "standin/make_checkpoint.py", made.checkpoint, check=True)
-    made.python(TESTS / "standin/make_dataset.py", f"_in/lora/sdxl/{NAME}", check=True)
+    made.python(STANDIN / "make_checkpoint.py", made.checkpoint)
+    made.python(STANDIN / "make_dataset.py", f"_in/lora/sdxl/{NAME}")
     return made
 
 
 # ---- Seconds: what sd-scripts and LyCORIS make of the command line -------------------------------
 
 
-@dataclass(frozen=True)
-class Real:
-    """What the launchers pass, and what sd-scripts and LyCORIS make of it."""
-
-    command_lines: dict[str, list[str]]
-    answer: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
-def real(kohya, kohya_ss, tmp_path_factory) -> Real:
-    """Every recipe, started by the real launcher, as far as accelerate."""
+def real(kohya, kohya_ss, tmp_path_factory) -> dict[str, Any]:
+    """Every recipe, started by the real launcher, as far as accelerate; and what becomes of it."""
     command_lines = {}
     for name, recipe in RECIPES.items():
         log = tmp_path_factory.mktemp("log")
@@ -218,9 +198,8 @@ def real(kohya, kohya_ss, tmp_path_factory) -> Real:
         done, calls = Bash().run(launcher, recipe.overrides, folder.path, log, env)
         assert done.returncode == 0, done.output
         [call] = calls
-        script = next(i for i, word in enumerate(call.argv) if word.endswith(SCRIPT))
-        command_lines[name] = call.argv[script + 1 :]
-    return Real(command_lines, kohya.ask(command_lines=command_lines))
+        command_lines[name] = options_of(call.argv)
+    return kohya.ask(command_lines=command_lines) | {"given": command_lines}
 
 
 def given(command_line: list[str]) -> dict[str, list[str]]:
@@ -252,13 +231,13 @@ def same(read: list[str], typed: list[str]) -> bool:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_sd_scripts_reads_every_option_of_the_launcher_as_it_was_given(real, recipe):
-    parsed = real.answer["options"][recipe]
-    for name, values in given(real.command_lines[recipe]).items():
+    parsed = real["options"][recipe]
+    for name, values in given(real["given"][recipe]).items():
         assert same(as_text(parsed[name]), values), name
 
 
 def test_sd_scripts_reads_an_override_in_place_of_the_recipe(real):
-    options = real.answer["options"]
+    options = real["options"]
     assert options["classic"]["max_train_steps"] == 3000
     assert options["classic, ten steps"]["max_train_steps"] == 10
     assert options["fast"]["network_args"] == [preset("blora_content_style"), "bypass_mode=True"]
@@ -270,24 +249,17 @@ def test_sd_scripts_reads_an_override_in_place_of_the_recipe(real):
     assert options["fast, DoRA and clip"]["network_train_unet_only"] is False
 
 
-@pytest.fixture(scope="module")
-def small(kohya, tmp_path_factory) -> list[str]:
-    """Options for drawings of 64 x 64, which sd-scripts 0.9 takes too, without the internet."""
-    folder = tokenizers(tmp_path_factory.mktemp("tokenizers"), kohya.path)
-    sizes = ["--min_bucket_reso=64", "--bucket_reso_steps=64"]
-    return [*sizes, f"--tokenizer_cache_dir={folder}"]
-
-
 # A recipe that goes on from a file is asked where there is one, in minutes.
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if not RECIPES[name].after])
 def test_lycoris_builds_the_modules_preflight_announced_on_sd_scripts_own_sdxl(
-    kohya, real, small, recipe
+    kohya, real, cached_tokenizers, recipe
 ):
-    words = [*real.command_lines[recipe], *small]
-    done = kohya.python("blora_preflight.py", "--json", SCRIPT, *words)
-    announced = json.loads(done.stdout)
-    assert (done.returncode, announced["errors"]) == (0, [])
-    built = real.answer["modules"][recipe]
+    # Drawings of 64 x 64, in buckets that sd-scripts 0.9 takes too.
+    small = ["--min_bucket_reso=64", "--bucket_reso_steps=64", cached_tokenizers]
+    words = ["blora_preflight.py", "--json", SCRIPT, *real["given"][recipe], *small]
+    announced = json.loads(kohya.python(*words))
+    assert announced["errors"] == []
+    built = real["modules"][recipe]
     assert sorted(announced["modules"]) == built
     assert set(built) == expected_modules(RECIPES[recipe])
 
@@ -298,15 +270,10 @@ def test_lycoris_builds_the_modules_preflight_announced_on_sd_scripts_own_sdxl(
 @pytest.fixture(scope="module")
 def steps(kohya, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """The cases of network_cases.py that need no text encoder: see network_probe.py."""
-    asked = cases(preset_files(tmp_path_factory.mktemp("presets")), "")
-    done = kohya.python(
-        TESTS / "support/network_probe.py",
-        kohya.path,
-        input=json.dumps({"steps": with_both(asked), "layers": {}}),
-        env=os.environ | {"PYTHONPATH": str(kohya.path)},
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])["steps"]
+    asked = with_both(cases(preset_files(tmp_path_factory.mktemp("presets")), ""))
+    probe = SUPPORT / "network_probe.py"
+    told = kohya.python(probe, kohya.path, question={"steps": asked, "layers": {}})
+    return json.loads(told.splitlines()[-1])["steps"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -323,24 +290,15 @@ def test_the_gradients_of_sd_scripts_own_unet_are_those_of_lycoris_bit_for_bit(s
 # ---- The figures of plan.py --------------------------------------------------------------------
 
 
-def test_the_models_have_as_many_parameters_as_preflight_says(kohya):
-    code = (
-        "import sys; from pathlib import Path; from make_random_sdxl import *\n"
-        "models = models_on_meta(import_models(Path(sys.argv[1])))\n"
-        "print(*(sum(p.numel() for p in model.parameters()) for model in models))"
-    )
-    done = kohya.python(
-        "-c", code, kohya.path, env=os.environ | {"PYTHONPATH": str(TESTS / "support")}
-    )
-    first, second, vae, unet = map(int, done.stdout.splitlines()[-1].split())
-    told = (plan.TEXT_ENCODERS, plan.VAE, plan.UNET)
-    assert told == (first + second, vae, unet)
+def test_the_models_have_as_many_parameters_as_preflight_says(real):
+    first, second, vae, unet = real["parameters"]
+    assert (first + second, vae, unet) == (plan.TEXT_ENCODERS, plan.VAE, plan.UNET)
 
 
 @e2e
 def test_the_activations_are_those_that_the_benchmark_counts(kohya):
-    command = [TESTS / "bench_blora_training.py", "--kohya", kohya.path, "--blocks"]
-    printed = kohya.python(*command).stdout.splitlines()
+    bench = ROOT / "tests/bench_blora_training.py"
+    printed = kohya.python(bench, "--kohya", kohya.path, "--blocks").splitlines()
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     assert all(line in page for line in printed if " TF, " in line)
     rows = [line.strip("| ").split(" | ") for line in printed]
@@ -396,19 +354,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def random_sdxl(tmp_path_factory) -> Path:
-    """The folder of make_random_sdxl.py, filled where it is not yet."""
-    folder = Path(os.environ.get("BLORA_RANDOM_SDXL") or tmp_path_factory.mktemp("random_sdxl"))
-    if not (folder / "random_sdxl.safetensors").exists():
-        made = [TESTS / "support/make_random_sdxl.py", "--kohya", KOHYA_ROOT, "--out", folder]
-        subprocess.run([KOHYA_PYTHON, *made], check=True)
-    return folder.resolve()
-
-
-@pytest.fixture(scope="module")
-def trained(kohya, kohya_ss, random_sdxl, tmp_path_factory) -> Callable[[str], Run]:
+def trained(kohya, kohya_ss, tmp_path_factory) -> Callable[[str], Run]:
     """A recipe by its name, trained when it is first asked for."""
     folders = {False: kohya, True: kohya_ss}
+    sdxl = random_sdxl(tmp_path_factory.mktemp("random_sdxl"))
 
     @cache
     def by_name(name: str) -> Run:
@@ -419,7 +368,7 @@ def trained(kohya, kohya_ss, random_sdxl, tmp_path_factory) -> Callable[[str], R
             weights = cut(before, recipe.trait)[recipe.trait] if recipe.trait else before.file
             going_on = (f"--network_weights={weights}",)
         log = tmp_path_factory.mktemp("log")
-        return train(folders[recipe.kohya_ss], name, going_on, random_sdxl, log)
+        return train(folders[recipe.kohya_ss], name, going_on, sdxl, log)
 
     return by_name
 
@@ -429,29 +378,24 @@ def run(request, trained) -> Run:
     return trained(request.param)
 
 
-def train(kohya: Kohya, name: str, more: tuple[str, ...], random_sdxl: Path, log: Path) -> Run:
+def train(kohya: Kohya, name: str, more: tuple[str, ...], sdxl: Path, log: Path) -> Run:
     """A recipe, trained by the real launcher, accelerate, sd-scripts, LyCORIS and Prodigy."""
-    recipe = RECIPES[name]
-    revision = str(list(RECIPES).index(name))
+    recipe, revision = RECIPES[name], str(list(RECIPES).index(name))
     dataset = kohya.path / f"_in/lora/sdxl/{NAME}"
     shutil.rmtree(dataset)
-    options = ["--images=3", f"--size={SIZE}", "--repeats=1"]
-    kohya.python(TESTS / "standin/make_dataset.py", dataset, *options, check=True)
+    drawn = ["--images=3", f"--size={SIZE}", "--repeats=1"]
+    kohya.python(STANDIN / "make_dataset.py", dataset, *drawn)
     env = {
         **kohya.settings(Path(KOHYA_PYTHON).parent),
-        "BLORA_CHECKPOINT": str(random_sdxl / "random_sdxl.safetensors"),
+        "BLORA_CHECKPOINT": str(sdxl / "random_sdxl.safetensors"),
         "BLORA_REVISION": revision,
         "BLORA_RANK": str(RANK),
         "BLORA_SAVE_MEMORY": recipe.save_memory,
         "BLORA_ACCELERATE_ARGS": ACCELERATE,
         "HF_HUB_OFFLINE": "1",
     }
-    tokenizers = f"--tokenizer_cache_dir={random_sdxl / 'tokenizers'}"
-    overrides = [*recipe.overrides, *more, *SHORT, tokenizers]
-    start = time.monotonic()
+    overrides = [*recipe.overrides, *more, *SHORT, f"--tokenizer_cache_dir={sdxl / 'tokenizers'}"]
     done, _ = Bash().run(kohya.launcher(recipe), overrides, kohya.path, log, env)
-    print(done.output)
-    print(f"{name}: {time.monotonic() - start:.0f} s")
     assert done.returncode == 0, done.output
     project = f"{NAME}_{revision}"
     file = kohya.path / f"_out/lora/sdxl/{project}/{project}.safetensors"
@@ -538,15 +482,10 @@ def test_text_encoders_that_are_trained_forbid_an_early_stop(trained):
     )
 
 
-def inspect(run: Run, path: Path) -> dict[str, Any]:
-    """What blora_slicer.py says of a file, run by kohya's Python."""
-    done = run.kohya.python("blora_slicer.py", "--inspect", "--json", "--loras", path, check=True)
-    return json.loads(done.stdout)
-
-
 @e2e
 def test_inspect_shows_its_blocks_and_nothing_broken(run):
-    [shown] = inspect(run, run.file)
+    asked = ["--inspect", "--json", "--loras", run.file]
+    [shown] = json.loads(run.kohya.python("blora_slicer.py", *asked))
     assert (shown["modules"], shown["not_finite"], shown["unplaced"]) == (len(run.modules), [], [])
     blocks = {block["block"]: block for block in shown["blocks"]}
     text_encoders = ["te1", "te2"] if run.recipe.text_encoders else []
@@ -562,7 +501,7 @@ def cut(run: Run, *traits: str) -> dict[str, Path]:
     """Slices of the file by trait, cut by the real slicer."""
     output = run.file.with_name("cut.safetensors")
     options = ["--traits", *traits, "--not_combined", "--output_path", output]
-    run.kohya.python("blora_slicer.py", "--loras", run.file, *options, check=True)
+    run.kohya.python("blora_slicer.py", "--loras", run.file, *options)
     return {trait: run.file.with_name(f"cut_{trait}.safetensors") for trait in traits}
 
 
@@ -585,7 +524,7 @@ def test_a_slice_holds_its_block_bit_for_bit(run, slices, trait, block):
 
 @e2e
 def test_a_training_can_go_on_from_the_file_and_from_its_slices(run, slices, real):
-    line = [*real.command_lines[run.name], f"--network_dim={RANK}", f"--network_alpha={RANK}"]
+    line = [*real["given"][run.name], f"--network_dim={RANK}", f"--network_alpha={RANK}"]
     files = [str(path) for path in (run.file, *slices.values())]
     answer = run.kohya.ask(command_lines={"it": line}, **{"continue": dict.fromkeys(files, "it")})
     for file in files:

@@ -22,7 +22,7 @@ from kohya_folder import ROOT
 from make_dataset import draw
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from real_kohya import BEFORE_0_10, KOHYA_ROOT, SUPPORT, kohya_python, tokenizers
+from real_kohya import BEFORE_0_10, KOHYA_ROOT, SUPPORT, kohya_python
 from sample_pictures import make_sample
 
 pytestmark = pytest.mark.slow
@@ -80,14 +80,9 @@ class Training:
         return {path: path.read_bytes() for path in self.path.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory) -> str:
-    return tokenizers(tmp_path_factory.mktemp("tokenizers"))
-
-
 @pytest.fixture
-def training(tmp_path, cached) -> Training:
-    return Training(tmp_path, cached)
+def training(tmp_path, cached_tokenizers) -> Training:
+    return Training(tmp_path, cached_tokenizers)
 
 
 def silent(answer: dict) -> bool:

@@ -146,28 +146,29 @@ def tried(make: Callable[[Path], nn.Module], path: Path, save: Path | None) -> d
     return answer
 
 
-def main(argv: list[str]) -> int:
+def main(kohya: str) -> None:
     """Answer the question on stdin; what the libraries say goes to stderr."""
     question = json.load(sys.stdin)
     save = {file: Path(out) for file, out in question.get("save", {}).items()}
     with contextlib.redirect_stdout(sys.stderr):
-        sdxl = import_models(Path(argv[0]))
-        parsed = {name: parse(line) for name, line in question["command_lines"].items()}
+        sdxl = import_models(Path(kohya))
+        parsed = {name: parse(line) for name, line in question.get("command_lines", {}).items()}
+        models = models_on_meta(sdxl)
         answer = {
             "options": {name: vars(args) for name, args in parsed.items()},
             "modules": {n: modules_of(build(sdxl, args, "meta")) for n, args in parsed.items()},
+            "parameters": [sum(p.numel() for p in model.parameters()) for model in models],
             "continued": {
                 file: tried(partial(continued, sdxl, parsed[name]), Path(file), save.get(file))
-                for file, name in question["continue"].items()
+                for file, name in question.get("continue", {}).items()
             },
             "from_file": {
                 file: tried(partial(from_file, sdxl), Path(file), save.get(file))
-                for file in question["from_file"]
+                for file in question.get("from_file", [])
             },
         }
     print(json.dumps(answer, default=str))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1])

@@ -62,8 +62,3 @@ def random_sdxl(tmp: Path, *options: str) -> Path:
     if not (folder / ("tokenizers" if options else "random_sdxl.safetensors")).exists():
         kohya_python(*made, *options, cwd=tmp)
     return folder
-
-
-def tokenizers(tmp: Path) -> str:
-    """SDXL's own, which are otherwise downloaded, as the option that names them."""
-    return f"--tokenizer_cache_dir={random_sdxl(tmp, '--no_checkpoint') / 'tokenizers'}"
