@@ -1,13 +1,16 @@
 """A slice changes each layer by exactly its strength times what the source did.
 
-Proven for every algorithm and form with arithmetic of the tests' own in float64, lora_algebra.py.
+Proven for every algorithm and form with arithmetic of the tests' own in float64, lora_algebra.py,
+and with LyCORIS, which wrote the file and reads the slice.
 """
 
 from __future__ import annotations
 
+import random
 import tempfile
 from pathlib import Path
 
+import lycoris_files
 import pytest
 import torch
 from exact_strength import (
@@ -22,23 +25,14 @@ from exact_strength import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_algebra import read_modules
+from lora_algebra import bias_change, read_modules, weight_change
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, make_module, on_each_layer, write_modules
+from lycoris_files import SCALED, lycoris_change, lycoris_file, reload_lycoris
 from namings import with_alpha
-from slicing import all_traits, refusal, slice_lora, stored
+from slicing import everything, refused, slice_lora, stored
 from torch import Tensor
 
 # ---- Strength times the change -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strength", [0.3, -1.0])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_every_form_is_scaled_on_every_kind_of_layer_that_has_it(tmp_path, form, strength):
-    sources = on_each_layer(form, 1.5, torch.float16)
-    result = read_modules(slice_all(write_modules(tmp_path / "in.safetensors", sources), strength))
-    assert set(result) == set(sources)
-    for name, source in sources.items():
-        assert_scaled(name, result[name], source, strength)
 
 
 @PROVE
@@ -47,58 +41,35 @@ def test_every_form_is_scaled_on_every_kind_of_layer_that_has_it(tmp_path, form,
     second=small_modules(OUTPUT),
     strength=strengths,
     other=strengths,
-    apart=st.booleans(),
+    way=st.sampled_from(["one file", "two files", "cut by cut"]),
 )
 def test_the_change_of_the_slice_is_strength_times_the_change_of_the_source(
-    first, second, strength, other, apart
+    first, second, strength, other, way
 ):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        loras = [write_modules(folder / "a.safetensors", first if apart else first | second)]
-        if apart:
-            loras.append(write_modules(folder / "b.safetensors", second))
+        sources = [first, second] if way == "two files" else [first | second]
+        loras = [write_modules(folder / f"{n}.safetensors", m) for n, m in enumerate(sources)]
+        args = [*both_traits(folder), "--alphas", digits(strength), digits(other)]
+        args += ["--not_combined"] * (way == "cut by cut")
         output = folder / "out.safetensors"
-        args = (*both_traits(folder), "--alphas", digits(strength), digits(other))
-        assert slice_lora("--loras", *loras, *args, "--output_path", output) == 0
-        result = read_modules(output)
-    assert set(result) == set(first | second)
+        assert slice_lora("--output_path", output, "--loras", *loras, *args) == 0
+        written = [read_modules(path) for path in sorted(folder.glob("out*"))]
+    result = written[0] | written[-1]
+    assert [set(modules) for modules in written] == (
+        [set(first), set(second)] if way == "cut by cut" else [set(first | second)]
+    )
     for name, source in (first | second).items():
         assert_scaled(name, result[name], source, strength if name in first else other)
 
 
-@PROVE
-@given(first=small_modules(INPUT), second=small_modules(OUTPUT), strength=strengths)
-def test_cut_by_cut_each_file_has_strength_times_the_change_too(first, second, strength):
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        lora = write_modules(folder / "a.safetensors", first | second)
-        args = (*both_traits(folder), "--alphas", digits(strength), "1", "--not_combined")
-        assert slice_lora("--loras", lora, *args, "--output_path", folder / "out.safetensors") == 0
-        scaled = read_modules(folder / "out_input.safetensors")
-        untouched = stored(folder / "out_output.safetensors")
-        before = stored(lora)
-    added = {f"{name}.alpha" for name, module in second.items() if "alpha" not in module}
-    assert untouched.keys() - before.keys() <= added
-    assert {key: untouched[key] for key in before if key in untouched} == {
-        key: tensor for key, tensor in before.items() if key.split(".")[0] in second
-    }
-    assert {key.split(".")[0] for key in untouched} == set(second)
-    assert set(scaled) == set(first)
-    for module, source in first.items():
-        assert_scaled(module, scaled[module], source, strength)
-
-
 # ---- To the byte ---------------------------------------------------------------------------------
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def any_bits(shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:
     """Random bits: NaN, inf, -0 and the smallest numbers among them."""
-    kind = BITS[dtype.itemsize]
-    limits = torch.iinfo(kind)
-    noise = torch.Generator().manual_seed(seed)
-    return torch.randint(limits.min, limits.max, shape, dtype=kind, generator=noise).view(dtype)
+    data = random.Random(seed).randbytes(shape.numel() * dtype.itemsize)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
@@ -126,6 +97,7 @@ def test_the_strength_sits_in_these_tensors_and_in_no_other(tmp_path, form, dtyp
     }
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     for name, source in sources.items():
+        assert_scaled(name, result[name], source, 0.3)
         for suffix in form.scaled:
             rounded_once = (source[suffix].to(wide) * torch.tensor(0.3, dtype=wide)).to(dtype)
             assert torch.equal(result[name][suffix], rounded_once)
@@ -133,17 +105,67 @@ def test_the_strength_sits_in_these_tensors_and_in_no_other(tmp_path, form, dtyp
 
 # ---- What cannot carry a strength ----------------------------------------------------------------
 
+ROTATION = "a rotation cannot be multiplied"
+ITS_WEIGHTS = "it needs the weights it was trained on"
+WHY = {
+    "OFT": ROTATION,
+    "OFT, rescaled": ROTATION,
+    "BOFT": ROTATION,
+    "T-LoRA": "the factors it started from are not in it",
+    "DoRA": ITS_WEIGHTS,
+    "DoRA, by column": ITS_WEIGHTS,
+    "LoHa with DoRA": ITS_WEIGHTS,
+    "LoKr with DoRA": ITS_WEIGHTS,
+}
 
-@pytest.mark.parametrize("strength", ["0", "0.999"])
+
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_carry_a_strength_is_refused_and_said_why(tmp_path, capsys, kind, strength):
+def test_what_cannot_carry_a_strength_is_refused_and_said_why(tmp_path, capsys, kind):
     name = INPUT["attention"]
     module = make_module(name, REFUSED[kind], 2, None, torch.float32)
     lora = write_modules(tmp_path / "in.safetensors", {name: module})
-    output = tmp_path / "out.safetensors"
-    args = ("--traits", "all", "--traits_file", all_traits(tmp_path), "--alphas", strength)
-    error = refusal(capsys, "--loras", lora, *args, "--output_path", output)
-    assert error.startswith(f"cannot rescale {name} in {lora}, because ")
-    assert f"it is {kind.split(',')[0]} and" in error
-    assert "set the strength where the LoRA is used" in error
-    assert not output.exists()
+    algorithm = kind.split(",")[0]
+    base = "give the checkpoint as --base_model, or " * (algorithm == "DoRA")
+    traits = everything(tmp_path)
+    for strength in ("0", "0.999"):
+        assert refused(capsys, lora, *traits, "--alphas", strength) == (
+            f"cannot rescale {name} in {lora}, because it is {algorithm} and {WHY[kind]}: {base}"
+            "cut it at 1.0 and set the strength where the LoRA is used"
+        )
+
+
+# ---- As LyCORIS has it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", SCALED.values(), ids=SCALED)
+def test_lycoris_reloads_a_slice_of_its_own_file_as_strength_times_the_change(tmp_path, arguments):
+    lora = lycoris_file(tmp_path / "in.safetensors", arguments, torch.float32)
+    modules, source = read_modules(lora), reload_lycoris(lora, arguments)
+    results = {
+        strength: reload_lycoris(slice_all(lora, strength), arguments) for strength in (0.3, -1)
+    }
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    for name, module in source.items():
+        changes = lycoris_change(module)
+        base = module.org_module[0].weight if arguments["algo"] in ("ia3", "glora") else None
+        ours = [weight_change(modules[name], base), bias_change(modules[name])]
+        for mine, its in zip([c for c in ours if c is not None], changes, strict=True):
+            torch.testing.assert_close(mine.reshape(its.shape), its.double(), **near)
+        for strength, result in results.items():
+            assert set(result) == set(source) == set(modules)
+            for before, after in zip(changes, lycoris_change(result[name]), strict=True):
+                assert before.abs().max() > 1e-3
+                torch.testing.assert_close(after, strength * before, **near)
+
+
+@pytest.mark.parametrize("arguments", lycoris_files.REFUSED.values(), ids=lycoris_files.REFUSED)
+def test_what_lycoris_cannot_scale_is_kept_to_the_byte_at_1_and_refused_at_another_strength(
+    tmp_path, capsys, arguments
+):
+    lora = lycoris_file(tmp_path / "in.safetensors", arguments, torch.float16)
+    output = slice_all(lora, 1.0)
+    assert stored(output) == stored(lora)
+    output.unlink()
+    capsys.readouterr()
+    sentence = refused(capsys, lora, *everything(tmp_path), "--alphas", "0.5")
+    assert sentence.startswith("cannot rescale ")
