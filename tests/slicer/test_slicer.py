@@ -160,100 +160,70 @@ def test_it_says_at_the_end_what_was_kept_and_with_debug_each_module_before(lora
 
 # ---- Refusals: one sentence, exit 1, nothing written ---------------------------------------------
 
+NAME = CONTENT.format(0, 1, "q")
 FORM = 'is not of the form {"whitelist": ["..."], "blacklist": ["..."]}: correct it there'
 IS_INPUT = "is one of the inputs: change --output_path"
-NAME = CONTENT.format(0, 1, "q")
 REFUSALS = {
-    # what follows --loras, {} being the test's folder, and the sentence
-    "an unknown trait": (
-        "{}/my_content.safetensors --traits colour",
-        'unknown trait "colour": choose one of content, style, layout, clip_2_content',
+    # what follows "--loras one.safetensors", and the sentence
+    "--traits colour": (
+        'unknown trait "colour": choose one of content, style, layout, clip_2_content'
     ),
-    "a trait that is not in the LoRA": (
-        "{}/my_content.safetensors --traits layout",
-        '{}/my_content.safetensors has no modules for the trait "layout": its blocks are '
-        "output_blocks.0.1, output_blocks.1.1",
+    "--traits layout": (
+        'one.safetensors has no modules for the trait "layout": its blocks are output_blocks.0.1, '
+        "output_blocks.1.1"
     ),
-    "a module of two LoRAs": (
-        "{}/my_content.safetensors {}/one.safetensors",
-        f"{NAME} would come from both content of my_content.safetensors and content of "
-        "one.safetensors: leave one out, or write separate files with --not_combined",
+    "my_content.safetensors": (
+        f"{NAME} would come from both content of one.safetensors and content of "
+        "my_content.safetensors: leave one out, or write separate files with --not_combined"
     ),
-    "two cuts for one file": (
-        "{}/one.safetensors --traits content content --not_combined",
-        "two slices would both be written to {}/out_content_one.safetensors: cut them one by one",
+    "--traits content content --not_combined": (
+        "two slices would both be written to out_content_one.safetensors: cut them one by one"
     ),
-    "no LoRA": (
-        "{}/base.safetensors",
-        "{}/base.safetensors is not an SDXL LoRA: it holds model.diffusion_model.out.2.bias",
+    "--loras base.safetensors": (
+        "base.safetensors is not an SDXL LoRA: it holds model.diffusion_model.out.2.bias"
     ),
-    "no file": ("{}/gone.safetensors", "no file at {}/gone.safetensors: correct --loras"),
-    "an output over an input": (
-        "{}/one.safetensors --output_path {}/one.safetensors",
-        f"the output {{}}/one.safetensors {IS_INPUT}",
+    "--loras gone.safetensors": "no file at gone.safetensors: correct --loras",
+    "--output_path one.safetensors": f"the output one.safetensors {IS_INPUT}",
+    "--output_path link.safetensors": f"the output link.safetensors {IS_INPUT}",
+    "my_content.safetensors --traits style --not_combined --output_path my.safetensors": (
+        f"the output my_content.safetensors {IS_INPUT}"
     ),
-    "an output over an input by a link": (
-        "{}/one.safetensors --output_path {}/link.safetensors",
-        f"the output {{}}/link.safetensors {IS_INPUT}",
+    "--base_model base.safetensors --output_path base.safetensors": (
+        f"the output base.safetensors {IS_INPUT}"
     ),
-    "an output of --not_combined over an input": (
-        "{}/my_content.safetensors --not_combined --output_path {}/my.safetensors",
-        f"the output {{}}/my_content.safetensors {IS_INPUT}",
+    "--output_path slice.pt": "the output slice.pt must end in .safetensors: change --output_path",
+    "--output_path no/a.safetensors": "no folder no: create it, or change --output_path",
+    "--output_path is.safetensors": (
+        "the output is.safetensors is a folder: name a file in --output_path"
     ),
-    "an output over the base model": (
-        "{}/one.safetensors --base_model {}/base.safetensors --output_path {}/base.safetensors",
-        f"the output {{}}/base.safetensors {IS_INPUT}",
+    "--traits_file no.json": "no traits file at no.json: copy blora_traits.json there",
+    "--traits_file [1].json": (
+        "[1].json holds no traits: its JSON must be an object of traits by name"
     ),
-    "an output of another kind": (
-        "{}/one.safetensors --output_path {}/slice.pt",
-        "the output {}/slice.pt must end in .safetensors: change --output_path",
-    ),
-    "an output in no folder": (
-        "{}/one.safetensors --output_path {}/no/slice.safetensors",
-        "no folder {}/no: create it, or change --output_path",
-    ),
-    "an output that is a folder": (
-        "{}/one.safetensors --output_path {}/folder.safetensors",
-        "the output {}/folder.safetensors is a folder: name a file in --output_path",
-    ),
-    "no traits file": (
-        "{}/one.safetensors --traits_file {}/gone.json",
-        "no traits file at {}/gone.json: copy blora_traits.json there",
-    ),
-    "traits without names": (
-        "{}/one.safetensors --traits_file {}/list.json",
-        "{}/list.json holds no traits: its JSON must be an object of traits by name",
-    ),
-    "a trait that is a list": (
-        "{}/one.safetensors --traits_file {}/no_trait.json",
-        f'trait "content" in {{}}/no_trait.json {FORM}',
-    ),
-    "a whitelist that is none": (
-        "{}/one.safetensors --traits_file {}/no_list.json",
-        f'trait "content" in {{}}/no_list.json {FORM}',
-    ),
-    "traits that are no JSON": (
-        "{}/one.safetensors --traits_file {}/brace.json",
-        "{}/brace.json is not valid JSON (Expecting property name enclosed in double quotes: "
-        "line 1 column 2 (char 1)): correct it there",
+    "--traits_file list.json": f'trait "content" in list.json {FORM}',
+    "--traits_file text.json": f'trait "content" in text.json {FORM}',
+    "--traits_file {.json": (
+        "{.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
+        "column 2 (char 1)): correct it there"
     ),
 }
 
 
-@pytest.mark.parametrize(("args", "sentence"), REFUSALS.values(), ids=REFUSALS)
-def test_what_cannot_be_cut_is_refused_in_one_sentence(lora, tmp_path, capsys, args, sentence):
-    one = write(tmp_path / "one.safetensors", lora_module(NAME))
-    os.link(one, tmp_path / "link.safetensors")
-    base = {"model.diffusion_model.out.2.bias": torch.zeros(4)}
-    write(tmp_path / "base.safetensors", base)
-    (tmp_path / "folder.safetensors").mkdir()
-    (tmp_path / "list.json").write_text("[1]")
-    (tmp_path / "no_trait.json").write_text('{"content": ["a"]}')
-    (tmp_path / "no_list.json").write_text('{"content": {"whitelist": "a"}}')
-    (tmp_path / "brace.json").write_text("{")
-    before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors") if path.is_file()}
-    words = [word.replace("{}/", f"{tmp_path}{os.sep}") for word in args.split()]
-    assert refused(capsys, *words) == sentence.replace("{}/", f"{tmp_path}{os.sep}")
+@pytest.mark.parametrize(("args", "sentence"), REFUSALS.items(), ids=REFUSALS)
+def test_what_cannot_be_cut_is_refused_in_one_sentence(
+    lora, tmp_path, monkeypatch, capsys, args, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    one = write(Path("one.safetensors"), lora_module(NAME) | lora_module(STYLE.format(0, 1, "q")))
+    os.link(one, "link.safetensors")
+    write(Path("base.safetensors"), {"model.diffusion_model.out.2.bias": torch.zeros(4)})
+    Path("is.safetensors").mkdir()
+    Path("[1].json").write_text("[1]")
+    Path("list.json").write_text('{"content": ["a"]}')
+    Path("text.json").write_text('{"content": {"whitelist": "a"}}')
+    Path("{.json").write_text("{")
+    before = {path: path.read_bytes() for path in (one, lora)}
+    assert refused(capsys, one, *args.split()) == sentence
     assert {path: path.read_bytes() for path in before} == before
 
 
