@@ -26,16 +26,19 @@ def cut_metadata(*args: object) -> dict[str, str]:
 
 
 def joined(
-    folder: Path, first: dict[str, str], second: dict[str, str], **other: float
+    folder: Path,
+    first: dict[str, str],
+    second: dict[str, str],
+    names: tuple[str, str] = ("a", "b"),
+    **other: float,
 ) -> dict[str, str]:
-    """The metadata of a join: content of first/a, of rank 2 and alpha 2, and style of second/b."""
+    """The metadata of content at 1 of one file, of alpha 2, and style at 0.5 of another."""
     loras = []
-    for name, template, metadata, options in (
-        ("first/a", CONTENT, first, {"alpha": 2.0}),
-        ("second/b", STYLE, second, other),
+    for place, name, template, metadata, options in zip(
+        "12", names, (CONTENT, STYLE), (first, second), ({"alpha": 2.0}, other), strict=True
     ):
-        path = folder / f"{name}.safetensors"
-        path.parent.mkdir()
+        (folder / place).mkdir()
+        path = folder / place / f"{name}.safetensors"
         loras.append(write(path, blora_modules(template, **options), metadata))
     return cut_metadata(*loras, "--traits", "content", "style", "--alphas", "1", "0.5")
 
@@ -70,10 +73,6 @@ def test_two_slices_of_one_source_are_of_one_source(lora):
     metadata = cut_metadata(lora, "--traits", "content", "style")
     assert metadata["modelspec.merged_from"] == "parent"
     assert metadata["ss_tag_frequency"] == METADATA["ss_tag_frequency"]
-
-
-def test_no_metadata_writes_none_at_all(lora):
-    assert cut_metadata(lora, "--no_metadata") is None
 
 
 SDXL = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
@@ -158,13 +157,8 @@ def test_what_two_sources_agree_on_is_kept_and_what_differs_is_said_for_each(tmp
 
 def test_words_of_two_sources_of_one_name_under_one_folder_are_all_kept(tmp_path):
     """As trainers leave them: each training in a folder of its own, each LoRA by the same name."""
-    loras = []
-    for word, template in (("cat", CONTENT), ("ink", STYLE)):
-        (tmp_path / word).mkdir()
-        tags = {"ss_tag_frequency": json.dumps({"images": {word: 3}})}
-        path = tmp_path / word / "last.safetensors"
-        loras.append(write(path, blora_modules(template), tags))
-    metadata = cut_metadata(*loras, "--traits", "content", "style")
+    cat, ink = ({"ss_tag_frequency": f'{{"images": {{"{word}": 3}}}}'} for word in ("cat", "ink"))
+    metadata = joined(tmp_path, cat, ink, ("last", "last"))
     assert json.loads(metadata["ss_tag_frequency"]) == {
         "last 1/images": {"cat": 3},
         "last 2/images": {"ink": 3},

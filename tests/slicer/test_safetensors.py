@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import sys
 import tempfile
 import time
@@ -103,14 +102,6 @@ def write_bytes(path: Path, data: bytes) -> Path:
 SOME = 20  # every so many bytes a damage is also tried on the whole command
 
 
-def with_byte(data: bytes, at: int, pattern: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ pattern]) + data[at + 1 :]
-
-
-def data_start(data: bytes) -> int:
-    return len(data) - len(header_of(data)[1])
-
-
 def test_a_file_cut_off_anywhere_is_refused(slicer):
     data, lora = small_file(), slicer.folder / "cut.safetensors"
     for length in range(len(data)):
@@ -120,39 +111,17 @@ def test_a_file_cut_off_anywhere_is_refused(slicer):
     assert codes == {0: 0, 1: 2 * len(lengths)}
 
 
-def test_a_file_with_bytes_too_many_is_refused(slicer):
-    data = small_file()
-    cases = [b"\0", b"\0" * 8, b"{}", b"\0" * 4096, data]
-    assert survey(slicer, ((len(more), data + more) for more in cases)) == {0: 0, 1: 10}
-
-
 @pytest.mark.parametrize("pattern", [0x01, 0x04, 0x20, 0xFF])
 def test_a_flipped_byte_before_the_tensors_is_read_as_safetensors_reads_it(slicer, pattern):
     data, lora = small_file(), slicer.folder / "flipped.safetensors"
-    start = data_start(data)
+    start = len(data) - len(header_of(data)[1])
+    flipped = [data[:at] + bytes([data[at] ^ pattern]) + data[at + 1 :] for at in range(start)]
     refused = 0
-    for at in range(start):
-        assert_agreed(write_bytes(lora, with_byte(data, at, pattern)))
+    for damaged in flipped:
+        assert_agreed(write_bytes(lora, damaged))
         refused += library(lora) is None
     assert start / 3 < refused <= start
-    survey(slicer, ((at, with_byte(data, at, pattern)) for at in range(0, start, SOME)))
-
-
-def test_flipped_bytes_in_the_tensors_are_not_a_matter_of_the_file(slicer):
-    data = small_file()
-    cases = [(at, with_byte(data, at, 0xFF)) for at in range(data_start(data), len(data), 3)]
-    # A flip can make a number that --save_precision or a strength cannot hold, but no other harm.
-    assert survey(slicer, cases)[0] >= len(cases)
-
-
-LENGTHS = [0, 1, 2, 7, 100_000_000, 100_000_001, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1]
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-def test_a_wrong_header_length_is_refused(slicer, length):
-    lora = slicer.folder / "length.safetensors"
-    lora.write_bytes(struct.pack("<Q", length) + small_file()[8:])
-    assert "is not a whole safetensors file" in slicer.refuses(lora)
+    survey(slicer, enumerate(flipped[::SOME]))
 
 
 # A part alone is the smallest LoRA: one number of any type.
@@ -163,18 +132,14 @@ HEADERS: dict[str, object] = {
     "a list": [],
     "null": None,
     "nothing": b"",
-    "zeros": b"\0" * 64,
-    "two objects": TEXT + TEXT,
     "a byte order mark": b"\xef\xbb\xbf" + TEXT,
     "utf-16": TEXT.decode().encode("utf-16"),
     "invalid utf-8 in a key": TEXT.replace(b"lora_unet", b"lora_\xff\xfe"),
     "a surrogate in utf-8": TEXT.replace(b"lora_unet", b"lora_\xed\xa0\x80"),
-    "a raw line break in a key": TEXT.replace(b"lora_unet", b"lora\n"),
     "NaN": TEXT.replace(b"[1]", b"[NaN]"),
     "deep lists": b"[" * 100_000,
     "a deep shape": {PART: tensor(shape=json.loads("[" * 100 + "]" * 100))},
     "a tensor that is null": {PART: None},
-    "a tensor that is a short list": {PART: ["F32", [1]]},
     "no dtype": {PART: {"shape": [1], "data_offsets": [0, 4]}},
     "no shape": {PART: {"dtype": "F32", "data_offsets": [0, 4]}},
     "no offsets": {PART: {"dtype": "F32", "shape": [1]}},
@@ -185,12 +150,10 @@ HEADERS: dict[str, object] = {
     "a negative offset": {PART: tensor(offsets=[-4, 0])},
     "a whole float offset": {PART: tensor(offsets=[0.0, 4.0])},
     "a huge offset": {PART: tensor(offsets=[0, 2**63])},
-    "the largest offset": {PART: tensor(offsets=[2**64 - 5, 2**64 - 1])},
     "an offset beyond floats": TEXT.replace(b"[0, 4]", b"[0, 4" + b"0" * 5000 + b"]"),
     "offsets turned round": {PART: tensor(offsets=[4, 0])},
     "an end beyond the file": {PART: tensor(shape=[2], offsets=[0, 8])},
     "a start beyond the file": {PART: tensor(offsets=[4, 8])},
-    "a gap before": {PART: tensor("F16", [1], [2, 4])},
     "a gap after": {PART: tensor("F16", [1], [0, 2])},
     "a gap between": {PART: tensor("U8", [1], [0, 1]), DOWN: tensor("U8", [1], [3, 4])},
     "the same bytes twice": {PART: tensor(), DOWN: tensor()},
@@ -199,10 +162,8 @@ HEADERS: dict[str, object] = {
     "a shape too large": {PART: tensor(shape=[2])},
     "a shape too small": {PART: tensor(shape=[0])},
     "a shape that is a number": {PART: tensor(shape=1)},
-    "a shape of strings": {PART: tensor(shape=["1"])},
     "a negative shape": {PART: tensor(shape=[-1])},
     "two negative lengths": {PART: tensor(shape=[-1, -1])},
-    "a float shape": {PART: tensor(shape=[1.0])},
     "a shape of true": {PART: tensor(shape=[True])},
     "a shape that overflows": {PART: tensor(shape=[2**32, 2**32])},
     "a shape that overflows on the way to nothing": {
@@ -213,6 +174,7 @@ HEADERS: dict[str, object] = {
     "an empty dtype": {PART: tensor("")},
     "a dtype in small letters": {PART: tensor("f32")},
     "a dtype that is a number": {PART: tensor(32)},
+    "a dtype not known yet, of less than no bytes": {PART: tensor("Q4", [1], [4, 0])},
     "half a byte": {PART: tensor("F4", [1], [0, 1])},
     "metadata that is a list": {"__metadata__": [], PART: tensor()},
     "a metadata value that is a number": {"__metadata__": {"ss_steps": 1}, PART: tensor()},
@@ -220,12 +182,18 @@ HEADERS: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("what", HEADERS)
-def test_a_header_that_is_wrong_is_refused(slicer, what):
-    lora = write_bytes(slicer.folder / "header.safetensors", raw(HEADERS[what], NUMBER))
+LENGTHS = [0, 1, 2, 7, 100_000_000, 100_000_001, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1]
+WRONG = {what: raw(header, NUMBER) for what, header in HEADERS.items()}
+WRONG |= {f"a header length of {length}": raw(TEXT, NUMBER, length) for length in LENGTHS}
+WRONG |= {f"{len(more)} bytes too many": small_file() + more for more in (b"\0", bytes(4096))}
+
+
+@pytest.mark.parametrize("data", WRONG.values(), ids=WRONG)
+def test_a_file_whose_header_is_wrong_is_refused(slicer, data):
+    lora = write_bytes(slicer.folder / "wrong.safetensors", data)
     assert not opens(lora)
     assert read(lora) is None
-    slicer.refuses(lora)
+    assert slicer.refuses(lora) == f"{lora} is not a whole safetensors file"
 
 
 @pytest.mark.parametrize("shape", [[0, 2**62], [0, 2**63], [0, 2**64], [2**31] * 500_000])
@@ -295,11 +263,10 @@ NO_FILES: dict[str, Callable[[Path], object]] = {
     "a pipe": lambda path: os.mkfifo(path),
     "a device": lambda path: path.symlink_to("/dev/zero"),
 }
-if sys.platform != "win32":
-    STRANGERS |= NO_FILES
+EVERY = STRANGERS if sys.platform == "win32" else STRANGERS | NO_FILES
 
 
-@pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS)
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_what_is_no_safetensors_file_is_refused(slicer, make):
     lora = slicer.folder / "a.safetensors"
     make(lora)
@@ -349,12 +316,6 @@ def test_a_type_that_is_not_known_yet_is_copied_and_comes_last(slicer, dtype):
     assert header[PART] == tensor(dtype, [3], [1, 6])
     assert header[other] == tensor("U8", [1], [0, 1])
     assert data == b"!newer"
-
-
-def test_a_type_that_is_not_known_yet_may_have_any_size_but_none_below_0(slicer):
-    lora = slicer.folder / "a.safetensors"
-    write_bytes(lora, raw({PART: tensor("Q4", [1], [4, 0])}, b"data"))
-    assert "is not a whole safetensors file" in slicer.refuses(lora)
 
 
 def test_types_and_their_order_in_a_file_are_those_of_the_library():
