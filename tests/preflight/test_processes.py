@@ -7,38 +7,11 @@ from pathlib import Path
 import pytest
 from accelerate.commands import launch
 
-from blora.preflight.processes import (
-    OPTIONS,
-    Started,
-    check_device,
-    check_processes,
-    processes,
-)
+from blora.preflight.processes import Started, check_device, check_processes, processes
 from blora.preflight.report import Report
 from blora.text import BloraError
 
 SCRIPT = "sdxl_train_network.py"
-
-
-@pytest.mark.parametrize(
-    ("device", "accelerate", "warned"),
-    [
-        ("cpu", ["launch"], True),
-        ("cpu", ["launch", "--cpu"], False),
-        ("cuda", ["launch"], False),
-        ("mps", [], False),
-    ],
-)
-def test_a_training_on_the_processor_is_a_warning_unless_asked_for(device, accelerate, warned):
-    report = Report()
-    check_device(device, accelerate, report)
-    sentence = (
-        "torch finds no graphics card, so the training would run on the processor: install torch "
-        "with CUDA"
-    )
-    assert report.warnings == ([sentence] if warned else [])
-
-
 CONFIG = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: 'NO'
@@ -49,21 +22,18 @@ use_cpu: true
 
 
 @pytest.fixture(autouse=True)
-def no_config(tmp_path, monkeypatch) -> Path:
+def no_config(tmp_path, monkeypatch) -> None:
     """accelerate finds no config and no card; the working directory has two configs."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(
-        "accelerate.commands.launch.default_config_file", str(tmp_path / "default.yaml")
-    )
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default.yaml"))
     monkeypatch.chdir(tmp_path)
     for number in (1, 3):
         Path(f"{number}.yaml").write_text(CONFIG.format(number))
-    return tmp_path
 
 
-TWO = ["launch", "--multi_gpu", "--num_processes=2"]
-MEET = ["--num_machines=2", "--main_process_ip=10.0.0.1"]
 LONE = ["launch", "--num_processes=2"]
+TWO = [*LONE, "--multi_gpu"]
+MEET = ["--num_machines=2", "--main_process_ip=10.0.0.1"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +47,7 @@ LONE = ["launch", "--num_processes=2"]
         (["launch", "--cpu", "--num_processes=1"], Started()),
         (["launch", "--cpu", "--num_processes=2"], Started()),
         (["launch", "--config_file", "1.yaml"], Started()),
-        (["launch", "--config_file=3.yaml", *TWO[1:]], Started(2)),
+        ([*TWO, "--config_file=3.yaml"], Started(2)),
         (["launch", "--config_file=3.yaml", "--multi_gpu"], Started(3)),
         # Whatever number is asked for, accelerate starts one.
         (LONE, Started(lacks_multi_gpu=True)),
@@ -88,17 +58,13 @@ LONE = ["launch", "--num_processes=2"]
         # --num_processes is that of all machines.
         ([*TWO, *MEET, "--machine_rank=0"], Started(2, 2)),
         ([*TWO, *MEET, "--machine_rank=1"], Started(2, 2, 1)),
-        (
-            ["launch", "--multi_gpu", "--num_processes=5", *MEET, "--machine_rank=1"],
-            Started(4, 2, 1),
-        ),
+        ([*TWO, *MEET, "--num_processes=5", "--machine_rank=1"], Started(4, 2, 1)),
     ],
 )
 def test_accelerate_says_how_many_processes_it_will_start(
     capsys, monkeypatch, accelerate, expected
 ):
-    found = processes(accelerate, SCRIPT)
-    assert found == expected
+    assert processes(accelerate, SCRIPT) == expected
     assert capsys.readouterr() == ("", "")
     # Its own choice of a way to start them is the same.
     chosen = []
@@ -107,54 +73,65 @@ def test_accelerate_says_how_many_processes_it_will_start(
     words = accelerate[accelerate.index("launch") + 1 :] if accelerate else []
     launch.launch_command(launch.launch_command_parser().parse_args([*words, SCRIPT]))
     assert chosen == ["multi_gpu_launcher" if "--multi_gpu" in words else "simple_launcher"]
-    assert found.processes == 1 or chosen == ["multi_gpu_launcher"]
+    assert expected.processes == 1 or chosen == ["multi_gpu_launcher"]
+
+
+def test_accelerate_takes_all_cards_unless_a_number_is_chosen(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert processes(["launch"], SCRIPT) == Started(2, is_chosen=False)
+    assert processes(LONE, SCRIPT) == Started(2)
+
+
+WHERE = "accelerate's options (BLORA_ACCELERATE_ARGS in the launcher)"
 
 
 @pytest.mark.parametrize(
-    ("accelerate", "words"),
+    ("options", "words"),
     [
-        (["launch", "--num_processes=many"], "invalid int value: 'many'"),
-        (
-            ["launch", "--multi_gpu", "--num_processes=1"],
-            "You need to use at least 2 processes to use `--multi_gpu`.",
-        ),
-        (["launch", "--config_file=gone.yaml"], "gone.yaml"),
+        (["--num_processes=many"], "invalid int value: 'many'"),
+        (["--multi_gpu", "--num_processes=1"], "You need to use at least 2 processes to use `--m"),
+        (["--config_file=gone.yaml"], "gone.yaml"),
     ],
 )
-def test_options_that_accelerate_refuses_are_an_error_in_its_words(capsys, accelerate, words):
+def test_options_that_accelerate_refuses_are_an_error_in_its_words(capsys, options, words):
     with pytest.raises(BloraError) as raised:
-        processes(accelerate, SCRIPT)
-    start, told = str(raised.value).split(f": correct {OPTIONS} (")
+        processes(["launch", *options], SCRIPT)
+    start, told = str(raised.value).split(f": correct {WHERE} (")
     assert start == "accelerate refuses its options"
     assert words in told
     assert capsys.readouterr() == ("", "")
 
 
-def test_two_cards_that_are_both_used_unasked_are_a_warning(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    started = processes(["launch"], SCRIPT)
-    assert started == Started(2, is_chosen=False)
+NO_CARD = (
+    "torch finds no graphics card, so the training would run on the processor: install torch with "
+    "CUDA"
+)
+ALL_CARDS = (
+    "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
+    f"pictures a step: for one, add --num_processes=1 to {WHERE}"
+)
+NOT_TOGETHER = (
+    "without --multi_gpu accelerate starts one process on each machine, and each trains a LoRA of "
+    f"its own: add it to {WHERE}"
+)
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "warnings"),
+    [
+        (check_device, ("cpu", ["launch"]), [NO_CARD]),
+        (check_device, ("cpu", ["launch", "--cpu"]), []),
+        (check_device, ("cuda", ["launch"]), []),
+        (check_device, ("mps", []), []),
+        (check_processes, (Started(2, is_chosen=False),), [ALL_CARDS]),
+        (check_processes, (Started(lacks_multi_gpu=True),), [NOT_TOGETHER]),
+        (check_processes, (Started(),), []),
+        (check_processes, (Started(is_chosen=False),), []),
+        (check_processes, (Started(2),), []),
+    ],
+)
+def test_a_device_or_a_number_that_nobody_chose_is_a_warning(check, given, warnings):
     report = Report()
-    check_processes(started, report)
-    assert report.warnings == [
-        "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
-        f"pictures a step: for one, add --num_processes=1 to {OPTIONS}"
-    ]
-    assert processes(["launch", "--num_processes=2"], SCRIPT) == Started(2)
-
-
-def test_several_processes_that_will_be_one_are_a_warning():
-    report = Report()
-    check_processes(Started(lacks_multi_gpu=True), report)
-    assert report.warnings == [
-        "without --multi_gpu accelerate starts one process on each machine, and each trains a LoRA "
-        f"of its own: add it to {OPTIONS}"
-    ]
-
-
-@pytest.mark.parametrize("started", [Started(), Started(is_chosen=False), Started(2)])
-def test_what_is_chosen_or_is_one_passes(started):
-    report = Report()
-    check_processes(started, report)
-    assert report == Report()
+    check(*given, report)
+    assert report == Report(warnings=warnings)

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from blora.preflight import rehearsal
 from blora.preflight.rehearsal import (
     BRAKES,
     FIRST_BATCH,
+    ROOT,
     Ready,
     as_started,
     disable_side_effects,
@@ -32,6 +32,7 @@ from blora.preflight.rehearsal import (
     is_safetensors,
     on_meta,
     open_to_read,
+    raise_ready,
     state_per_byte,
     trainer_environment,
 )
@@ -117,28 +118,23 @@ def test_lycoris_builds_the_same_modules_without_numbers_as_with(algo, dora):
 def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
     empty = tmp_path / "empty"
     empty.mkdir()
-    args = argparse.Namespace(
-        logging_dir="logs",
-        wandb_api_key="secret",
-        console_log_file="log.txt",
-        disable_mmap_load_safetensors=True,
-        debug_dataset=True,
-        vae="stabilityai/sdxl-vae",
-        tokenizer_cache_dir=str(empty),
-    )
-    disable_side_effects(args, "temporary")
-    assert vars(args) == {
-        "logging_dir": "temporary",
-        "wandb_api_key": None,
-        "console_log_file": None,
-        "disable_mmap_load_safetensors": False,
-        "debug_dataset": False,
-        "vae": None,
-        "tokenizer_cache_dir": None,
+    given_and_left = {
+        "logging_dir": ("logs", "temporary"),
+        "wandb_api_key": ("secret", None),
+        "console_log_file": ("log.txt", None),
+        "disable_mmap_load_safetensors": (True, False),
+        "debug_dataset": (True, False),
+        "vae": ("stabilityai/sdxl-vae", None),
+        "tokenizer_cache_dir": (str(empty), None),
     }
-    args = argparse.Namespace(vae=str(file), tokenizer_cache_dir=str(tmp_path))
+    args = argparse.Namespace(**{name: given for name, (given, _) in given_and_left.items()})
     disable_side_effects(args, "temporary")
-    assert (args.vae, args.tokenizer_cache_dir) == (str(file), str(tmp_path))
+    assert vars(args) == {name: left for name, (_, left) in given_and_left.items()}
+    read = {"vae": str(file), "tokenizer_cache_dir": str(tmp_path)}
+    args = argparse.Namespace(**read, logging_dir=None)
+    disable_side_effects(args, "temporary")
+    off = {"logging_dir": None, "disable_mmap_load_safetensors": False, "debug_dataset": False}
+    assert vars(args) == read | off
 
 
 # ---- The optimizer -------------------------------------------------------------------------------
@@ -178,14 +174,17 @@ def test_an_optimizers_state_is_counted_after_a_first_step(
 # ---- The script ----------------------------------------------------------------------------------
 
 
-def test_the_scripts_folder_comes_first_as_where_accelerate_runs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(rehearsal.ROOT), "/elsewhere"])
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    before = list(sys.path)
+@pytest.mark.parametrize("python_path", [[], ["/other", str(ROOT)]])
+def test_the_scripts_folder_comes_first_and_ours_stays_where_pythonpath_has_it(
+    tmp_path, monkeypatch, python_path
+):
+    before = [str(ROOT), "/elsewhere"]
+    monkeypatch.setattr(sys, "path", before)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(python_path))
     with as_started(tmp_path / "script.py", ["--a", "b"]):
-        assert sys.path == [str(tmp_path), "/elsewhere"]
+        assert sys.path == [str(tmp_path), *(before if python_path else before[1:])]
         assert sys.argv == [str(tmp_path / "script.py"), "--a", "b"]
-    assert sys.path == before
+    assert sys.path == [str(ROOT), "/elsewhere"]
 
 
 @pytest.mark.parametrize(("before", "width"), [(None, "1000"), ("80", "80")])
@@ -201,14 +200,6 @@ def test_what_the_trainer_prints_is_kept_in_lines_of_their_own_length(
     assert capsys.readouterr() == ("", "")
 
 
-def test_our_folder_stays_where_pythonpath_has_it(tmp_path, monkeypatch):
-    ours = str(rehearsal.ROOT)
-    monkeypatch.setattr(sys, "path", [ours, "/elsewhere"])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/other", ours]))
-    with as_started(tmp_path / "script.py", []):
-        assert sys.path == [str(tmp_path), ours, "/elsewhere"]
-
-
 def test_files_are_read_and_never_written(tmp_path):
     path = tmp_path / "metadata_cache.json"
     for mode in ("w", "a", "x", "wb"):
@@ -221,17 +212,16 @@ def test_files_are_read_and_never_written(tmp_path):
 
 
 def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch, tmp_path):
-    (tmp_path / "models").mkdir()
-    relative, absolute = tmp_path / "models/relative.safetensors", tmp_path / "models/b.safetensors"
-    relative.symlink_to("../a.safetensors")
-    absolute.symlink_to(file)
-    monkeypatch.chdir(tmp_path / "models")
-    assert is_safetensors("../a.safetensors")
-    assert is_safetensors("b.safetensors")
-    assert is_safetensors("relative.safetensors")
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "relative.safetensors").symlink_to("../a.safetensors")
+    (models / "absolute.safetensors").symlink_to(file)
+    monkeypatch.chdir(models)
+    for name in ("../a.safetensors", "absolute.safetensors", "relative.safetensors"):
+        assert is_safetensors(name), name
     monkeypatch.chdir(tmp_path)
-    assert not is_safetensors("models/relative.safetensors")
-    assert not is_safetensors("models")
+    for name in ("models/relative.safetensors", "models"):
+        assert not is_safetensors(name), name
 
 
 # ---- The brakes: test_real_cases.py takes them out of sd-scripts itself --------------------
@@ -254,8 +244,8 @@ def train(dropped: tuple[str, ...]) -> None:
 def test_what_a_release_drops_of_the_brakes_leaves_the_next(dropped):
     train(dropped)  # goes through without any
     with (
-        mock.patch.multiple(Accelerator, **dict.fromkeys(BRAKES, rehearsal.raise_ready)),
-        mock.patch.multiple(DataLoader, **{FIRST_BATCH: rehearsal.raise_ready}),
+        mock.patch.multiple(Accelerator, **dict.fromkeys(BRAKES, raise_ready)),
+        mock.patch.multiple(DataLoader, **{FIRST_BATCH: raise_ready}),
         pytest.raises(Ready),
     ):
         train(dropped)
