@@ -75,74 +75,62 @@ def check(**changes: object) -> Report:
     return report
 
 
-# ---- What options say ----------------------------------------------------------------------------
+# ---- What options name ---------------------------------------------------------------------------
 
+NO_CHECKPOINT = (
+    'no checkpoint at "gone.safetensors": correct --pretrained_model_name_or_path '
+    "(BLORA_CHECKPOINT in the launcher)"
+)
+NO_CONFIG = 'no dataset config at "a.toml": copy blora_dataset.toml there, or correct the path'
+NO_IMAGES = 'no folder of images at "gone": correct --train_data_dir'
+NO_PROMPTS = "sampling is on, but no prompts are given: add --sample_prompts"
+NO_FOLDER = '"{}" is not a folder, so nothing can be saved there: correct --{}'
+NOWHERE = "there is no folder to save to: add --output_dir"
+NO_STEPS = (
+    'the state in "at {0}" is of step {0}, and --max_train_steps=1600 counts from the beginning: '
+    "raise it"
+)
+ZERO = "--{0}_every_n_{1}s=0 ends the training after its first {1}: remove it"
 SAMPLES = [
     {"sample_at_first": True},
     {"sample_every_n_steps": "100"},
     {"sample_every_n_epochs": "1"},
 ]
-NO_PROMPTS = "sampling is on, but no prompts are given: add --sample_prompts"
-NO_FOLDER = '"{}" is not a folder, so nothing can be saved there: correct --{}'
-NO_STEPS = (
-    'the state in "at {0}" is of step {0}, and --max_train_steps=1600 counts from the beginning: '
-    "raise it"
-)
-DIVISORS = {
-    "save_every_n_steps": "step",
-    "save_every_n_epochs": "epoch",
-    "validate_every_n_steps": "step",
-    "validate_every_n_epochs": "epoch",
-}
 ONE_OF_EACH_CHECK = [
-    (
-        'no checkpoint at "gone.safetensors": correct --pretrained_model_name_or_path '
-        "(BLORA_CHECKPOINT in the launcher)",
-        {"pretrained_model_name_or_path": "gone.safetensors"},
-    ),
+    (NO_CHECKPOINT, {"pretrained_model_name_or_path": "gone.safetensors"}),
     ('no network weights at "b": correct --base_weights', {"base_weights": [FILE, "b"]}),
     ('no VAE at "a/vae.pt": correct --vae', {"vae": "a/vae.pt"}),
     ('no saved state in "a": correct --resume', {"resume": "a"}),
-    (NO_PROMPTS, {"sample_at_first": True}),
+    (NO_PROMPTS, SAMPLES[0]),
     (NO_FOLDER.format(FILE, "output_dir"), {"output_dir": FILE}),
-    (
-        "--save_every_n_steps=0 ends the training after its first step: remove it",
-        {"save_every_n_steps": "0"},
-    ),
+    (ZERO.format("save", "step"), {"save_every_n_steps": "0"}),
     ("there are no images: give --dataset_config", {"dataset_config": None}),
 ]
-ERRORS = [
-    *ONE_OF_EACH_CHECK,
-    (
-        'no tracker config at "a.toml": correct --log_tracker_config',
-        {"log_tracker_config": "a.toml"},
-    ),
-    ('no VAE at "a/b/c": correct --vae', {"vae": "a/b/c"}),  # a name of the hub has one slash
-    (f'no saved state in "{FILE}": correct --resume', {"resume": FILE}),
-    ('no saved state in "empty": correct --resume', {"resume": "empty"}),
-    (NO_STEPS.format(1600), {"resume": "at 1600"}),
-    (NO_STEPS.format(3000), {"resume": "at 3000"}),
-    *((NO_PROMPTS, given) for given in SAMPLES[1:]),
-    (NO_FOLDER.format(FILE, "logging_dir"), {"logging_dir": FILE}),
-    ("there is no folder to save to: add --output_dir", {"output_dir": None}),
-    ("there is no folder to save to: add --output_dir", {"output_dir": ""}),
-    *(
-        (f"--{option}=0 ends the training after its first {unit}: remove it", {option: zero})
-        for option, unit in DIVISORS.items()
-        for zero in ("0", "-0")
-    ),
-    (
-        'no dataset config at "a.toml": copy blora_dataset.toml there, or correct the path',
-        {"dataset_config": "a.toml"},
-    ),
-    (
-        'no folder of images at "gone": correct --train_data_dir',
-        {"dataset_config": None, "train_data_dir": "gone"},
-    ),
-]
 
 
-@pytest.mark.parametrize(("sentence", "given"), ERRORS, ids=str)
+@pytest.mark.parametrize(
+    ("sentence", "given"),
+    [
+        *ONE_OF_EACH_CHECK,
+        ('no tracker config at "a": correct --log_tracker_config', {"log_tracker_config": "a"}),
+        ('no VAE at "a/b/c": correct --vae', {"vae": "a/b/c"}),  # a name of the hub has one slash
+        (f'no saved state in "{FILE}": correct --resume', {"resume": FILE}),
+        ('no saved state in "empty": correct --resume', {"resume": "empty"}),
+        (NO_STEPS.format(1600), {"resume": "at 1600"}),
+        (NO_STEPS.format(3000), {"resume": "at 3000"}),
+        (NO_PROMPTS, SAMPLES[1]),
+        (NO_PROMPTS, SAMPLES[2]),
+        (NO_FOLDER.format(FILE, "logging_dir"), {"logging_dir": FILE}),
+        (NOWHERE, {"output_dir": None}),
+        (NOWHERE, {"output_dir": ""}),
+        (ZERO.format("save", "step"), {"save_every_n_steps": "-0"}),
+        (ZERO.format("save", "epoch"), {"save_every_n_epochs": "0"}),
+        (ZERO.format("validate", "step"), {"validate_every_n_steps": "0"}),
+        (ZERO.format("validate", "epoch"), {"validate_every_n_epochs": "0"}),
+        (NO_CONFIG, {"dataset_config": "a.toml"}),
+        (NO_IMAGES, {"dataset_config": None, "train_data_dir": "gone"}),
+    ],
+)
 def test_what_would_end_a_training_is_an_error(sentence, given):
     assert check(**given) == Report(errors=[sentence])
 
@@ -152,50 +140,51 @@ def test_all_errors_come_at_once():
     assert check(**changes).errors == [sentence for sentence, _ in ONE_OF_EACH_CHECK]
 
 
-PASSES = [
-    {},
-    {"base_weights": [FILE, "folder/inside"]},
-    {"log_tracker_config": FILE},
-    {"vae": FILE},
-    {"vae": "folder"},
-    {"vae": "stabilityai/sdxl-vae"},
-    {"vae": ""},
-    {"dataset_class": "own.Dataset", "dataset_config": "gone.toml"},
-    {"train_data_dir": "gone"},
-    {"dataset_config": None, "in_json": "meta.json", "train_data_dir": "gone"},
-    {"dataset_config": None, "train_data_dir": "folder"},
-    # States: with steps left, or nobody knows how many.
-    {"resume": "state"},
-    {"resume": "me/model/state", "resume_from_huggingface": True},
-    {"resume": "at 3000", "max_train_steps": "3001"},
-    {"resume": "at 3000", "max_train_epochs": "1"},
-    {"resume": "at 3000", "initial_step": "1"},
-    {"resume": "at 3000", "initial_epoch": "1"},
-    # An option may be shortened.
-    {"resume": "at 3000", "max_train_st": "9000"},
-    # Prompts: those that sd-scripts reads, and those that it never reads.
-    *(
-        {"sample_prompts": name, **given}
-        for name in FILES
-        if "prompts" in name
-        for given in SAMPLES
-    ),
-    {"sample_prompts": "gone.md"},
-    {"sample_prompts": "gone.md", "sample_every_n_steps": "0", "sample_every_n_epochs": "0"},
-    # Numbers that sd-scripts can do with, or refuses itself.
-    {"save_every_n_steps": "-1"},
-    {"save_every_n_epochs": "0", "save_n_epoch_ratio": "2"},
-    {"save_every_n_steps": None},
-    # Names.
-    *(
-        {"output_name": name}
-        for name in ("hero 1", "ヒーロー", "v1.5", "console", "com10", "a.con")
-    ),
-    {"output_name": "x" * 230},
-]
-
-
-@pytest.mark.parametrize("given", PASSES, ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"base_weights": [FILE, "folder/inside"]},
+        {"log_tracker_config": FILE},
+        {"vae": FILE},
+        {"vae": "folder"},
+        {"vae": "stabilityai/sdxl-vae"},
+        {"vae": ""},
+        {"dataset_class": "own.Dataset", "dataset_config": "gone.toml"},
+        {"train_data_dir": "gone"},
+        {"dataset_config": None, "in_json": "meta.json", "train_data_dir": "gone"},
+        {"dataset_config": None, "train_data_dir": "folder"},
+        # States: with steps left, or nobody knows how many.
+        {"resume": "state"},
+        {"resume": "me/model/state", "resume_from_huggingface": True},
+        {"resume": "at 3000", "max_train_steps": "3001"},
+        {"resume": "at 3000", "max_train_epochs": "1"},
+        {"resume": "at 3000", "initial_step": "1"},
+        {"resume": "at 3000", "initial_epoch": "1"},
+        # An option may be shortened.
+        {"resume": "at 3000", "max_train_st": "9000"},
+        # Prompts: those that sd-scripts reads, and those that it never reads.
+        *(
+            {"sample_prompts": name, **given}
+            for name in FILES
+            if "prompts" in name
+            for given in SAMPLES
+        ),
+        {"sample_prompts": "gone.md"},
+        {"sample_prompts": "gone.md", "sample_every_n_steps": "0", "sample_every_n_epochs": "0"},
+        # Numbers that sd-scripts can do with, or refuses itself.
+        {"save_every_n_steps": "-1"},
+        {"save_every_n_epochs": "0", "save_n_epoch_ratio": "2"},
+        {"save_every_n_steps": None},
+        # Names.
+        *(
+            {"output_name": name}
+            for name in ("hero 1", "ヒーロー", "v1.5", "console", "com10", "a.con")
+        ),
+        {"output_name": "x" * 230},
+    ],
+    ids=str,
+)
 def test_what_is_there_or_not_looked_for_here_passes_without_a_word(given):
     assert check(**given) == Report()
 
@@ -254,24 +243,24 @@ def test_the_sample_prompts_pass_and_are_three():
     ]
 
 
-UNREADABLE = [
-    ("toml", "", "KeyError: 'prompt')"),
-    ("toml", "prompt = 1", "TypeError: "),
-    ("toml", "[prompt]", "KeyError: 'subset')"),
-    ("toml", FILES["prompts.toml"] + "width = 64", "TypeError: "),
-    ("toml", "a dog", "TomlDecodeError: "),
-    ("json", '{"prompt": "a dog"}', "TypeError: it is not a list of texts and tables)"),
-    ("json", '"a dog"', "TypeError: it is not a list of texts and tables)"),
-    ("json", "[1]", "TypeError: it is not a list of texts and tables)"),
-    ("json", "a dog", "JSONDecodeError: Expecting value: line 1 column 1 (char 0))"),
-    ("json", "[" * 100_000, "RecursionError: "),
-    ("txt", "a café", "UnicodeDecodeError: "),
-    ("md", "a dog", "ValueError: its name ends in none of .txt, .toml, .json)"),
-    ("TXT", "a dog", "ValueError: its name ends in none of .txt, .toml, .json)"),
-]
-
-
-@pytest.mark.parametrize(("ending", "text", "why"), UNREADABLE)
+@pytest.mark.parametrize(
+    ("ending", "text", "why"),
+    [
+        ("toml", "", "KeyError: 'prompt')"),
+        ("toml", "prompt = 1", "TypeError: "),
+        ("toml", "[prompt]", "KeyError: 'subset')"),
+        ("toml", FILES["prompts.toml"] + "width = 64", "TypeError: "),
+        ("toml", "a dog", "TomlDecodeError: "),
+        ("json", '{"prompt": "a dog"}', "TypeError: it is not a list of texts and tables)"),
+        ("json", '"a dog"', "TypeError: it is not a list of texts and tables)"),
+        ("json", "[1]", "TypeError: it is not a list of texts and tables)"),
+        ("json", "a dog", "JSONDecodeError: Expecting value: line 1 column 1 (char 0))"),
+        ("json", "[" * 100_000, "RecursionError: "),
+        ("txt", "a café", "UnicodeDecodeError: "),
+        ("md", "a dog", "ValueError: its name ends in none of .txt, .toml, .json)"),
+        ("TXT", "a dog", "ValueError: its name ends in none of .txt, .toml, .json)"),
+    ],
+)
 def test_prompts_that_sd_scripts_cannot_read_are_an_error(ending, text, why):
     path = Path(f"p.{ending}")
     path.write_bytes(text.encode("cp1252"))
@@ -282,7 +271,7 @@ def test_prompts_that_sd_scripts_cannot_read_are_an_error(ending, text, why):
     )
 
 
-NO_PROMPT = 'no prompt in "{}", so no samples will be drawn: add one'
+NONE_GIVEN = 'no prompt in "{}", so no samples will be drawn: add one'
 COMMENT = (
     'a comment in "{}" will be drawn as a prompt: # has to be the first character of the line, '
     "without a space or a byte order mark before it"
@@ -292,8 +281,8 @@ COMMENT = (
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("p.txt", "# a comment\n\n", NO_PROMPT),
-        *(("p.json", empty, NO_PROMPT) for empty in ("[]", "{}", '""')),
+        ("p.txt", "# a comment\n\n", NONE_GIVEN),
+        *(("p.json", empty, NONE_GIVEN) for empty in ("[]", "{}", '""')),
         *(("p.txt", f"{start}# a comment\na dog", COMMENT) for start in (" ", "\t", "\ufeff")),
     ],
 )
@@ -314,45 +303,45 @@ def subsets_of(*folders: str, **more: str) -> list[dict[str, str]]:
     )
 
 
-MISSING_FOLDERS = {
-    "all of them": (["gone", FILE, "gone"], {}, [["gone", FILE], []]),
-    "beside another": (["gone", "folder"], {}, [[], ["gone"]]),
-    "beside a list of pictures": (["gone"], {"metadata_file": "meta.json"}, [[], ["gone"]]),
-    "none": (["folder"], {}, [[], []]),
-}
-
-
-@pytest.mark.parametrize("which", MISSING_FOLDERS)
-def test_missing_folders_are_errors_unless_there_are_others(which):
-    folders, more, expected = MISSING_FOLDERS[which]
+@pytest.mark.parametrize(
+    ("subsets", "missing", "missed"),
+    [
+        (subsets_of("gone", FILE, "gone"), ["gone", FILE], []),
+        (subsets_of("gone", "folder"), [], ["gone"]),
+        (subsets_of("gone", metadata_file="meta.json"), [], ["gone"]),
+        (subsets_of("folder"), [], []),
+    ],
+)
+def test_missing_folders_are_errors_unless_there_are_others(subsets, missing, missed):
     report = Report()
-    check_missing(subsets_of(*folders, **more), Path(CONFIG), report)
-    assert [report.errors, report.warnings] == [
-        [f'no folder of images at "{folder}": correct image_dir in "{CONFIG}"' for folder in kind]
-        for kind in expected
-    ]
+    check_missing(subsets, Path(CONFIG), report)
+    sentence = f'no folder of images at "{{}}": correct image_dir in "{CONFIG}"'
+    assert report.errors == [sentence.format(folder) for folder in missing]
+    assert report.warnings == [sentence.format(folder) for folder in missed]
 
 
 PROJECT, OTHER = "_in/lora/sdxl/hero/images", "_in/lora/sdxl/villain/images"
 DETOUR = f"{PROJECT}/../../../../../{OTHER}"
-OTHERS = {
-    "the other's": ([OTHER], OTHER),
-    "the other's, by a detour": ([DETOUR], DETOUR),
-    "the other's folder": ([f"{OTHER}/.."], f"{OTHER}/.."),
-    "one's own and the other's": ([OTHER, PROJECT], None),
-    "shared ones beside the projects": (["_in/lora/sdxl/shared"], None),
-    "shared ones above them": (["_in/lora/shared"], None),
-    "shared ones elsewhere": (["shared"], None),
-    "a link to the other's": (["_in/lora/sdxl/hero/link"], None),
-}
 
 
-@pytest.mark.parametrize("which", OTHERS)
-def test_pictures_of_another_project_alone_are_noticed(kohya, which):
-    folders, other = OTHERS[which]
+@pytest.mark.parametrize(
+    ("folders", "other"),
+    [
+        ([OTHER], OTHER),
+        ([DETOUR], DETOUR),
+        ([f"{OTHER}/.."], f"{OTHER}/.."),
+        ([OTHER, PROJECT], None),
+        # Shared ones beside the projects, above them, elsewhere, and by a link.
+        (["_in/lora/sdxl/shared"], None),
+        (["_in/lora/shared"], None),
+        (["shared"], None),
+        pytest.param(["_in/lora/sdxl/hero/link"], None, marks=POSIX),
+    ],
+)
+def test_pictures_of_another_project_alone_are_noticed(kohya, folders, other):
     put("_in/lora/sdxl/villain/config.toml")
     Path(OTHER).mkdir()
-    if os.name != "nt":
+    if "link" in folders[0]:
         Path("_in/lora/sdxl/hero/link").symlink_to(kohya / OTHER)
     assert other_project(image_folders(subsets_of(*folders)), Path(CONFIG)) == other
     in_full = [str(Path(folder).absolute()) for folder in folders]
@@ -437,24 +426,22 @@ def test_a_name_that_is_too_long_for_its_saves_is_an_error(name, shown):
     assert error == f'--output_name "{shown}" is too long for a file: {BLORA_NAME}'
 
 
-WINDOWS = {
-    "a:b": "with : in its name",
-    "what?": "with ? in its name",
-    'say "hi"': 'with " in its name',
-    "a\\b": "with \\ in its name",
-    "a<b>|*": "with * < > | in its name",
-    "a\nb": "with \n in its name",
-    "CON": "of this name",
-    "nul.1": "of this name",
-    "com1 ": "of this name",
-}
-
-
-@pytest.mark.parametrize("name", WINDOWS)
-def test_a_name_that_windows_refuses_is_an_error_there_and_a_warning_elsewhere(name):
-    if os.name == "nt" and "\\" in name:
-        pytest.skip("a path there")
-    sentence = f'--output_name "{name}": Windows cannot save a file {WINDOWS[name]}: {BLORA_NAME}'
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a:b", "with : in its name"),
+        ("what?", "with ? in its name"),
+        ('say "hi"', 'with " in its name'),
+        pytest.param("a\\b", "with \\ in its name", marks=POSIX),  # a path on Windows
+        ("a<b>|*", "with * < > | in its name"),
+        ("a\nb", "with \n in its name"),
+        ("CON", "of this name"),
+        ("nul.1", "of this name"),
+        ("com1 ", "of this name"),
+    ],
+)
+def test_a_name_that_windows_refuses_is_an_error_there_and_a_warning_elsewhere(name, why):
+    sentence = f'--output_name "{name}": Windows cannot save a file {why}: {BLORA_NAME}'
     kind = "errors" if os.name == "nt" else "warnings"
     assert check(output_name=name) == Report(**{kind: [sentence]})
 
