@@ -24,6 +24,16 @@ LATE = {
     "blora_preflight.py": {"captions", "dataset", "folders", "images", "preview"},
 }
 STRENGTH = ["--alphas", "0.5"]
+NO_TEXT = "cannot import name 'BloraError' from 'blora.text' ({}/blora/text.py)"
+# What numpy raises where its binary does not fit the Python: a page of advice, and no name.
+BROKEN = 'raise ImportError("\\n\\nIMPORTANT: PLEASE READ THIS\\n" + "We have reasons. " * 99)\n'
+FLAT = [  # every file that 1.5.0 had beside the programs
+    f"blora_{name}.py"
+    for name in (
+        "advice checkpoint cut dataset inspect look lora memory names options pictures plan "
+        "preview read refusals rehearsal report safetensors sdxl strength words"
+    ).split()
+]
 
 
 def run(*command: object, **more: object) -> subprocess.CompletedProcess[str]:
@@ -51,31 +61,29 @@ def lora(tmp_path: Path) -> Path:
     return write(tmp_path / "lora.safetensors", blora_modules(CONTENT))
 
 
-NO_TEXT = "cannot import name 'BloraError' from 'blora.text' ({}/blora/text.py)"
-MISFITS = [
-    *(
-        (program, room, None, f"No module named '{'.'.join(room.with_suffix('').parts)}'")
-        for program, hall in HALLS.items()
-        for room in ROOMS
-        if room.parent.as_posix() in ("blora", hall) and room.stem not in LATE[program]
-    ),
-    *(
-        (program, *misfit)
-        for program in HALLS
-        for misfit in (
-            ("blora", None, "No module named 'blora'"),
-            ("blora/__init__.py", 'VERSION = "2.1.0"\n', "it is version 2.1.0"),
-            ("blora/__init__.py", "", "it is version unknown"),
-            ("blora/text.py", "# nothing of what the others ask for\n", NO_TEXT),
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize(("program", "path", "text", "why"), MISFITS, ids=str)
-def test_a_program_whose_blora_folder_does_not_fit_says_what_to_copy(
-    bundle, program, path, text, why
-):
+@pytest.mark.parametrize(
+    ("program", "path", "text", "why"),
+    [
+        *(
+            (program, room, None, f"No module named '{'.'.join(room.with_suffix('').parts)}'")
+            for program, hall in HALLS.items()
+            for room in ROOMS
+            if room.parent.as_posix() in ("blora", hall) and room.stem not in LATE[program]
+        ),
+        *(
+            (program, *misfit)
+            for program in HALLS
+            for misfit in (
+                ("blora", None, "No module named 'blora'"),
+                ("blora/__init__.py", 'VERSION = "2.1.0"\n', "it is version 2.1.0"),
+                ("blora/__init__.py", "", "it is version unknown"),
+                ("blora/text.py", "# nothing of what the others ask for\n", NO_TEXT),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_a_blora_folder_that_does_not_fit_is_to_be_copied(bundle, program, path, text, why):
     if text is not None:
         (bundle / path).write_text(text)
     else:
@@ -96,14 +104,6 @@ def test_what_only_some_cuts_need_is_missed_by_those_alone(bundle, lora, room, o
     assert run(bundle / "blora_slicer.py", "--loras", lora).returncode == 0
     said = refused(bundle / "blora_slicer.py", "--loras", lora, *options)
     assert said == unusable("blora_slicer.py", f"No module named 'blora.slicer.{room}'")
-
-
-@pytest.mark.parametrize("program", HALLS)
-def test_both_programs_are_of_the_version_of_the_blora_folder(program):
-    assert f'\nVERSION = "{blora.VERSION}"\n' in (ROOT / program).read_text(encoding="utf-8")
-
-
-# ---- Packages ------------------------------------------------------------------------------------
 
 
 def test_a_cut_at_1_needs_no_package_at_all_and_a_large_one_without_tqdm_has_no_bar(bundle, lora):
@@ -134,10 +134,6 @@ def test_a_strength_without_numpy_is_told_in_one_sentence(bundle, lora):
     )
 
 
-# What numpy raises where its binary does not fit the Python: a page of advice, and no name.
-BROKEN = 'raise ImportError("\\n\\nIMPORTANT: PLEASE READ THIS\\n" + "We have reasons. " * 99)\n'
-
-
 @pytest.mark.parametrize("options", [STRENGTH, ["--inspect"]], ids=" ".join)
 def test_a_broken_numpy_is_named_in_one_short_sentence(bundle, lora, options):
     (bundle / "packages").mkdir()
@@ -150,23 +146,11 @@ def test_a_broken_numpy_is_named_in_one_short_sentence(bundle, lora, options):
     assert len(said) < len(start) + 220
 
 
-# ---- Files of version 1 --------------------------------------------------------------------------
-
-FLAT = [  # every file that 1.5.0 had beside the programs
-    f"blora_{name}.py"
-    for name in (
-        "advice checkpoint cut dataset inspect look lora memory names options pictures plan "
-        "preview read refusals rehearsal report safetensors sdxl strength words"
-    ).split()
-]
-LEFT = (
-    "note: version 1 left files beside blora_slicer.py that nothing uses any more: {}: delete "
-    "them\n"
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [([], FLAT), (STRENGTH, FLAT), (["--inspect"], FLAT), ([], ["blora_cut.py"])],
 )
-
-
-@pytest.mark.parametrize("options", [[], STRENGTH, ["--inspect"]], ids=" ".join)
-def test_files_that_version_1_left_are_named_and_break_nothing(bundle, lora, options):
+def test_files_that_version_1_left_are_named_and_break_nothing(bundle, lora, options, left):
     def cut() -> tuple[str, str, list[object]]:
         done = run(bundle / "blora_slicer.py", "--loras", lora, *options)
         written = [path.read_bytes() for path in bundle.glob("model.safetensors")]
@@ -174,13 +158,10 @@ def test_files_that_version_1_left_are_named_and_break_nothing(bundle, lora, opt
 
     said, *wanted = cut()
     assert said == ""
-    for name in FLAT:
+    for name in [*left, "blora_my_own.py"]:
         (bundle / name).write_text("raise SystemExit('an old file was imported')\n")
-    assert cut() == (LEFT.format(", ".join(FLAT)), *wanted)
-
-
-def test_one_file_that_version_1_left_is_named_alone(bundle, lora):
-    (bundle / "blora_cut.py").touch()
-    (bundle / "blora_my_own.py").touch()
-    said = run(bundle / "blora_slicer.py", "--loras", lora).stderr
-    assert said == LEFT.format("blora_cut.py")
+    assert cut() == (
+        "note: version 1 left files beside blora_slicer.py that nothing uses any more: "
+        f"{', '.join(left)}: delete them\n",
+        *wanted,
+    )

@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -43,9 +44,10 @@ OPTIONS = {
     "output_name": "hero_1",
 }
 LINE = [f"--{name}={value}" for name, value in OPTIONS.items()]
+NO_SAMPLES = ["--sample_at_first", "--sample_prompts=gone"]
 BASE = "sdxl.safetensors (SDXL, 6.94 GB)"
+PROGRAM = str(ROOT / "blora_preflight.py")
 ANNOUNCED = "Rehearsing the training with the trainer's own code; this takes a few seconds.\n"
-NO_SCRIPT = 'no training script at "{}": run this in a kohya sd-scripts or kohya_ss folder'
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +65,8 @@ def kohya(tmp_path, monkeypatch) -> Path:
     write_checkpoint(Path("sdxl.safetensors"), sdxl_shapes())
     Path("images").mkdir()
     Path("page.html").write_text("mine")
-    write_config("images")
+    Path("config.toml").write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\n')
     return tmp_path
-
-
-def write_config(folder: str) -> None:
-    text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {json.dumps(folder)}\n"
-    Path("config.toml").write_text(text, encoding="utf-8")
 
 
 def not_rehearsed(folder: Path) -> str:
@@ -88,10 +85,9 @@ def asked(capsys, *words: str) -> dict:
     return report
 
 
-def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *words, "--no_rehearsal", SCRIPT, *LINE]
-    env = {**os.environ, **env}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+def run(*command: str, **more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *command]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
 
 
 # ---- What it prints ------------------------------------------------------------------------------
@@ -104,30 +100,27 @@ def test_it_says_what_the_training_will_be_and_as_json_the_same(kohya, capsys):
     assert asked(capsys, SCRIPT, *LINE) == asdict(Report(notes=[note], plan={"base": BASE}))
 
 
-def test_errors_come_first_and_alone_and_escaped(capsys):
-    Path("_out").mkdir()
-    Path("_out/hero_1.safetensors").touch()
-    assert main(["--no_rehearsal", SCRIPT, *LINE, "--vae=gone\x1b[31m", "--resume=gone"]) == 1
+def test_errors_come_first_and_alone_and_escaped_before_any_rehearsal(capsys):
+    assert main([SCRIPT, *LINE, *NO_SAMPLES, "--vae=gone\x1b[31m", "--resume=gone"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert [line.partition(": correct ")[0] for line in printed.err.splitlines()] == [
         r'error: no VAE at "gone\x1b[31m"',
         'error: no saved state in "gone"',
-        f'warning: "{Path("_out/hero_1.safetensors")}" exists and will be overwritten: give another'
-        " --output_name (BLORA_REVISION in the launcher), or move it away",
+        'warning: no prompts at "gone", so no samples will be drawn',
     ]
 
 
 def test_a_warning_stops_nothing(capsys):
-    assert main(["--no_rehearsal", SCRIPT, *LINE, "--output_name=CON"]) == 0
+    assert main(["--no_rehearsal", SCRIPT, *LINE, *NO_SAMPLES]) == 0
     printed = capsys.readouterr()
-    assert printed.err.startswith('warning: --output_name "CON"')
+    assert printed.err.startswith("warning: ")
     assert printed.out == f"This training:\n  base      {BASE}\n"
 
 
 def test_a_name_that_the_terminals_encoding_lacks_is_escaped():
-    write_config("gone_ü")
-    done = run(str(ROOT / "blora_preflight.py"), PYTHONIOENCODING="ascii")
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run(PROGRAM, SCRIPT, *LINE, "--vae=gone_ü", env=env)
     assert (done.returncode, done.stdout) == (1, "")
     assert r'"gone_\xfc"' in done.stderr
 
@@ -140,6 +133,30 @@ def test_an_output_that_is_no_text_stream_of_pythons_is_written_to_as_it_is(monk
 
 
 # ---- The command line ----------------------------------------------------------------------------
+
+NO_SCRIPT = 'no training script at "{}": run this in a kohya sd-scripts or kohya_ss folder'
+NO_VAE = 'no VAE at "gone": correct --vae'
+NO_FILE = (
+    "--config_file gone.toml cannot be read: correct its path or its text (gone.toml not found.)"
+)
+NO_NUMBER = (
+    "sd-scripts refuses the options: correct them (argument --network_dim: invalid int value: "
+    "'many')"
+)
+LACKS = (
+    f"this Python ({sys.executable}) has no {{}}: install kohya's requirements, or activate the "
+    "environment that has them"
+)
+DOES_NOT_FIT = (
+    f"blora_preflight.py {blora.VERSION} cannot use the blora folder beside it (lost): copy the "
+    "whole bundle again"
+)
+NAMES = [*OPTIONS, "network_args", "network_module", "config_file", "resume", "vae", "output_nam"]
+NAMES += ["save_every_n_steps", "max_train_steps", "sample_prompts", "sample_at_first"]
+VALUES = st.sampled_from(["", "0", "-1", "nan", "1e999", "config.toml", "images", "lycoris.kohya"])
+VALUES |= st.text(max_size=20) | st.just("x" * 300)
+WORDS = st.builds("--{}".format, st.sampled_from(NAMES))
+WORDS |= st.builds("--{}={}".format, st.sampled_from(NAMES), VALUES) | VALUES
 
 
 @pytest.mark.parametrize(
@@ -164,95 +181,54 @@ def test_the_words_before_the_script_are_accelerates(monkeypatch, line):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["launch", "--num_processes=2"], NO_SCRIPT.format("launch")),
-        (["gone.py", *LINE], NO_SCRIPT.format("gone.py")),
-        ([SCRIPT, "--pretrained_model_name_or_path=path/to/sd_xl_base_1.0.safetensors"], NOT_SET),
-    ],
-)
-def test_what_needs_no_parser_is_said_before_the_trainer_is_imported(capsys, words, sentence):
-    assert asked(capsys, *words)["errors"] == [sentence]
-    assert "sdxl_train_network" not in sys.modules
-
-
-@pytest.mark.parametrize(
     ("words", "errors"),
     [
-        (["--config_file", "gui.toml"], ['no VAE at "gone": correct --vae']),
-        (["--config_file=gui", "--vae="], []),
-        (
-            ["--config_file=gone"],
-            [
-                "--config_file gone.toml cannot be read: correct its path or its text (gone.toml "
-                "not found.)"
-            ],
-        ),
-        (
-            ["--network_dim=many"],
-            [
-                "sd-scripts refuses the options: correct them (argument --network_dim: invalid int "
-                "value: 'many')"
-            ],
-        ),
+        # What needs no parser is said before the trainer is imported.
+        (["launch", "--num_processes=2"], [NO_SCRIPT.format("launch")]),
+        (["gone.py", *LINE], [NO_SCRIPT.format("gone.py")]),
+        ([SCRIPT, "--pretrained_model_name_or_path=path/to/sd_xl_base_1.0.safetensors"], [NOT_SET]),
+        # The rest is read by its own parser, or from the GUI's config file.
+        ([SCRIPT, "--config_file", "gui.toml"], [NO_VAE]),
+        ([SCRIPT, "--config_file=gui", "--vae="], []),
+        ([SCRIPT, "--config_file=gone"], [NO_FILE]),
+        ([SCRIPT, "--network_dim=many"], [NO_NUMBER]),
     ],
 )
-def test_the_trainer_reads_the_options_or_the_guis_config_file(capsys, words, errors):
+def test_the_trainer_itself_reads_the_options(capsys, words, errors):
     options = OPTIONS | {"vae": "gone", "train_data_dir": "", "save_last_n_epochs": ""}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     Path("gui.toml").write_text("\n".join([*lines, "cache_latents = false"]), encoding="utf-8")
-    assert asked(capsys, SCRIPT, *words)["errors"] == errors
+    assert asked(capsys, *words)["errors"] == errors
+    is_early = words[0] != SCRIPT or errors == [NOT_SET]
+    assert ("sdxl_train_network" in sys.modules) == (not is_early)
 
 
-def test_an_error_in_files_ends_before_the_rehearsal(capsys):
-    assert main([SCRIPT, *LINE, "--vae=gone"]) == 1
-    assert capsys.readouterr().err == 'error: no VAE at "gone": correct --vae\n'
-
-
-OTHER_SCRIPTS = {
-    "no library beside it": (PARSES, True, "is not part of sd-scripts"),
-    "no options": ("", False, "is not a training script of sd-scripts"),
-}
-
-
-@pytest.mark.parametrize("which", OTHER_SCRIPTS)
-def test_a_script_that_is_not_sd_scripts_own_is_not_asked(capsys, which):
-    text, alone, why = OTHER_SCRIPTS[which]
+@pytest.mark.parametrize(
+    ("text", "folder", "why"),
+    [
+        (PARSES, "elsewhere", "is not part of sd-scripts"),
+        ("", "library", "is not a training script of sd-scripts"),
+    ],
+)
+def test_a_script_that_is_not_sd_scripts_own_is_not_asked(capsys, text, folder, why):
     Path(SCRIPT).write_text(text)
-    if alone:
-        shutil.rmtree("library")
+    Path("library").rename(folder)
     notes = [f'"{SCRIPT}" {why}, so the training was not rehearsed']
     assert asked(capsys, SCRIPT, *LINE) == asdict(Report(notes=notes))
 
 
 def test_a_package_that_the_trainer_lacks_is_an_error():
     Path(SCRIPT).write_text("import torch\n")
-    done = run("-S", str(ROOT / "blora_preflight.py"), "--json")
-    assert json.loads(done.stdout)["errors"] == [
-        f"this Python ({sys.executable}) has no torch: install kohya's requirements, or activate "
-        "the environment that has them"
-    ]
+    done = run("-S", PROGRAM, "--json", SCRIPT, *LINE)
+    assert json.loads(done.stdout)["errors"] == [LACKS.format("torch")]
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [
-        (
-            "blora.preflight.images",
-            f"blora_preflight.py {blora.VERSION} cannot use the blora folder beside it (lost): "
-            "copy the whole bundle again",
-        ),
-        (
-            "numpy",
-            f"this Python ({sys.executable}) has no numpy: install kohya's requirements, or "
-            "activate the environment that has them",
-        ),
-    ],
+    [("blora.preflight.images", DOES_NOT_FIT), ("numpy", LACKS.format("numpy"))],
 )
 def test_what_only_the_pictures_need_is_missed_in_a_sentence(capsys, monkeypatch, name, sentence):
-    def lack(*_args: object) -> None:
-        raise ModuleNotFoundError("lost", name=name)
-
+    lack = mock.Mock(side_effect=ModuleNotFoundError("lost", name=name))
     monkeypatch.setattr(blora_preflight, "check_trainer", lack)
     assert asked(capsys, SCRIPT, *LINE)["errors"] == [sentence]
 
@@ -279,14 +255,6 @@ def test_files_that_version_1_left_behind_are_a_note(kohya, monkeypatch, capsys)
     assert asked(capsys, SCRIPT, *LINE)["notes"] == [blora.leftovers(), not_rehearsed(kohya)]
 
 
-NAMES = [*OPTIONS, "network_args", "network_module", "config_file", "resume", "vae", "output_nam"]
-NAMES += ["save_every_n_steps", "max_train_steps", "sample_prompts", "sample_at_first"]
-VALUES = st.sampled_from(["", "0", "-1", "nan", "1e999", "config.toml", "images", "lycoris.kohya"])
-VALUES |= st.text(max_size=20) | st.just("x" * 300)
-WORDS = st.builds("--{}".format, st.sampled_from(NAMES))
-WORDS |= st.builds("--{}={}".format, st.sampled_from(NAMES), VALUES) | VALUES
-
-
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(line=st.lists(WORDS, max_size=4))
 def test_odd_command_lines_are_told_in_sentences(capsys, line):
@@ -296,15 +264,16 @@ def test_odd_command_lines_are_told_in_sentences(capsys, line):
 
 
 def test_who_stops_it_sees_no_traceback(capsys, monkeypatch):
-    def stop(*_args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(blora_preflight, "check_files", stop)
+    monkeypatch.setattr(blora_preflight, "check_files", mock.Mock(side_effect=KeyboardInterrupt))
     assert main(["--json", SCRIPT, *LINE]) == 130
     assert capsys.readouterr().out == ""
 
 
 # ---- The sheet -----------------------------------------------------------------------------------
+
+NO_PAGE = '--preview (BLORA_PREVIEW) writes a web page, not "a.jpg": end its name in .html'
+NO_SHEET = '"page.html" is not an earlier sheet: give --preview (BLORA_PREVIEW) another name'
+NO_PICTURES = "--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)"
 
 
 @pytest.mark.parametrize(
@@ -327,18 +296,9 @@ def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch, words, setting
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (
-            ["--preview=sheet.jpg"],
-            '--preview (BLORA_PREVIEW) writes a web page, not "sheet.jpg": end its name in .html',
-        ),
-        (
-            ["--preview=page.html"],
-            '"page.html" is not an earlier sheet: give --preview (BLORA_PREVIEW) another name',
-        ),
-        (
-            ["--preview=sheet.html", "--no_rehearsal"],
-            "--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)",
-        ),
+        (["--preview=a.jpg"], NO_PAGE),
+        (["--preview=page.html"], NO_SHEET),
+        (["--preview=a.html", "--no_rehearsal"], NO_PICTURES),
     ],
 )
 def test_a_sheet_that_could_not_be_written_is_refused_before_anything_else(capsys, words, sentence):
@@ -359,51 +319,34 @@ def test_where_the_trainer_makes_no_dataset_there_is_no_sheet_and_that_is_an_err
     assert not Path("sheet.html").exists()
 
 
-def test_thumbnails_are_drawn_for_a_preview_alone(monkeypatch):
-    limits = []
-
-    def check_dataset(_rehearsal, _terminal, limit_for, _report):
-        limits.append(limit_for)
-        return images.Dataset(epoch=Epoch(1, 1, 1, 1, 64))
-
+@pytest.mark.parametrize(
+    ("preview", "limit"), [(None, None), (Path("sheet.html"), thumbnail_limit)]
+)
+def test_thumbnails_are_drawn_for_a_preview_alone(monkeypatch, preview, limit):
+    check_dataset = mock.Mock(return_value=images.Dataset(epoch=Epoch(1, 1, 1, 1, 64)))
     monkeypatch.setattr(images, "check_dataset", check_dataset)
-    for preview in (None, Path("sheet.html")):
-        assert not Path("sheet.html").exists()
-        training = Training(Path(SCRIPT), [], [], preview=preview)
-        assert blora_preflight.check_pictures(training, Rehearsal(), Report()) == 64
-    assert limits == [None, thumbnail_limit]
-    assert Path("sheet.html").exists()
+    rehearsal, report = Rehearsal(), Report()
+    training = Training(Path(SCRIPT), [], [], preview=preview)
+    assert blora_preflight.check_pictures(training, rehearsal, report) == 64
+    check_dataset.assert_called_once_with(rehearsal, None, limit, report)
+    assert Path("sheet.html").exists() == bool(preview)
 
 
 # ---- The end of a rehearsal ----------------------------------------------------------------------
+
+META = RuntimeError("Cannot copy out of meta tensor")
+NO_FURTHER = f"without weights the rehearsal goes no further than the network ({META})"
+STOPS = "the training would stop: fix the cause given (KeyError: 'it')"
+ENDS = "the trainer ends before its first step: remove the option that ends it early"
 
 
 @pytest.mark.parametrize(
     ("rehearsal", "report"),
     [
-        (
-            Rehearsal(missing='"it" is not there'),
-            Report(notes=['"it" is not there, so the training was not rehearsed']),
-        ),
-        (
-            Rehearsal(failure=RuntimeError("Cannot copy out of meta tensor")),
-            Report(
-                notes=[
-                    "without weights the rehearsal goes no further than the network (Cannot copy "
-                    "out of meta tensor)"
-                ]
-            ),
-        ),
-        (
-            Rehearsal(failure=KeyError("it")),
-            Report(["the training would stop: fix the cause given (KeyError: 'it')"]),
-        ),
-        (
-            Rehearsal(args=Namespace()),
-            Report(
-                ["the trainer ends before its first step: remove the option that ends it early"]
-            ),
-        ),
+        (Rehearsal(missing="it"), Report(notes=["it, so the training was not rehearsed"])),
+        (Rehearsal(failure=META), Report(notes=[NO_FURTHER])),
+        (Rehearsal(failure=KeyError("it")), Report([STOPS])),
+        (Rehearsal(args=Namespace()), Report([ENDS])),
         (Rehearsal(args=Namespace(), ready=True), Report()),
     ],
 )
@@ -416,20 +359,14 @@ def test_how_a_rehearsal_ended_is_one_sentence(rehearsal, report):
 @pytest.mark.parametrize(
     ("deepspeed", "failure", "errors", "notes"),
     [
-        (False, None, 0, 0),
-        (False, ValueError("a"), 1, 0),  # of --optimizer_args
-        (False, RuntimeError("a"), 0, 1),
-        (True, RuntimeError("a"), 0, 0),  # which has its own optimizer
+        (False, [], 0, 0),
+        (False, [ValueError("a")], 1, 0),  # of --optimizer_args
+        (False, [RuntimeError("a")], 0, 1),
+        (True, [RuntimeError("a")], 0, 0),  # which has its own optimizer
     ],
 )
-def test_what_an_optimizer_keeps_is_counted_where_it_can_be(
-    monkeypatch, deepspeed, failure, errors, notes
-):
-    def count(_args: Namespace) -> float:
-        if failure:
-            raise failure
-        return 2.0
-
+def test_state_is_counted_where_it_can_be(monkeypatch, deepspeed, failure, errors, notes):
+    count = mock.Mock(side_effect=[*failure, 2.0])
     monkeypatch.setattr(blora_preflight, "state_per_byte", count)
     rehearsal, report = Rehearsal(args=Namespace(deepspeed=deepspeed)), Report()
     blora_preflight.count_state(rehearsal, report)

@@ -1,143 +1,114 @@
-"""What of the rehearsal needs no sd-scripts: tensors without numbers, and what is never written.
+"""What of the rehearsal needs no sd-scripts: meta tensors, side effects, and sentences on errors.
 
-sd-scripts' own train() is rehearsed by test_real_kohya.py and test_real_cases.py.
+The exceptions are the real libraries' own. The functions that raise them here have the names of
+sd-scripts' functions, by which they are known. sd-scripts' own train() is rehearsed by
+test_real_kohya.py and test_real_cases.py.
 """
 
 from __future__ import annotations
 
-import argparse
+import ast
+import importlib
+import json
 import os
+import re
 import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import lycoris.kohya
 import prodigyopt
 import pytest
+import toml
 import torch
+import voluptuous
 from accelerate import Accelerator
+from accelerate.commands import launch
 from library import train_util  # the stand-in's
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import get_scheduler
 
-from blora.preflight.rehearsal import (
-    BRAKES,
-    FIRST_BATCH,
-    ROOT,
-    Ready,
-    as_started,
-    disable_side_effects,
-    header_tensors,
-    is_safetensors,
-    on_meta,
-    open_to_read,
-    raise_ready,
-    state_per_byte,
-    trainer_environment,
-)
-
-# ---- Tensors without numbers ---------------------------------------------------------------------
-
-TENSORS = {
-    "matrix": torch.ones(3, 2, dtype=torch.float16),
-    "kernel": torch.ones(2, 2, 3, 3),
-    "one row": torch.ones(1, 4, dtype=torch.bfloat16),
-    "empty": torch.ones(0, 4),
-    "alpha": torch.tensor(8.0),
-    "alpha in a list": torch.tensor([4.0]),
-    "numbers": torch.arange(3),
-}
-
-
-@pytest.fixture
-def file(tmp_path) -> Path:
-    path = tmp_path / "a.safetensors"
-    save_file(TENSORS, path)
-    return path
-
-
-def test_a_file_is_read_as_far_as_its_header(file):
-    with on_meta():
-        read = header_tensors(file, device="cpu")
-    loaded = load_file(file)
-    assert {n: (t.shape, t.dtype) for n, t in read.items()} == {
-        n: (t.shape, t.dtype) for n, t in loaded.items()
-    }
-    with_numbers = {name for name, tensor in read.items() if not tensor.is_meta}
-    assert with_numbers == {"alpha", "alpha in a list"}
-    assert (read["alpha"].item(), read["alpha in a list"].item()) == (8, 4)
-
-
-def test_what_is_made_has_no_numbers_and_goes_to_no_device():
-    with on_meta():
-        made = torch.zeros(2, 2)
-        moved = [made.cpu(), made.to("cpu"), made.to(0), made.to(torch.device("cpu"), torch.half)]
-        moved += [made.to(device="cpu", dtype=torch.half), nn.Linear(2, 2).to("cpu").weight]
-    assert all(tensor.is_meta for tensor in (made, *moved))
-    assert [tensor.dtype for tensor in moved[3:5]] == [torch.half, torch.half]
-
-
-def test_a_number_that_is_there_stays_one():
-    with on_meta():
-        assert torch.tensor(4.0).item() == 4
-        assert torch.ones(1, device="cpu").to("cpu").item() == 1
-    assert not torch.zeros(1).is_meta
+from blora.preflight import rehearsal
+from blora.preflight.processes import Started, check_device, check_processes, processes
+from blora.preflight.rehearsal import BRAKES, FIRST_BATCH, ROOT, on_meta
+from blora.preflight.report import Report
+from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, own_words, refusal
+from blora.text import BloraError
 
 
 class Transformer2DModel(nn.Module):
+    """A class that LyCORIS' presets name."""
+
     def __init__(self):
         super().__init__()
         self.to_q, self.conv = nn.Linear(64, 64), nn.Conv2d(64, 64, 3)
 
 
-ALGOS = ("lora", "locon", "loha", "lokr", "dylora", "full", "ia3", "glora", "diag-oft", "boft")
+def network(block: nn.Module, **options: str) -> nn.Module:
+    unet = nn.Module()
+    unet.block = block
+    return lycoris.kohya.create_network(1.0, 4, 4, None, nn.Module(), unet, **options)
+
+
+# ---- Tensors without numbers ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    tensors = {
+        "matrix": torch.ones(3, 2, dtype=torch.float16),
+        "kernel": torch.ones(2, 2, 3, 3),
+        "one row": torch.ones(1, 4, dtype=torch.bfloat16),
+        "empty": torch.ones(0, 4),
+        "alpha": torch.tensor(8.0),
+        "alpha in a list": torch.tensor([4.0]),
+        "numbers": torch.arange(3),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def test_a_file_is_read_as_far_as_its_header(file):
+    with on_meta():
+        read = rehearsal.header_tensors(file, device="cpu")
+    loaded = load_file(file)
+    assert {n: (t.shape, t.dtype) for n, t in read.items()} == {
+        n: (t.shape, t.dtype) for n, t in loaded.items()
+    }
+    numbers = {name: tensor.item() for name, tensor in read.items() if not tensor.is_meta}
+    assert numbers == {"alpha": 8, "alpha in a list": 4}
+
+
+def test_what_is_made_has_no_numbers_and_goes_to_no_device_but_a_number_stays_one():
+    with on_meta():
+        made = torch.zeros(2, 2)
+        moved = [made.cpu(), made.to("cpu"), made.to(0), made.to(torch.device("cpu"), torch.half)]
+        moved += [made.to(device="cpu", dtype=torch.half), nn.Linear(2, 2).to("cpu").weight]
+        assert torch.tensor(4.0).item() == 4
+        assert torch.ones(1, device="cpu").to("cpu").item() == 1
+    assert all(tensor.is_meta for tensor in (made, *moved))
+    assert [tensor.dtype for tensor in moved[3:5]] == [torch.half, torch.half]
+    assert not torch.zeros(1).is_meta
 
 
 @pytest.mark.parametrize("dora", ["False", "True"])
-@pytest.mark.parametrize("algo", ALGOS)
+@pytest.mark.parametrize("algo", "lora locon loha lokr dylora full ia3 glora diag-oft boft".split())
 def test_lycoris_builds_the_same_modules_without_numbers_as_with(algo, dora):
-    def build(model: nn.Module) -> dict[str, torch.Size]:
-        unet = nn.Module()
-        unet.block = model
-        options = {"algo": algo, "dora_wd": dora, "conv_dim": "4"}
-        network = lycoris.kohya.create_network(1.0, 4, 4, None, nn.Module(), unet, **options)
-        network.apply_to(nn.Module(), unet, False, True)
-        return {name: tensor.shape for name, tensor in network.state_dict().items()}
+    def build(block: nn.Module) -> dict[str, torch.Size]:
+        built = network(block, algo=algo, dora_wd=dora, conv_dim="4")
+        built.apply_to(nn.Module(), nn.Module(), False, True)
+        return {name: tensor.shape for name, tensor in built.state_dict().items()}
 
     real = build(Transformer2DModel())
     with on_meta():
         rehearsed = build(Transformer2DModel().to("cpu"))
     assert rehearsed == real
     assert real
-
-
-# ---- What it leaves alone ------------------------------------------------------------------------
-
-
-def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    given_and_left = {
-        "logging_dir": ("logs", "temporary"),
-        "wandb_api_key": ("secret", None),
-        "console_log_file": ("log.txt", None),
-        "disable_mmap_load_safetensors": (True, False),
-        "debug_dataset": (True, False),
-        "vae": ("stabilityai/sdxl-vae", None),
-        "tokenizer_cache_dir": (str(empty), None),
-    }
-    args = argparse.Namespace(**{name: given for name, (given, _) in given_and_left.items()})
-    disable_side_effects(args, "temporary")
-    assert vars(args) == {name: left for name, (_, left) in given_and_left.items()}
-    read = {"vae": str(file), "tokenizer_cache_dir": str(tmp_path)}
-    args = argparse.Namespace(**read, logging_dir=None)
-    disable_side_effects(args, "temporary")
-    off = {"logging_dir": None, "disable_mmap_load_safetensors": False, "debug_dataset": False}
-    assert vars(args) == read | off
-
-
-# ---- The optimizer -------------------------------------------------------------------------------
 
 
 class ScheduleFree(torch.optim.SGD):
@@ -159,40 +130,54 @@ class ScheduleFree(torch.optim.SGD):
         (ScheduleFree, "", torch.float32, 1),
     ],
 )
-def test_an_optimizers_state_is_counted_after_a_first_step(
-    monkeypatch, optimizer, option, dtype, expected
-):
+def test_state_is_counted_after_a_first_step(monkeypatch, optimizer, option, dtype, expected):
     def get_optimizer(_args, parameters):
         assert {parameter.dtype for parameter in parameters} == {dtype}
         return "", "", optimizer(parameters, lr=1e-3)
 
     monkeypatch.setattr(train_util, "get_optimizer", get_optimizer, raising=False)
-    args = argparse.Namespace(full_bf16=option == "full_bf16", full_fp16=option == "full_fp16")
-    assert state_per_byte(args) == pytest.approx(expected, abs=1e-3)
+    args = Namespace(full_bf16=option == "full_bf16", full_fp16=option == "full_fp16")
+    assert rehearsal.state_per_byte(args) == pytest.approx(expected, abs=1e-3)
 
 
-# ---- The script ----------------------------------------------------------------------------------
+# ---- What it leaves alone ------------------------------------------------------------------------
+
+
+def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
+    (tmp_path / "empty").mkdir()
+    given_and_left = {
+        "logging_dir": ("logs", "temporary"),
+        "wandb_api_key": ("secret", None),
+        "console_log_file": ("log.txt", None),
+        "disable_mmap_load_safetensors": (True, False),
+        "debug_dataset": (True, False),
+        "vae": ("stabilityai/sdxl-vae", None),
+        "tokenizer_cache_dir": (str(tmp_path / "empty"), None),
+    }
+    args = Namespace(**{name: given for name, (given, _) in given_and_left.items()})
+    rehearsal.disable_side_effects(args, "temporary")
+    assert vars(args) == {name: left for name, (_, left) in given_and_left.items()}
+    read = {"vae": str(file), "tokenizer_cache_dir": str(tmp_path), "logging_dir": None}
+    args = Namespace(**read)
+    rehearsal.disable_side_effects(args, "temporary")
+    assert vars(args) == read | {"disable_mmap_load_safetensors": False, "debug_dataset": False}
 
 
 @pytest.mark.parametrize("python_path", [[], ["/other", str(ROOT)]])
-def test_the_scripts_folder_comes_first_and_ours_stays_where_pythonpath_has_it(
-    tmp_path, monkeypatch, python_path
-):
+def test_our_folder_stays_where_pythonpath_has_it_alone(tmp_path, monkeypatch, python_path):
     before = [str(ROOT), "/elsewhere"]
     monkeypatch.setattr(sys, "path", before)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(python_path))
-    with as_started(tmp_path / "script.py", ["--a", "b"]):
+    with rehearsal.as_started(tmp_path / "script.py", ["--a", "b"]):
         assert sys.path == [str(tmp_path), *(before if python_path else before[1:])]
         assert sys.argv == [str(tmp_path / "script.py"), "--a", "b"]
     assert sys.path == [str(ROOT), "/elsewhere"]
 
 
 @pytest.mark.parametrize(("before", "width"), [(None, "1000"), ("80", "80")])
-def test_what_the_trainer_prints_is_kept_in_lines_of_their_own_length(
-    monkeypatch, capsys, before, width
-):
+def test_what_the_trainer_prints_is_kept_unwrapped(monkeypatch, capsys, before, width):
     monkeypatch.setattr(os, "environ", {"COLUMNS": before} if before else {})
-    with trainer_environment(Path("script.py"), []) as environment:
+    with rehearsal.trainer_environment(Path("script.py"), []) as environment:
         print("log")
         print("warning", file=sys.stderr)
         assert os.environ == {"COLUMNS": width}
@@ -203,11 +188,11 @@ def test_what_the_trainer_prints_is_kept_in_lines_of_their_own_length(
 def test_files_are_read_and_never_written(tmp_path):
     path = tmp_path / "metadata_cache.json"
     for mode in ("w", "a", "x", "wb"):
-        with open_to_read(path, mode) as file:
+        with rehearsal.open_to_read(path, mode) as file:
             file.write(b"a" if "b" in mode else "a")
     assert not path.exists()
     path.write_text("a")
-    with open_to_read(path, "r", encoding="utf-8") as file:
+    with rehearsal.open_to_read(path, "r", encoding="utf-8") as file:
         assert file.read() == "a"
 
 
@@ -218,34 +203,380 @@ def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch
     (models / "absolute.safetensors").symlink_to(file)
     monkeypatch.chdir(models)
     for name in ("../a.safetensors", "absolute.safetensors", "relative.safetensors"):
-        assert is_safetensors(name), name
+        assert rehearsal.is_safetensors(name), name
     monkeypatch.chdir(tmp_path)
     for name in ("models/relative.safetensors", "models"):
-        assert not is_safetensors(name), name
+        assert not rehearsal.is_safetensors(name), name
 
 
-# ---- The brakes: test_real_cases.py takes them out of sd-scripts itself --------------------
-
-
-def train(dropped: tuple[str, ...]) -> None:
+def begin(dropped: tuple[str, ...]) -> None:
     """What sd-scripts calls before its first step, less some of it."""
     accelerator = Accelerator(cpu=True)
-    calls = {
-        "register_load_state_pre_hook": lambda: accelerator.register_load_state_pre_hook(print),
-        "init_trackers": lambda: accelerator.init_trackers("it"),
-        FIRST_BATCH: lambda: next(iter(accelerator.prepare(DataLoader([1.0])))),
-    }
-    for name, call in calls.items():
-        if name not in dropped:
-            call()
+    if "register_load_state_pre_hook" not in dropped:
+        accelerator.register_load_state_pre_hook(print)
+    if "init_trackers" not in dropped:
+        accelerator.init_trackers("it")
+    next(iter(accelerator.prepare(DataLoader([1.0]))))
 
 
 @pytest.mark.parametrize("dropped", [(), BRAKES[:1], BRAKES[1:], BRAKES])
 def test_what_a_release_drops_of_the_brakes_leaves_the_next(dropped):
-    train(dropped)  # goes through without any
+    """test_real_cases.py takes them out of sd-scripts itself."""
+    begin(dropped)  # goes through without any
     with (
-        mock.patch.multiple(Accelerator, **dict.fromkeys(BRAKES, raise_ready)),
-        mock.patch.multiple(DataLoader, **{FIRST_BATCH: raise_ready}),
-        pytest.raises(Ready),
+        mock.patch.multiple(Accelerator, **dict.fromkeys(BRAKES, rehearsal.raise_ready)),
+        mock.patch.multiple(DataLoader, **{FIRST_BATCH: rehearsal.raise_ready}),
+        pytest.raises(rehearsal.Ready),
     ):
-        train(dropped)
+        begin(dropped)
+
+
+# ---- Errors, as sd-scripts comes to them ---------------------------------------------------------
+
+ARGS = Namespace(
+    optimizer_type="prodigy",
+    optimizer_args=["a=b", "c=d"],
+    network_args=["a=b", "c=d"],
+    network_dim=4,
+    lr_scheduler="constant",
+    network_module="lycoris.kohya",
+    dataset_config="my/config.toml",
+    vae=None,
+)
+MATRIX = nn.Parameter(torch.ones(2, 2))
+
+
+def raised(function: Callable[..., object], *given: object) -> BaseException:
+    """The exception of a function, with the way it came."""
+    with pytest.raises((Exception, SystemExit)) as caught:
+        function(*given)
+    return caught.value
+
+
+def get_optimizer(args: list[str], *parameters: nn.Parameter) -> object:
+    """--optimizer_args as train_util.get_optimizer reads them."""
+    options = {}
+    for arg in args:
+        key, value = arg.split("=")
+        options[key] = ast.literal_eval(value)
+    return prodigyopt.Prodigy(parameters, **options)
+
+
+def state_per_byte() -> None:
+    torch.optim.LBFGS([MATRIX]).step()
+
+
+def get_scheduler_fix(name: str) -> object:
+    return get_scheduler(name, torch.optim.AdamW([MATRIX]))
+
+
+def train(args: list[str]) -> None:
+    for net_arg in args:
+        _key, _value = net_arg.split("=", 1)
+
+
+def load_user_config(reader: Callable[[str], object]) -> object:
+    return reader("x = = 1")
+
+
+def read_caption(cap_path: str, text: bytes) -> str:
+    lines = text.decode().splitlines()
+    assert len(lines) > 0, f"caption file is empty / キャプションファイルが空です: {cap_path}"
+    return lines[0]
+
+
+def load_vae() -> None:
+    raise KeyError("encoder.conv_in.weight")
+
+
+def load_target_model() -> None:
+    load_vae()
+
+
+def load_tokenizers() -> None:
+    raise OSError("Can't load tokenizer for 'openai/clip-vit-large-patch14'.")
+
+
+def read_config_from_file(config_path: str) -> None:
+    sys.exit(1)
+
+
+def replace_unet_modules() -> None:
+    """As sd-scripts looks for a package."""
+    try:
+        importlib.import_module("no_such_package.ops")
+    except ImportError:
+        raise ImportError("No xformers / xformersがインストールされていないようです") from None
+
+
+NO_VALUE = "--optimizer_args has {}: write each one as NAME=VALUE, without spaces"
+EPS = (
+    "--optimizer_type=prodigy refuses --optimizer_args a=b c=d, or its learning rate: correct them"
+)
+UNKNOWN = (
+    "--optimizer_type=prodigy does not take foo: give it --optimizer_args of its own, or "
+    "--optimizer_args left empty"
+)
+NO_MODULE = (
+    "the network has nothing to train by --network_args a=b c=d and "
+    "--network_dim=4: correct the names in the preset, or the rank"
+)
+NO_ALGO = "--network_args has algo=dora, which LyCORIS does not know: correct it"
+NO_PRESET = "LyCORIS cannot read the preset of --network_args a=b c=d: correct its path or its text"
+ODD_PRESET = (
+    "the preset of --network_args a=b c=d has keys that LyCORIS refuses: remove "
+    "them; dora_wd and the like are --network_args"
+)
+NOT_BUILT = "lycoris.kohya cannot build a network from --network_args a=b c=d: correct them"
+WORKERS = (
+    "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: remove "
+    "one of the two"
+)
+NOT_VALID = 'the dataset config "my/config.toml" is not valid for sd-scripts: correct it'
+NOT_READ = 'the dataset config "my/config.toml" cannot be read: correct it'
+TOKENIZERS = (
+    "SDXL's tokenizers are not on this machine and cannot be downloaded: connect to huggingface.co "
+    "once, or give their folder as --tokenizer_cache_dir"
+)
+LACKS = f"this Python ({sys.executable}) has no "
+LYCORIS = "lycoris: pip install lycoris_lora"
+NOT_FOUND = (
+    "Python does not find blora_network.py: copy it beside sdxl_train_network.py, or put its "
+    "folder on PYTHONPATH, as the launchers do"
+)
+ARGPARSE = "sd-scripts refuses the options: correct them (unrecognized arguments: --stepz=2)"
+NO_CONFIG = "--config_file a.toml cannot be read: correct its path or its text (a.toml not found.)"
+LAST_LINE = "the training would stop: fix the cause given (SystemExit: a.toml not found.)"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "call"),
+    [
+        (UNKNOWN, (get_optimizer, ["foo=1"], MATRIX)),
+        (NO_VALUE.format("decouple"), (get_optimizer, ["decouple"])),
+        (NO_VALUE.format("betas=(0.9,"), (get_optimizer, ["betas=(0.9,", "0.99)"])),
+        (NO_VALUE.format("betas=high"), (get_optimizer, ["betas=high"])),
+        (EPS, (get_optimizer, ["eps=-1"], MATRIX)),
+        (EPS, (state_per_byte,)),
+        (NO_MODULE, (get_optimizer, [])),
+        ("--lr_scheduler=constant cannot be created: correct it", (get_scheduler_fix, "cosin")),
+        (NO_ALGO, (partial(network, algo="dora"), Transformer2DModel())),
+        (NO_PRESET, (partial(network, preset="gone.toml"), Transformer2DModel())),
+        (ODD_PRESET, (partial(network, preset="odd.toml"), Transformer2DModel())),
+        (NOT_BUILT, (partial(network, conv_dim="x"), Transformer2DModel())),
+        ("--network_args has dora_wd: write each one as NAME=VALUE", (train, ["a=x", "dora_wd"])),
+        (WORKERS, (partial(DataLoader, num_workers=0, persistent_workers=True), [1])),
+        (NOT_VALID, (voluptuous.Schema({}), {"foo": 1})),
+        (NOT_READ, (load_user_config, toml.loads)),
+        (NOT_READ, (load_user_config, json.loads)),
+        ('the caption "a" is empty: write its words, or delete it', (read_caption, "a", b"")),
+        ('the caption "a" is not UTF-8: save it as UTF-8', (read_caption, "a", b"caf\xe9")),
+        ("--vae=None cannot be loaded: correct it", (load_target_model,)),  # not the checkpoint
+        (TOKENIZERS, (load_tokenizers,)),
+    ],
+)
+def test_what_it_raises_is_told_by_its_setting(tmp_path, monkeypatch, capsys, sentence, call):
+    monkeypatch.chdir(tmp_path)
+    Path("odd.toml").write_text("dora_wd = true")
+    failure = raised(*call)
+    printed = capsys.readouterr().out
+    # LyCORIS prints what it has against a preset, and raises nothing but an AssertionError.
+    words = own_words(failure) or re.search(r"^Error.*", printed, re.MULTILINE)[0].strip()
+    assert refusal(failure, ARGS, f"{printed}\nit\n") == f"{sentence} ({words})"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("No data / 画像がありません", "No data"),
+        ("a path / with a slash", "a path / with a slash"),
+        ("two\n  lines", "two lines"),
+        ("x" * 400, "x" * 400),
+        ("x" * 401, "x" * 400 + "..."),
+    ],
+)
+def test_its_own_words_are_the_english_ones_on_one_line_of_readable_length(text, words):
+    assert own_words(ValueError(text)) == words
+
+
+def test_what_nobody_foresaw_and_variables_of_another_name_leave_its_own_words():
+    def get_optimizer() -> None:
+        _key, _value = "decouple".split("=")
+
+    for failure in (raised(int, "abc"), raised(get_optimizer)):
+        assert refusal(failure, ARGS, "") == (
+            f"the training would stop: fix the cause given (ValueError: {failure})"
+        )
+
+
+@pytest.mark.parametrize(
+    ("failure", "module", "sentence"),
+    [
+        (raised(replace_unet_modules), "", f"{LACKS}no_such_package: pip install no_such_package"),
+        (ModuleNotFoundError(name="lycoris"), "lycoris.kohya", f"{LACKS}{LYCORIS}"),
+        (ModuleNotFoundError(name="blora_network"), "blora_network", NOT_FOUND),
+        (ModuleNotFoundError(name="a"), "a.b", "unknown --network_module=a.b: correct it"),
+        (ModuleNotFoundError(name="a.b"), "a.b", "unknown --network_module=a.b: correct it"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(failure, module, sentence):
+    assert refusal(failure, Namespace(network_module=module), "") == sentence
+
+
+@pytest.mark.parametrize(
+    ("failure", "args", "printed", "sentence"),
+    [
+        (
+            SystemExit(2),
+            argparse.Namespace(),
+            "a\nb: error: unrecognized arguments: --stepz=2\nc\n",
+            ARGPARSE,
+        ),
+        (
+            raised(read_config_from_file, "a.toml"),
+            argparse.Namespace(),
+            "a\na.toml not found.\n",
+            NO_CONFIG,
+        ),
+        (SystemExit(1), ARGS, "a: error: an earlier one\na.toml not found.\n", LAST_LINE),
+        # As blora_network ends.
+        (SystemExit("error: with bypass_mode: remove it"), ARGS, "", "with bypass_mode: remove it"),
+    ],
+)
+def test_an_end_is_told_by_the_last_words(failure, args, printed, sentence):
+    assert refusal(failure, args, printed) == sentence
+
+
+def test_what_only_the_rehearsal_lacks_is_no_refusal():
+    assert is_of_the_rehearsal(raised(torch.empty(1, device="meta").item))
+    moved = nn.Linear(2, 2, device="meta").to
+    assert is_of_the_rehearsal(raised(moved, "cpu"))
+    for words in ("abc", "no metadata / メタデータ", "D:/meta/metal.png", "metadata_cache.json"):
+        assert not is_of_the_rehearsal(raised(int, words)), words
+
+
+def test_a_training_without_pictures_ends_without_a_word_that_is_seen():
+    assert ended_sentence("ERROR    No data found. Please verify") == (
+        "the trainer finds no picture: put pictures into the folders of the dataset config, not "
+        "into subfolders, or correct image_dir there"
+    )
+
+
+# ---- The processes that accelerate starts, by its own sum ----------------------------------------
+
+SCRIPT = "sdxl_train_network.py"
+CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: 'NO'
+num_machines: 1
+num_processes: {}
+use_cpu: true
+"""
+LONE = ["launch", "--num_processes=2"]
+TWO = [*LONE, "--multi_gpu"]
+MEET = ["--num_machines=2", "--main_process_ip=10.0.0.1"]
+WHERE = "accelerate's options (BLORA_ACCELERATE_ARGS in the launcher)"
+NO_CARD = (
+    "torch finds no graphics card, so the training would run on the processor: install torch with "
+    "CUDA"
+)
+ALL_CARDS = (
+    "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
+    f"pictures a step: for one, add --num_processes=1 to {WHERE}"
+)
+NOT_TOGETHER = (
+    "without --multi_gpu accelerate starts one process on each machine, and each trains a LoRA of "
+    f"its own: add it to {WHERE}"
+)
+
+
+@pytest.fixture
+def no_cards(tmp_path, monkeypatch) -> None:
+    """accelerate finds no config and no card; the working directory has two configs."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default.yaml"))
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 3):
+        Path(f"{number}.yaml").write_text(CONFIG.format(number))
+
+
+@pytest.mark.parametrize(
+    ("accelerate", "expected"),
+    [
+        ([], Started(is_chosen=False)),
+        (["launch"], Started(is_chosen=False)),
+        (["accelerate", "launch", "--mixed_precision=bf16"], Started(is_chosen=False)),
+        (["accelerate", "launch", "--multi_gpu", "--num_processes", "2"], Started(2)),
+        (["launch", "--multi_gpu"], Started()),  # as many as there are cards: none
+        (["launch", "--cpu", "--num_processes=1"], Started()),
+        (["launch", "--cpu", "--num_processes=2"], Started()),
+        (["launch", "--config_file", "1.yaml"], Started()),
+        ([*TWO, "--config_file=3.yaml"], Started(2)),
+        (["launch", "--config_file=3.yaml", "--multi_gpu"], Started(3)),
+        # Whatever number is asked for, accelerate starts one.
+        (LONE, Started(lacks_multi_gpu=True)),
+        (["launch", "--config_file=3.yaml"], Started(lacks_multi_gpu=True)),
+        ([*LONE, *MEET, "--main_process_port=29500"], Started(lacks_multi_gpu=True)),
+        # A rank means nothing where there is one machine.
+        ([*TWO, "--num_machines=1", "--machine_rank=1"], Started(2)),
+        # --num_processes is that of all machines.
+        ([*TWO, *MEET, "--machine_rank=0"], Started(2, 2)),
+        ([*TWO, *MEET, "--machine_rank=1"], Started(2, 2, 1)),
+        ([*TWO, *MEET, "--num_processes=5", "--machine_rank=1"], Started(4, 2, 1)),
+    ],
+)
+def test_accelerate_says_how_many_it_starts(no_cards, capsys, monkeypatch, accelerate, expected):
+    assert processes(accelerate, SCRIPT) == expected
+    assert capsys.readouterr() == ("", "")
+    # Its own choice of a way to start them is the same.
+    chosen = []
+    for name in ("simple_launcher", "multi_gpu_launcher"):
+        monkeypatch.setattr(launch, name, lambda args, name=name: chosen.append(name))
+    words = accelerate[accelerate.index("launch") + 1 :] if accelerate else []
+    launch.launch_command(launch.launch_command_parser().parse_args([*words, SCRIPT]))
+    assert chosen == ["multi_gpu_launcher" if "--multi_gpu" in words else "simple_launcher"]
+    assert expected.processes == 1 or chosen == ["multi_gpu_launcher"]
+
+
+def test_accelerate_takes_all_cards_unless_a_number_is_chosen(no_cards, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert processes(["launch"], SCRIPT) == Started(2, is_chosen=False)
+    assert processes(LONE, SCRIPT) == Started(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--num_processes=many"], "invalid int value: 'many'"),
+        (["--multi_gpu", "--num_processes=1"], "You need to use at least 2 processes to use `--m"),
+        (["--config_file=gone.yaml"], "gone.yaml"),
+    ],
+)
+def test_accelerates_refusals_are_errors_in_its_words(no_cards, capsys, options, words):
+    with pytest.raises(BloraError) as raised:
+        processes(["launch", *options], SCRIPT)
+    start, told = str(raised.value).split(f": correct {WHERE} (")
+    assert start == "accelerate refuses its options"
+    assert words in told
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "warnings"),
+    [
+        (check_device, ("cpu", ["launch"]), [NO_CARD]),
+        (check_device, ("cpu", ["launch", "--cpu"]), []),
+        (check_device, ("cuda", ["launch"]), []),
+        (check_device, ("mps", []), []),
+        (check_processes, (Started(2, is_chosen=False),), [ALL_CARDS]),
+        (check_processes, (Started(lacks_multi_gpu=True),), [NOT_TOGETHER]),
+        (check_processes, (Started(),), []),
+        (check_processes, (Started(is_chosen=False),), []),
+        (check_processes, (Started(2),), []),
+    ],
+)
+def test_a_device_or_a_number_that_nobody_chose_is_a_warning(check, given, warnings):
+    report = Report()
+    check(*given, report)
+    assert report == Report(warnings=warnings)
