@@ -1,123 +1,68 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
+exec bash "$(dirname -- "$0")/blora/launch.sh" "$0" "$@" # which reads all that follows as text
+
 # Trains content and style of an SDXL B-LoRA together, with the original bundle's settings.
 # Edit the settings below, preferably in a copy of this file, and run it.
 # Options given to it are appended last and override the recipe: sdxl_blora_classic --max_train_steps=10
-# sh cannot read the rest: started as "sh sdxl_blora_classic.sh", it goes on in bash.
-if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
-set -euo pipefail
 
 # ---- Settings (edit them here, or set them in the environment) -----------------------------------
-# Change only what is between :- and }, and put no spaces around the =. For example:
-#   BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-~/my models/sdxl.safetensors}"
+# Change only what is after the =. Blanks, quote marks and letters of any language may be in it:
+#   BLORA_CHECKPOINT=~/my models/sdxl.safetensors
+#   BLORA_CHECKPOINT=D:\my models\sdxl.safetensors
 # Your project. Its dataset config is _in/lora/sdxl/NAME/config.toml.
-BLORA_NAME="${BLORA_NAME:-my_project}"
+BLORA_NAME=my_project
 # The attempt. The LoRA is saved as _out/lora/sdxl/NAME_REVISION/NAME_REVISION.safetensors.
-BLORA_REVISION="${BLORA_REVISION:-1}"
+BLORA_REVISION=1
 # Rank and alpha. 1024 saves 1.8 GB in fp32; 64, the paper's, 113 MB, and trains on smaller cards.
-BLORA_RANK="${BLORA_RANK:-1024}"
+BLORA_RANK=1024
 # The SDXL checkpoint to train on: a .safetensors file or a diffusers folder.
-BLORA_CHECKPOINT="${BLORA_CHECKPOINT:-path/to/sd_xl_base_1.0.safetensors}"
+BLORA_CHECKPOINT=path/to/sd_xl_base_1.0.safetensors
 # The blocks to train: one of lycoris_presets, relative to this folder.
-BLORA_PRESET="${BLORA_PRESET:-lycoris_presets/blora_content_style.toml}"
+BLORA_PRESET=lycoris_presets/blora_content_style.toml
 # Options for accelerate launch. For two GPUs: --multi_gpu --num_processes=2
 # For one of several: --num_processes=1
-BLORA_ACCELERATE_ARGS="${BLORA_ACCELERATE_ARGS:-}"
+BLORA_ACCELERATE_ARGS=
+# 1 checks the training and stops before it begins. 0 trains.
+BLORA_CHECK_ONLY=0
 
-# ---- Launch (nothing below needs editing) --------------------------------------------------------
-fail() {
-  echo "$1" >&2
-  exit 1
-}
-
-# A path may have been pasted with quote marks around it, or start at the home folder.
-as_path() {
-  local path="${1#[\"\']}"
-  path="${path%[\"\']}"
-  if [[ "$path" == \~/* ]]; then path="$HOME${path:1}"; fi
-  printf '%s\n' "$path"
-}
-
-BLORA_CHECKPOINT="$(as_path "$BLORA_CHECKPOINT")"
-BLORA_PRESET="$(as_path "$BLORA_PRESET")"
-CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-PROJECT="${BLORA_NAME}_${BLORA_REVISION}"
-SCRIPT="sdxl_train_network.py"
-if [[ ! -f "$SCRIPT" ]]; then SCRIPT="sd-scripts/sdxl_train_network.py"; fi
-
-if [[ ! -f "$SCRIPT" ]]; then
-  fail "No sdxl_train_network.py in \"$PWD\" or its sd-scripts folder: copy the B-LoRA files into a kohya sd-scripts or kohya_ss folder."
-fi
-
-# Lets the trainer of a kohya_ss folder find blora_network.py, which lies here.
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-VENV=""
-if [[ -x ".venv/bin/accelerate" ]]; then VENV="$PWD/.venv"; fi
-if [[ -x "venv/bin/accelerate" ]]; then VENV="$PWD/venv"; fi
-if [[ -n "$VENV" ]]; then export VIRTUAL_ENV="$VENV" PATH="$VENV/bin:$PATH"; fi
-if ! ACCELERATE="$(type -P accelerate)"; then
-  fail "No accelerate in venv, .venv or the active environment: install kohya's requirements, or activate the environment that has them."
-fi
-
-# Pre-flight looks at the environment of the training, so it runs by the Python of accelerate.
-# The first line of accelerate names it. If that is a shell, because the path is long or has a
-# space, Python is beside it.
-read -r PYTHON PROGRAM _ <"$ACCELERATE"
-PYTHON="${PYTHON#??}"
-if [[ "$PYTHON" == */env ]]; then PYTHON="$(type -P "$PROGRAM" || true)"; fi
-if [[ "${PYTHON##*/}" != python* ]]; then PYTHON="${ACCELERATE%/*}/python"; fi
-if [[ ! -x "$PYTHON" ]]; then
-  fail "No Python found that runs \"$ACCELERATE\": make its environment again, with kohya's requirements."
-fi
-
-# torch refuses to keep workers where --max_data_loader_n_workers=0 leaves none.
-WORKERS=(--persistent_data_loader_workers)
-if [[ " $* " == *" --max_data_loader_n_workers"[=\ ]"0 "* ]]; then WORKERS=(); fi
-
-OPTIONS=(
-  --pretrained_model_name_or_path="$BLORA_CHECKPOINT"
-  --dataset_config="./_in/lora/sdxl/$BLORA_NAME/config.toml"
-  --output_dir="./_out/lora/sdxl/$PROJECT"
-  --output_name="$PROJECT"
-  --network_module=lycoris.kohya
-  --network_args "preset=$BLORA_PRESET"
-  --network_dim="$BLORA_RANK"
-  --network_alpha="$BLORA_RANK"
-  --network_train_unet_only
-  "--resolution=1024,1024"
-  --enable_bucket
-  --min_bucket_reso=512
-  --bucket_reso_steps=32
-  --random_crop
-  --caption_extension=.txt
-  "${WORKERS[@]}"
-  --max_train_steps=3000
-  --save_every_n_steps=1000
-  --save_model_as=safetensors
-  --mixed_precision=fp16
-  --no_half_vae
-  --gradient_checkpointing
-  --mem_eff_attn
-  --prior_loss_weight=0
-  --max_grad_norm=1.0
-  --seed=0
-  --lr_scheduler=cosine
-  --lr_warmup_steps=500
-  --learning_rate=1.0
-  --optimizer_type=prodigy
-  --optimizer_args
-  "weight_decay=1e-04"
-  "betas=(0.9,0.999)"
-  "eps=1e-08"
-  "decouple=True"
-  "use_bias_correction=True"
-  "safeguard_warmup=True"
-  "beta3=None"
-)
-
-read -r -a ACCELERATE_ARGS <<<"$BLORA_ACCELERATE_ARGS"
-"$PYTHON" blora_preflight.py launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"
-if [[ -n "${BLORA_PREVIEW:-}" ]]; then
-  echo "The sheet is ready. To train, run this again without BLORA_PREVIEW."
-  exit 0
-fi
-"$ACCELERATE" launch --num_cpu_threads_per_process=8 "${ACCELERATE_ARGS[@]}" "$SCRIPT" "${OPTIONS[@]}" "$@"
+# ---- Recipe (options of sd-scripts) --------------------------------------------------------------
+# Delete a line, add one, or put a # in front of it to leave it out.
+--pretrained_model_name_or_path=$BLORA_CHECKPOINT
+--dataset_config=./_in/lora/sdxl/$BLORA_NAME/config.toml
+--output_dir=./_out/lora/sdxl/${BLORA_NAME}_$BLORA_REVISION
+--output_name=${BLORA_NAME}_$BLORA_REVISION
+--network_module=lycoris.kohya
+--network_args
+preset=$BLORA_PRESET
+--network_dim=$BLORA_RANK
+--network_alpha=$BLORA_RANK
+--network_train_unet_only
+--resolution=1024,1024
+--enable_bucket
+--min_bucket_reso=512
+--bucket_reso_steps=32
+--random_crop
+--caption_extension=.txt
+--persistent_data_loader_workers
+--max_train_steps=3000
+--save_every_n_steps=1000
+--save_model_as=safetensors
+--mixed_precision=fp16
+--no_half_vae
+--gradient_checkpointing
+--mem_eff_attn
+--prior_loss_weight=0
+--max_grad_norm=1.0
+--seed=0
+--lr_scheduler=cosine
+--lr_warmup_steps=500
+--learning_rate=1.0
+--optimizer_type=prodigy
+--optimizer_args
+weight_decay=1e-04
+betas=(0.9,0.999)
+eps=1e-08
+decouple=True
+use_bias_correction=True
+safeguard_warmup=True
+beta3=None

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the quick tests of Python code that need no torch, with the oldest and the newest Python that
-# the bundle is for, where they are on this machine. Options go to pytest.
+# Runs the quick check with the oldest and the newest Python that the bundle is for. Options go to
+# pytest.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -13,18 +13,12 @@ find_python() {
       return
     fi
   done
+  echo "There is no Python $1 on this machine: install it, for example by pyenv install $1." >&2
   return 1
 }
 
 for version in 3.10 3.13; do
-  if ! python="$(find_python "$version")"; then
-    echo "NOT RUN with Python $version: there is none on this machine"
-    continue
-  fi
+  python="$(find_python "$version")"
   echo "== Python $version"
-  (
-    PYTHON="$python"
-    source tests/environment.sh tests/requirements-other-pythons.txt ".venv/python$version"
-    python -m pytest tests -m "not slow and not shell" --only-importable "$@"
-  )
+  PYTHON="$python" bash tests/check.sh quick "$@"
 done

@@ -75,7 +75,7 @@ def lora(tmp_path: Path) -> Path:
             for program in HALLS
             for misfit in (
                 ("blora", None, "No module named 'blora'"),
-                ("blora/__init__.py", 'VERSION = "2.1.0"\n', "it is version 2.1.0"),
+                ("blora/__init__.py", 'VERSION = "2.2.0"\n', "it is version 2.2.0"),
                 ("blora/__init__.py", "", "it is version unknown"),
                 ("blora/text.py", "# nothing of what the others ask for\n", NO_TEXT),
             )

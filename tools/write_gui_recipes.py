@@ -2,7 +2,7 @@
 
 Run it as: python tools/write_gui_recipes.py
 
-The options are those that a launcher hands to sd-scripts when bash runs it. The keys are those of
+The options are those that a launcher hands to sd-scripts. The keys are those of
 the LoRA tab of kohya_ss v25.2.1 to 2026-07. A field whose key is not in the file keeps what is on
 the form: so every field that changes a training is in it, and none that names the user's files.
 """
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/standin"))
 
-from kohya_folder import CHECKPOINT, ROOT, SCRIPT, Bash, make_kohya
 from sdxl_train_network_options import build_parser
+
+from blora import ROOT
+from blora.launch import chosen_options, chosen_settings, read_launcher
 
 RECIPES = ("classic", "fast")
 # The slider's end. Gradio refuses a value beyond it, and then every load and print of the form.
@@ -96,19 +97,9 @@ ADDITIONAL = {
 
 
 def launcher_options(launcher: str) -> list[str]:
-    """The options that sdxl_blora_LAUNCHER.sh hands to sd-scripts, at the slider's end."""
-    shell = Bash()
-    settings = {"BLORA_RANK": str(RANK), "BLORA_CHECKPOINT": CHECKPOINT}
-    with tempfile.TemporaryDirectory() as folder:
-        kohya = make_kohya(Path(folder) / "kohya")
-        shell.make_venv(kohya / "venv")
-        done, calls = shell.run(
-            kohya / f"sdxl_blora_{launcher}.sh", [], kohya, Path(folder) / "log", settings
-        )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    argv = calls[-1].argv  # of accelerate, after pre-flight
-    return argv[argv.index(SCRIPT) + 1 :]
+    """The options that sdxl_blora_LAUNCHER hands to sd-scripts, at the slider's end."""
+    text = read_launcher(ROOT / f"sdxl_blora_{launcher}.sh")
+    return chosen_options(text, chosen_settings(text, {"BLORA_RANK": str(RANK)}), [])
 
 
 def given(options: list[str]) -> set[str]:

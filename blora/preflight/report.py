@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blora.text import BloraError, printable, say
+from blora.text import BloraError, counted, printable, say
 
 LONGEST = 400  # letters of somebody else's words
 
@@ -62,3 +62,5 @@ def print_report(report: Report) -> None:
             print(f"  {name:<9} {printable(text)}")
         for sentence in report.notes:
             print(f"note: {printable(sentence)}")
+        if report.warnings:  # they scroll away under what the trainer prints from here on
+            print(f"{counted(len(report.warnings), 'warning')}: see above")

@@ -50,13 +50,11 @@ def options() -> dict[str, list[str]]:
     return {name: write_gui_recipes.launcher_options(name) for name in RECIPES}
 
 
-@pytest.mark.shell
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_what_the_tool_writes_from_its_launcher(name):
     assert FILES[name] == write_gui_recipes.recipe_text(name), "run tools/write_gui_recipes.py"
 
 
-@pytest.mark.shell
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_option_of_the_launcher_is_in_a_field_or_the_users(options, name):
     args = build_parser().parse_args(options[name])
@@ -67,7 +65,6 @@ def test_every_option_of_the_launcher_is_in_a_field_or_the_users(options, name):
         assert read(FIELDS[name]) == getattr(args, option), option
 
 
-@pytest.mark.shell
 def test_an_option_that_no_field_stands_for_is_refused(options):
     for more in (["--xformers"], ["--network_args", "preset=a.toml", "dora_wd=True"]):
         with pytest.raises((ValueError, KeyError), match=r"xformers|dora_wd"):

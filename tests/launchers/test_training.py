@@ -1,7 +1,8 @@
 """The launchers train, with real accelerate, LyCORIS and Prodigy, on the stand-in's toy SDXL.
 
 A training with LyCORIS' network and one with blora_network give the same file, but for what a
-second training of any kind changes: the times and the number of the session.
+second training of any kind changes: the times and the number of the session. Where a launcher is
+not run, the trainer gets what it would hand on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from kohya_folder import ONE_PROCESS, TWO_PROCESSES, make_standin, with_text_enc
 from lora_files import change
 from safetensors import safe_open
 from safetensors.torch import load_file
+from toy_trainer import train as train_toy
 
 import blora_slicer
+from blora.launch import chosen_options, chosen_settings, read_launcher
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,30 +60,37 @@ def kohya(tmp_path_factory) -> Path:
     return make_standin(tmp_path_factory.mktemp("kohya") / "kohya", name="toy")
 
 
+SETTINGS = {"BLORA_NAME": "toy", "BLORA_RANK": "2", "BLORA_CHECKPOINT": "toy.safetensors"}
+SHORT = ["--mixed_precision=no", f"--max_train_steps={STEPS}", "--lr_warmup_steps=0"]
+
+
+def moved(kohya: Path, printed: str) -> Trained:
+    """The file is moved away, so that the next can have its name."""
+    file = kohya / f"trained {len(list(kohya.glob('trained *')))}.safetensors"
+    shutil.move(kohya / "_out/lora/sdxl/toy_1/toy_1.safetensors", file)
+    return Trained(printed, file)
+
+
 def train(kohya: Path, launcher: str, *options: str, **settings: str) -> Trained:
-    """Three steps at rank 2; the file is moved away, so that the next can have its name."""
-    env = {
-        "BLORA_NAME": "toy",
-        "BLORA_RANK": "2",
-        "BLORA_CHECKPOINT": "toy.safetensors",
-        "BLORA_ACCELERATE_ARGS": ONE_PROCESS,
-        **settings,
-    }
-    short = ["--mixed_precision=no", f"--max_train_steps={STEPS}", "--lr_warmup_steps=0"]
+    """Three steps at rank 2, as the launcher has the trainer do them."""
+    text, environ = read_launcher(kohya / launcher), SETTINGS | settings
+    argv = chosen_options(text, environ | chosen_settings(text, environ), [*SHORT, *options])
+    return moved(kohya, train_toy(kohya / "sdxl_train_network.py", argv, kohya, environ))
+
+
+def launch(kohya: Path, launcher: str, *options: str, **settings: str) -> Trained:
+    """The same by running the launcher, which starts pre-flight and accelerate."""
     done = subprocess.run(
-        [f"./{launcher}", *short, *options],
+        [f"./{launcher}", *SHORT, *options],
         cwd=kohya,
-        env=os.environ | env,
+        env=os.environ | {"BLORA_ACCELERATE_ARGS": ONE_PROCESS} | SETTINGS | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    number = len(list(kohya.glob("trained *")))
-    file = kohya / f"trained {number}.safetensors"
-    shutil.move(kohya / "_out/lora/sdxl/toy_1/toy_1.safetensors", file)
-    return Trained(done.stdout, file)
+    return moved(kohya, done.stdout)
 
 
 def assert_same_file(ours: Trained, theirs: Trained) -> None:
@@ -121,7 +131,7 @@ def test_blora_network_trains_the_file_that_lycoris_trains(kohya, way):
 @pytest.fixture(scope="module")
 def fast(kohya) -> Trained:
     """The launcher as it is."""
-    return train(kohya, FAST)
+    return launch(kohya, FAST)
 
 
 def test_fast_as_it_is_has_blora_network_and_bypass_mode(fast):
@@ -164,7 +174,7 @@ def test_a_slice_of_what_blora_network_trained_names_lycoris(kohya, tmp_path):
 
 def test_the_trainer_of_a_kohya_ss_folder_finds_blora_network(tmp_path):
     kohya_ss = make_standin(tmp_path / "kohya_ss", name="toy", gui=True)
-    assert STOPS in train(kohya_ss, FAST).printed
+    assert STOPS in launch(kohya_ss, FAST, BLORA_REHEARSAL="0").printed
 
 
 def test_dora_that_lycoris_would_drop_is_refused_by_the_network(kohya):
@@ -172,12 +182,7 @@ def test_dora_that_lycoris_would_drop_is_refused_by_the_network(kohya):
     done = subprocess.run(
         [f"./{FAST}", *args],
         cwd=kohya,
-        env=os.environ
-        | {
-            "BLORA_NAME": "toy",
-            "BLORA_CHECKPOINT": "toy.safetensors",
-            "BLORA_ACCELERATE_ARGS": ONE_PROCESS,
-        },
+        env=os.environ | SETTINGS | {"BLORA_ACCELERATE_ARGS": ONE_PROCESS},
         capture_output=True,
         text=True,
         check=False,
@@ -191,12 +196,13 @@ def test_dora_that_lycoris_would_drop_is_refused_by_the_network(kohya):
 
 def test_two_processes_train_one_lora_and_save_it_once(kohya):
     theirs, ours = (
-        train(
+        launch(
             kohya,
             FAST,
             f"--network_module={module}",
             *["--network_args", PRESET, "--save_every_n_steps=2"],
             BLORA_ACCELERATE_ARGS=TWO_PROCESSES,
+            BLORA_REHEARSAL="0",
         )
         for module in NETWORKS
     )

@@ -26,7 +26,6 @@ from preset_modules import lora_parameters
 from readme_commands import (
     PAGES,
     RESIZE,
-    SETTINGS,
     blocks_of,
     check_launcher,
     check_preflight,
@@ -40,6 +39,7 @@ from sdxl_train_network_options import build_parser
 
 import blora_preflight
 import blora_slicer
+from blora import launch
 from blora.preflight import plan
 from blora.preflight.folders import check_config
 from blora.preflight.report import Report
@@ -71,7 +71,7 @@ def check_pip(line: str) -> None:
 
 
 CHECKS = {
-    r"([A-Z_]+=(\"[^\"]*\"|\S+) )*\./sdxl_|sdxl_": check_launcher,
+    r"([A-Z_]+=(\"[^\"]*\"|\S+) )*\./(my|sdxl)_|my_": check_launcher,
     r'set "': lambda line: check_setting(line[5:-1]),
     # run below, with the trait that the page adds
     r"python blora_slicer\.py .* middle ": None,
@@ -83,6 +83,7 @@ IN_README = {
     # run by test_readme.py, in bash and in cmd.exe
     r"source |cp -r |\"<kohya folder>|x?copy |mkdir _in\\": None,
     r"mkdir -p |cp blora_dataset\.toml ": None,  # that file is loaded below
+    r"cp sdxl_\w+\.sh \w+\.sh$|copy sdxl_\w+\.bat \w+\.bat$": None,
     r"bash tests/(demo|check)\.sh$": None,  # one is run by the other's tests, the other right now
     r"pip install ": check_pip,
 }
@@ -120,7 +121,7 @@ def test_its_links_within_the_repository_lead_somewhere(page):
 @pytest.mark.parametrize("page", NAMES)
 def test_the_presets_settings_and_options_that_it_names_exist(page):
     text = PAGES[page]
-    assert set(re.findall(r"\bBLORA_[A-Z_]+", text)) <= SETTINGS
+    assert set(re.findall(r"\bBLORA_[A-Z_]+", text)) <= set(launch.SETTINGS)
     presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
     assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout)_\w+", text)) <= presets
     parsers = [program.build_parser() for program in (blora_slicer, blora_preflight)]
@@ -406,22 +407,27 @@ def test_a_message_of_ours_is_one_that_the_programs_have(message):
 
 
 # What the system says of a launcher, not the launcher.
-SYSTEM = ("Permission denied", "/usr/bin/env: ", "syntax error ", "BLORA_CHECKPOINT: command not")
-LAUNCHERS = [
-    (message, name)
-    for message in quoted("Launchers")
-    for name in ("sdxl_blora_classic", "sdxl_blora_fast")
-    # classic has no such setting
-    if not message.startswith(SYSTEM) and ("SAVE_MEMORY" not in message or name.endswith("fast"))
-]
+SYSTEM = ("Permission denied", "/usr/bin/env: ", "cannot execute ")
 
 
-@pytest.mark.parametrize(("message", "name"), LAUNCHERS)
-def test_a_message_of_the_launchers_is_in_both_twins(message, name):
-    text = re.sub(r'\\"\$\w+\\"', '"..."', (ROOT / f"{name}.sh").read_text())
-    assert f'fail "{message}"' in text
-    text = re.sub(r"%\w+%", "...", (ROOT / f"{name}.bat").read_text())
-    assert f"echo {message}>&2" in text
+@pytest.mark.parametrize("message", [m for m in quoted("Launchers") if not m.startswith(SYSTEM)])
+def test_a_message_of_the_launchers_is_in_what_they_start(message):
+    in_sh, in_bat, in_python, start = (
+        re.sub(r'\\"\$\w+\\"|"%[~\w]+?%?"', '"..."', (ROOT / name).read_text())
+        for name in (
+            "blora/launch.sh",
+            "blora/launch.bat",
+            "blora/launch.py",
+            "sdxl_blora_fast.bat",
+        )
+    )
+    if message.startswith("error: "):
+        assert message.rpartition(": ")[2].split("...")[0] in in_python
+    elif "No blora folder" in message:  # bash has its own words
+        assert f"echo {message}& pause" in start
+    else:
+        assert f'fail "{message}"' in in_sh
+        assert f"echo {message}>&2" in in_bat
 
 
 @pytest.mark.parametrize("package", ["LyCORIS", "accelerate"])

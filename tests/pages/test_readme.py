@@ -13,27 +13,25 @@ import pytest
 from bundle_files import BUNDLE, tracked
 from cmd_runner import calls, windows_path
 from kohya_folder import BASH, ROOT, Bash, Bat
-from launcher_text import FAST_CHANGES, outline
 from preset_modules import CONTENT, EXPECTED, block_modules, lora_parameters, text_encoder_modules
 from readme_commands import PAGES, blocks_of
+from recipes import CLASSIC, FAST
 from rehearsed_networks import network, options, prodigy_state, told_memory
 
 import blora_slicer
+from blora.launch import read_launcher
 from blora.sdxl import layers_by_module, load_traits
 
 README = PAGES["README"]
 # fast has every setting of classic, and one more.
-SETTINGS = [
-    line for line in outline(ROOT / "sdxl_blora_fast.sh") if re.match(r"BLORA_\w+ = ", line)
-]
+SETTINGS = read_launcher(ROOT / "sdxl_blora_fast.sh").settings
 PACKAGES = ["install", "lycoris_lora", "prodigyopt"]
 EDIT = "path/to/sd_xl_base_1.0.safetensors"
 # The columns of the table of memory: what each recipe changes of fast's options.
-CLASSIC = ["--network_module=lycoris.kohya"]
 MEMORY_OF = [
     options(),
     options(without="gradient_checkpointing"),
-    options(*CLASSIC, "--no_half_vae", without="cache_latents"),
+    options("--network_module=lycoris.kohya", "--no_half_vae", without="cache_latents"),
 ]
 
 
@@ -125,9 +123,9 @@ def test_every_option_of_the_slicer_is_on_its_page():
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_is_in_it_with_its_default(setting):
-    name, default = setting.split(" = ")
+    default, _ = SETTINGS[setting]
     shown = {"": "empty", EDIT: "a path to edit"}
-    assert f"| `{name}` | {shown.get(default, f'`{default}`')} |" in README
+    assert f"| `{setting}` | {shown.get(default, f'`{default}`')} |" in README
 
 
 def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
@@ -148,9 +146,8 @@ def test_the_options_page_is_what_the_programs_print(bundle):
 
 def test_the_table_of_classic_against_fast_is_the_difference_between_them():
     table = PAGES["speed"].split("## Classic and fast")[1].split("##")[0]
-    rows = [re.findall(r"`([^`]+)`", row) for row in table.splitlines() if row.startswith("| ")]
-    told = {tuple(row) for row in rows if row}
-    assert told == {tuple(filter(None, change)) for change in FAST_CHANGES}
+    rows = "".join(row for row in table.splitlines() if row.startswith("| "))
+    assert sorted(re.findall(r"`([^`]+)`", rows)) == sorted({*CLASSIC} ^ {*FAST})
 
 
 def test_the_sizes_it_shows_are_those_of_the_files():
@@ -172,10 +169,9 @@ def test_the_memory_it_tells_is_what_preflight_computes():
         assert memory == [f"{float(text.split()[0]):.1f}" for text in told]
 
 
-def test_the_readme_of_the_tests_names_every_test_file_and_benchmark():
-    folder = ROOT / "tests"
-    rows = re.findall(r"^\| (`.*?) \|", (folder / "README.md").read_text(), re.MULTILINE)
-    named = re.findall(r"`([\w/]+\.py)`", "".join(rows))
-    files = [path for kind in ("test", "bench") for path in folder.rglob(f"{kind}_*.py")]
-    there = [path.relative_to(folder).as_posix() for path in files]
-    assert sorted(named) == sorted(there)
+def test_the_readme_of_the_tests_names_every_folder_and_benchmark():
+    tests = ROOT / "tests"
+    page = (tests / "README.md").read_text(encoding="utf-8")
+    folders = {Path(name).parts[1] for name in tracked("tests") if name.count("/") > 1}
+    assert set(re.findall(r"^\| `(\w+)/` \|", page, re.MULTILINE)) == folders
+    assert set(re.findall(r"`(bench_\w+\.py)`", page)) == {p.name for p in tests.glob("bench_*")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from kohya_folder import ROOT, Bash, Bat, make_kohya
 from readme_commands import PAGES, blocks, check_setting
 
 pytestmark = pytest.mark.shell
-FOR_CMD = re.compile(r'set "|sdxl_\w+\.bat\b|x?copy |mkdir _in\\')
+FOR_CMD = re.compile(r'set "|my_\w+\.bat\b|x?copy |mkdir _in\\')
 
 
 class Block(NamedTuple):
@@ -37,16 +38,22 @@ IN_KOHYA = [
     for _, text in blocks(page)
     if re.fullmatch(rf"(\s*({FOR_CMD.pattern}).*\n)+\s*", text) and "<kohya folder>" not in text
 ]
-LAUNCHING = [block for block in IN_KOHYA if block.lines[-1].startswith("sdxl_")]
+# A launcher's line with the settings above it.
+LAUNCHING = [
+    Block(block.page, [*filter(re.compile("set ").match, block.lines), line])
+    for block in IN_KOHYA
+    for line in block.lines
+    if line.startswith("my_")
+]
 # Those that launch are run beside their twins, which Windows does not have.
-ALONE = [block for block in IN_KOHYA if block not in LAUNCHING or sys.platform == "win32"]
+ALONE = [b for b in IN_KOHYA if "my_" not in b.lines[-1][:3] or sys.platform == "win32"]
 
 
 def typed(block: Block) -> bytes:
     """A .bat with the block's lines, which ends with the first that fails."""
     lines = ["@echo off"]
     for line in block.lines:
-        lines += [f"call {line}" if line.startswith("sdxl_") else line, "if errorlevel 1 exit /b 1"]
+        lines += [f"call {line}" if line.startswith("my_") else line, "if errorlevel 1 exit /b 1"]
     return "".join(f"{line}\r\n" for line in lines).encode()
 
 
@@ -65,15 +72,17 @@ def test_a_block_for_cmd_runs_to_its_end_in_a_kohya_folder(cmd, tmp_path, block)
 @pytest.mark.parametrize("block", LAUNCHING, ids=str)
 def test_a_launcher_gets_in_cmd_what_its_twin_gets_in_bash(cmd, tmp_path, block):
     launcher, *options = shlex.split(block.lines[-1])
-    told = []
+    launcher, told = launcher.removesuffix(".bat"), []
     for shell in (Bat(cmd), Bash()):
         kohya = make_kohya(tmp_path / f"kohya{shell.suffix}")
         shell.make_venv(kohya / "venv")
+        copy = kohya / f"{launcher}{shell.suffix}"
+        shutil.copy(kohya / copy.name.replace("my_", "sdxl_blora_"), copy)
         program, env, args = kohya / "page.bat", {}, []
         if shell.suffix == ".bat":
             program.write_bytes(typed(block))
         else:
-            program, env, args = kohya / launcher.replace(".bat", ".sh"), block.settings, options
+            program, env, args = copy, block.settings, options
         done, calls = shell.run(program, args, kohya, tmp_path / f"log{shell.suffix}", env)
         assert (done.returncode, done.stderr) == (0, "")
         given = [{name: call.env.get(name) for name in block.settings} for call in calls]
@@ -83,9 +92,9 @@ def test_a_launcher_gets_in_cmd_what_its_twin_gets_in_bash(cmd, tmp_path, block)
     assert given == [block.settings] * (1 + len(training))
     assert preflight[0] == "blora_preflight.py"
     assert preflight[len(preflight) - len(options) :] == options
-    # A preview is drawn in place of the training.
-    draws = "BLORA_PREVIEW" in block.settings
-    assert (len(training), bool(printed)) == (0 if draws else 1, draws)
+    # A preview is drawn in place of the training, and a check is nothing but that.
+    stops = bool({"BLORA_PREVIEW", "BLORA_CHECK_ONLY"} & block.settings.keys())
+    assert (len(training), bool(printed)) == (0 if stops else 1, stops)
     assert all(argv == preflight[1:] for argv in training)
 
 

@@ -428,13 +428,13 @@ def test_a_package_that_is_missing_is_named(failure, module, sentence):
     [
         (
             SystemExit(2),
-            argparse.Namespace(),
+            Namespace(),
             "a\nb: error: unrecognized arguments: --stepz=2\nc\n",
             ARGPARSE,
         ),
         (
             raised(read_config_from_file, "a.toml"),
-            argparse.Namespace(),
+            Namespace(),
             "a\na.toml not found.\n",
             NO_CONFIG,
         ),

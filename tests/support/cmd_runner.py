@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 SOURCES = Path(__file__).with_name("windows")
 ON_WINDOWS = sys.platform == "win32"
@@ -197,6 +198,7 @@ class Cmd:
     def install_recorder(self, path: Path) -> None:
         """Put a recorder at the path, such as venv/Scripts/accelerate.exe."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # of a link the target would be written
         shutil.copyfile(self.folder / "recorder.exe", path)
         path.chmod(0o755)
 
@@ -247,25 +249,18 @@ class Cmd:
         """Run launch.exe once on the request; None if it could not start what was asked."""
         request, result = self.folder / "request", self.folder / "result"
         result.unlink(missing_ok=True)
-        command = [*self.wine, str(self.folder / "launch.exe"), str(request), str(result)]
-        # Into files: a pipe would stay open for as long as anything else holds it.
-        stdout, stderr = (self.folder / name for name in ("stdout", "stderr"))
-        with stdout.open("wb") as out, stderr.open("wb") as err:
-            try:
-                subprocess.run(
-                    command,
-                    input=stdin,
-                    stdout=out,
-                    stderr=err,
-                    env=self.environ,
-                    timeout=TIME_LIMIT,
-                )
-            except subprocess.TimeoutExpired:
-                message = f"the .bat still ran after {TIME_LIMIT} s, it printed: {self._printed()}"
-                raise TimeoutError(message) from None
+        # Files: a pipe would stay open for as long as anything else holds it.
+        streams = [self.folder / name for name in ("stdin", "stdout", "stderr")]
+        streams[0].write_bytes(stdin)
+        command = [*self.wine, self.folder / "launch.exe", request, result, *streams]
+        try:
+            _silently(command, self.environ, check=False, timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            message = f"the .bat still ran after {TIME_LIMIT} s, it printed: {self._printed()}"
+            raise TimeoutError(message) from None
         if not result.exists():
             return None
-        return Finished(int(result.read_text()), _text(stdout), _text(stderr))
+        return Finished(int(result.read_text()), *map(_text, streams[1:]))
 
     def _printed(self) -> str:
         return "".join(_text(self.folder / name) for name in ("stdout", "stderr"))
@@ -329,6 +324,6 @@ def _wine_environ(tools: Tools, folder: Path) -> Iterator[dict[str, str]]:
         _silently([tools.wineserver, "-k"], environ, check=False)
 
 
-def _silently(command: list[str], environ: dict[str, str], check: bool = True) -> None:
-    nothing = subprocess.DEVNULL
-    subprocess.run(command, stdin=nothing, stdout=nothing, stderr=nothing, env=environ, check=check)
+def _silently(command: list[str | Path], environ: dict[str, str], **options: Any) -> None:
+    nothing = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.DEVNULL)
+    subprocess.run(command, env=environ, **{"check": True, **nothing, **options})

@@ -1,18 +1,19 @@
 """Throw-away kohya folders, and the two shells that run the launchers in them.
 
-A folder gets our files by the README's own copy command. In place of accelerate (or python) it
-holds a recorder, which notes how it was called and exits with the code asked for.
+A folder gets our files by the README's own copy command. In place of accelerate and of pre-flight
+it can hold a recorder, which notes how it was called and exits with the code asked for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BASH = shutil.which("bash") or "bash"
 CHECKPOINT = "models/sd_xl_base_1.0.safetensors"
 SCRIPT = "sdxl_train_network.py"
-PROGRAMS = ("accelerate", "python")
+# What tests/check.sh installs: the Python of python.org for Windows, which runs in Wine.
+WINDOWS_PYTHON = ROOT / ".venv/windows-python"
 # One record a call, with what tests/support/windows/recorder.c notes too.
 RECORDER = """#!/usr/bin/env bash
 mkdir -p "$RECORDER_LOG"
@@ -33,6 +35,16 @@ env -0 >>"$record"
 program="${0##*/}"
 code="RECORDER_EXIT_${program%%[0-9]*}"
 exit "${!code:-${RECORDER_EXIT:-0}}"
+"""
+# The same of pre-flight, in any system.
+PREFLIGHT = """\
+import json, os, sys
+from pathlib import Path
+log = Path(os.environ["RECORDER_LOG"])
+log.mkdir(exist_ok=True)
+call = {"argv": [sys.executable, *sys.argv], "cwd": os.getcwd(), "env": dict(os.environ)}
+(log / "preflight.json").write_text(json.dumps(call))
+sys.exit(int(os.environ.get("RECORDER_EXIT_preflight", "0")))
 """
 
 
@@ -53,6 +65,8 @@ def install(kohya: Path) -> None:
 def make_kohya(path: Path, *, gui: bool = False, name: str = "my_project") -> Path:
     """A folder with the bundle, a training script, a checkpoint and a dataset config.
 
+    Pre-flight is a recorder.
+
     The script lies in the root as in sd-scripts, or with `gui` in sd-scripts/ as in kohya_ss.
     """
     path.mkdir(parents=True)
@@ -65,7 +79,17 @@ def make_kohya(path: Path, *, gui: bool = False, name: str = "my_project") -> Pa
     for file in files:
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).touch()
+    (path / "blora_preflight.py").write_text(PREFLIGHT)
     return path
+
+
+def preflight_calls(log: Path, native: Callable[[str], Path]) -> list[Call]:
+    """The call that pre-flight's recorder noted, if there was one."""
+    record = log / "preflight.json"
+    if not record.exists():
+        return []
+    call = json.loads(record.read_text())
+    return [Call(call["argv"], native(call["cwd"]), call["env"])]
 
 
 def make_standin(path: Path, *, name: str, gui: bool = False) -> Path:
@@ -113,15 +137,14 @@ class Bash:
 
     def install_recorder(self, folder: Path, program: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / program).unlink(missing_ok=True)  # of a link the target would be written
         (folder / program).write_text(RECORDER)
         (folder / program).chmod(0o755)
 
     def make_venv(self, path: Path) -> Path:
-        """A real venv whose programs are recorders; hands back the folder they are in."""
+        """A real venv with a recorder for accelerate; hands back the folder of its programs."""
         venv.EnvBuilder(symlinks=True).create(path)
-        for program in PROGRAMS:
-            (path / "bin" / program).unlink(missing_ok=True)
-            self.install_recorder(path / "bin", program)
+        self.install_recorder(path / "bin", "accelerate")
         return path / "bin"
 
     def path_variable(self, folder: Path) -> dict[str, str]:
@@ -141,7 +164,8 @@ class Bash:
             check=False,
         )
         finished = Finished(done.returncode, done.stdout, done.stderr)
-        return finished, [self._call(record) for record in sorted(log.glob("*"))]
+        trainings = [self._call(record) for record in sorted(log.glob("[0-9]*"))]
+        return finished, preflight_calls(log, Path) + trainings
 
     def shown(self, path: Path) -> str:
         """The path as this shell and its programs write it."""
@@ -172,10 +196,19 @@ class Bat:
         self.cmd.install_recorder(folder / f"{program}.exe")
 
     def make_venv(self, path: Path) -> Path:
-        """The part of a venv that a .bat meets: its programs."""
-        for program in PROGRAMS:
-            self.install_recorder(path / "Scripts", program)
+        """A venv with a recorder for accelerate; hands back the folder of its programs."""
+        self.install_python(path / "Scripts")
+        self.install_recorder(path / "Scripts", "accelerate")
         return path / "Scripts"
+
+    def install_python(self, folder: Path) -> None:
+        """Put a Python for Windows into the folder; its ._pth would hide PYTHONPATH from it."""
+        if sys.platform == "win32":
+            venv.EnvBuilder().create(folder.parent)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in set(WINDOWS_PYTHON.iterdir()) - set(WINDOWS_PYTHON.glob("*._pth")):
+            (folder / file.name).symlink_to(file)
 
     def path_variable(self, folder: Path) -> dict[str, str]:
         return {"PATH": rf"{windows_path(folder)};C:\windows\system32;C:\windows"}
@@ -185,7 +218,7 @@ class Bat:
     ) -> tuple[Finished, list[Call]]:
         typed = subprocess.list2cmdline(args)
         done = self.cmd.run(launcher, typed, cwd, {"RECORDER_LOG": windows_path(log), **env})
-        return done, calls(log)
+        return done, preflight_calls(log, native_path) + calls(log)
 
     def shown(self, path: Path) -> str:
         """The path as this shell and its programs write it."""

@@ -13,6 +13,7 @@ from sdxl_train_network_options import build_parser as sd_scripts_parser
 
 import blora_preflight
 import blora_slicer
+from blora import launch
 from blora.preflight.processes import processes
 from blora.sdxl import load_traits
 
@@ -26,11 +27,6 @@ RESIZE = argparse.ArgumentParser()
 for option in "model save_to new_rank save_precision dynamic_method device".split():
     RESIZE.add_argument(f"--{option}")
 RESIZE.add_argument("--verbose", action="store_true")
-# fast has every setting of classic, and one more; pre-flight reads two by itself.
-SETTINGS = {
-    *re.findall(r"^(BLORA_\w+)=", (ROOT / "sdxl_blora_fast.sh").read_text(), re.MULTILINE),
-    *re.findall(r'setting\("(BLORA_\w+)"', (ROOT / "blora_preflight.py").read_text()),
-}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -47,7 +43,7 @@ def blocks_of(page: str, language: str) -> list[str]:
 def check_setting(word: str) -> None:
     """A setting that the launchers or torch know; accelerate takes its options."""
     name, _, value = word.partition("=")
-    assert name in {*SETTINGS, "CUDA_VISIBLE_DEVICES"}
+    assert name in {*launch.SETTINGS, "CUDA_VISIBLE_DEVICES"}
     if name == "BLORA_ACCELERATE_ARGS":
         assert processes(value.split(), "script.py").lacks_multi_gpu is False
 
@@ -59,7 +55,7 @@ def check_launcher(line: str) -> None:
     launcher, *options = command[len(settings) :]
     for setting in settings:
         check_setting(setting)
-    assert (ROOT / launcher).is_file()
+    assert (ROOT / launcher.replace("my_", "sdxl_blora_")).is_file()  # a copy of that
     sd_scripts_parser().parse_args(options)
     for preset in re.findall(r"lycoris_presets/\w+\.toml", line):
         assert (ROOT / preset).is_file()

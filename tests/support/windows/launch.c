@@ -1,10 +1,12 @@
 /*
- * launch.exe REQUEST RESULT: starts one process exactly as asked and notes its exit code.
+ * launch.exe REQUEST RESULT STDIN STDOUT STDERR: starts one process exactly as asked, with these
+ * files as its streams, and notes its exit code.
  *
  * REQUEST holds UTF-8 texts, each ended by a NUL: the command line, the directory to run in,
  * then NAME=value entries to add to the environment. RESULT gets the exit code in decimal.
  * Why it is there: Wine escapes the quotes of a command line that comes from Unix, and Unix
- * keeps 8 of the 32 bits of an exit code (9009 reads as 49). This passes both on unchanged.
+ * keeps 8 of the 32 bits of an exit code (9009 reads as 49). This passes both on unchanged. Python
+ * does not start in Wine on a stream that Unix opened, so the files are opened here.
  *
  * What it starts is in a job that ends with this process, so that killing launch.exe after
  * a time limit leaves nothing running. It exits with 0, or 125 if it could not do its work.
@@ -69,16 +71,26 @@ static HANDLE job_that_ends_with_us(void)
     return job;
 }
 
-static BOOL start_and_wait(wchar_t *command_line, const wchar_t *directory, DWORD *code)
+/* A file that the child reads, or writes anew. */
+static HANDLE stream(const wchar_t *path, BOOL is_read)
+{
+    SECURITY_ATTRIBUTES inherited = {sizeof inherited, NULL, TRUE};
+    return CreateFileW(path, is_read ? GENERIC_READ : GENERIC_WRITE,
+                       FILE_SHARE_READ | FILE_SHARE_WRITE, &inherited,
+                       is_read ? OPEN_EXISTING : CREATE_ALWAYS, FILE_ATTRIBUTE_NORMAL, NULL);
+}
+
+static BOOL start_and_wait(wchar_t *command_line, const wchar_t *directory, wchar_t **streams,
+                           DWORD *code)
 {
     STARTUPINFOW startup = {0};
     PROCESS_INFORMATION child;
     HANDLE job = job_that_ends_with_us();
     startup.cb = sizeof startup;
     startup.dwFlags = STARTF_USESTDHANDLES;
-    startup.hStdInput = GetStdHandle(STD_INPUT_HANDLE);
-    startup.hStdOutput = GetStdHandle(STD_OUTPUT_HANDLE);
-    startup.hStdError = GetStdHandle(STD_ERROR_HANDLE);
+    startup.hStdInput = stream(streams[0], TRUE);
+    startup.hStdOutput = stream(streams[1], FALSE);
+    startup.hStdError = stream(streams[2], FALSE);
     /* Suspended until it is in the job, so that nothing it starts is outside. */
     if (!CreateProcessW(NULL, command_line, NULL, NULL, TRUE, CREATE_SUSPENDED, NULL, directory,
                         &startup, &child))
@@ -97,14 +109,14 @@ int main(void)
     DWORD code = 0;
     FILE *result;
 
-    if (arguments == NULL || count != 3)
-        return fail("start: give REQUEST and RESULT");
+    if (arguments == NULL || count != 6)
+        return fail("start: give REQUEST, RESULT, STDIN, STDOUT and STDERR");
     command_line = read_request(arguments[1]);
     if (command_line == NULL)
         return fail("read the request");
     directory = next(command_line);
     set_variables(next(directory));
-    if (!start_and_wait(command_line, directory, &code))
+    if (!start_and_wait(command_line, directory, arguments + 3, &code))
         return fail("start the command");
     result = _wfopen(arguments[2], L"w");
     if (result == NULL || fprintf(result, "%lu", code) < 0 || fclose(result) != 0)
