@@ -18,11 +18,13 @@ if [[ -e "$KOHYA" ]]; then
   exit 1
 fi
 
-say "Install into \"$KOHYA\", by the README's command"
+say "Install into \"$KOHYA\", by the README's lines as they stand"
 mkdir -p "$KOHYA"
-install="$(grep -m 1 '^cp -r ' README.md)"
+ln -s "$VIRTUAL_ENV" "$KOHYA/venv" # kohya's environment
+install="$(sed -n '/^source "<kohya folder>/,/^```/{/^```/!p}' README.md)"
+install="${install//<kohya folder>/"$KOHYA"}" # in quotes an & of the path is one
 echo "$install"
-eval "${install/<kohya folder>/\$KOHYA}"
+eval "$install"
 # In place of sd-scripts, a checkpoint and a dataset: the stand-in, a toy, drawn pictures.
 cp -r tests/standin/* tests/data/sdxl_{train_network_options,checkpoint}.json "$KOHYA/"
 cd "$KOHYA"
@@ -33,7 +35,8 @@ say "Train content and style together"
 export BLORA_NAME=demo BLORA_RANK=4 BLORA_CHECKPOINT=toy_sdxl.safetensors
 export BLORA_ACCELERATE_ARGS="--cpu --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
 export TOY_REAL_ATTENTION=1
-./sdxl_blora_classic.sh --mixed_precision=no --max_train_steps=10 --lr_warmup_steps=0
+cp sdxl_blora_classic.sh my_classic.sh
+./my_classic.sh --mixed_precision=no --max_train_steps=10 --lr_warmup_steps=0
 
 say "Cut it"
 python blora_slicer.py --loras _out/lora/sdxl/demo_1/demo_1.safetensors \

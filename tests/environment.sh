@@ -8,8 +8,9 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   echo "Python 3.10 or newer is needed: set PYTHON to the one to use, for example PYTHON=python3.11." >&2
   exit 1
 fi
-# A venv holds its own path: one that was moved or copied would install elsewhere.
-if [[ "$(cat "$venv/made-in" 2>/dev/null)" != "$PWD" ]]; then
+# A venv holds its own path: one that was moved or copied would install elsewhere. One that is linked
+# here is somebody else's.
+if [[ ! -L "$venv" && "$(cat "$venv/made-in" 2>/dev/null)" != "$PWD" ]]; then
   "$python" -m venv --clear "$venv"
   echo "$PWD" >"$venv/made-in"
 fi

@@ -38,7 +38,9 @@ TIME_LIMIT = 300  # seconds; two that wait for nobody take 17
 
 @pytest.fixture(scope="module")
 def kohya(tmp_path_factory) -> Path:
-    return make_standin(tmp_path_factory.mktemp("kohya") / "kohya", name="toy")
+    kohya = make_standin(tmp_path_factory.mktemp("kohya") / "kohya", name="toy")
+    shutil.copy(kohya / "sdxl_blora_fast.sh", kohya / "my_fast.sh")
+    return kohya
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ class Machine:
                 self.process.wait(timeout=20)
 
 
-def start(folder: Path, accelerate: str, launcher: str = "./sdxl_blora_fast.sh") -> Machine:
+def start(folder: Path, accelerate: str, launcher: str = "./my_fast.sh") -> Machine:
     log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
