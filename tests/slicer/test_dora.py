@@ -11,14 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact_strength import digits, slice_all
-from lora_algebra import (
-    Module,
-    bias_change,
-    final_weight,
-    layer_change,
-    read_modules,
-    weight_at,
-)
+from lora_algebra import Module, bias_change, final_weight, layer_change, read_modules, weight_at
 from lora_files import SDXL, weight_shape
 from lora_forms import INPUT, REFUSED, Form, make_module, write_modules
 from lycoris_files import DORA, base_weights, lycoris_file, reload_lycoris
@@ -45,12 +38,10 @@ OPEN_CLIP = {
         "mlp_fc2": "mlp.c_proj.weight",
     }.items()
 }
+PREFIXES = {"unet": "model.diffusion_model", "te1": "conditioner.embedders.0.transformer"}
 KEYS = OPEN_CLIP | {
     f"lora_{part}_{layer.replace('.', '_')}": f"{prefix}.{layer}.weight"
-    for part, prefix in (
-        ("unet", "model.diffusion_model"),
-        ("te1", "conditioner.embedders.0.transformer"),
-    )
+    for part, prefix in PREFIXES.items()
     for layer in SDXL[part]
 }
 
@@ -121,25 +112,23 @@ def assert_on_the_way(
 # ---- The weight that it makes --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.5, -0.5, 0.0, 1e-3])
+F32 = torch.float32
+FEWER_BITS = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+WAYS = [(strength, F32) for strength in (0.5, 1.5, -0.5, 0.0, 1e-3)]
+WAYS += [(0.5, dtype) for dtype in FEWER_BITS]
+
+
+@pytest.mark.parametrize(("strength", "dtype"), WAYS, ids=str)
 @AXES
-def test_a_dora_with_its_base_model_has_the_interpolated_final_weight(tmp_path, form, strength):
-    weights = random_weights(SMALL)
+def test_a_dora_on_a_base_model_of_any_type_has_the_interpolated_final_weight(
+    tmp_path, form, strength, dtype
+):
+    weights = random_weights(SMALL, dtype)
     modules = make_doras(form, weights)
     result = assert_on_the_way(tmp_path, modules, weights, strength)
     for name, source in modules.items():
         types = {suffix: tensor.dtype for suffix, tensor in result[name].items()}
         assert types == {suffix: tensor.dtype for suffix, tensor in source.items()}
-
-
-FEWER_BITS = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-
-
-@pytest.mark.parametrize("dtype", FEWER_BITS, ids=str)
-@AXES
-def test_a_dora_on_a_base_model_of_fewer_bits_is_as_exact(tmp_path, form, dtype):
-    weights = random_weights(SMALL, dtype)
-    assert_on_the_way(tmp_path, make_doras(form, weights), weights, 0.5)
 
 
 def test_the_second_text_encoders_weights_go_by_open_clips_names(tmp_path):
@@ -249,30 +238,22 @@ UNSCALED = (
     "where the LoRA is used"
 )
 A_BIAS = UNSCALED.replace("{}", "it is DoRA and has a bias among its factors")
+IS_UNKNOWN = UNSCALED.replace("{}", f"what {ATTENTION}.strange does is unknown")
+WEIGHT, INFINITE = torch.eye(640), torch.full((640, 1), torch.inf)
 ONES, NO_CHANGE = torch.ones(640), {"lora_up.weight": torch.zeros(640, 2)}
 REFUSALS: dict[str, tuple[Module, Tensor, float, str]] = {
     # other tensors of the DoRA, the weight, the strength, and the sentence
     "a length that ends at 0 on the way": (
         NO_CHANGE | {"dora_scale": torch.full((640, 1), 2.0)},
-        4 * torch.eye(640),
+        4 * WEIGHT,
         2.0,
         CANNOT.format(2),
     ),
-    "a weight of length 0": (NO_CHANGE, torch.zeros(640, 640), 0.5, CANNOT.format(0.5)),
-    "a length of inf": (
-        {"dora_scale": torch.full((640, 1), torch.inf)},
-        torch.eye(640),
-        0.5,
-        CANNOT.format(0.5),
-    ),
-    "a bias of lora_up": ({"lora_up.bias": ONES}, torch.eye(640), 0.5, A_BIAS),
-    "a sparse bias": ({"bias_values": ONES}, torch.eye(640), 0.5, A_BIAS),
-    "an unknown tensor": (
-        {"strange": ONES},
-        torch.eye(640),
-        0.5,
-        UNSCALED.replace("{}", f"what {ATTENTION}.strange does is unknown"),
-    ),
+    "a weight of length 0": (NO_CHANGE, 0 * WEIGHT, 0.5, CANNOT.format(0.5)),
+    "a length of inf": ({"dora_scale": INFINITE}, WEIGHT, 0.5, CANNOT.format(0.5)),
+    "a bias of lora_up": ({"lora_up.bias": ONES}, WEIGHT, 0.5, A_BIAS),
+    "a sparse bias": ({"bias_values": ONES}, WEIGHT, 0.5, A_BIAS),
+    "an unknown tensor": ({"strange": ONES}, WEIGHT, 0.5, IS_UNKNOWN),
 }
 
 
