@@ -239,9 +239,17 @@ UNSCALED = (
 )
 A_BIAS = UNSCALED.replace("{}", "it is DoRA and has a bias among its factors")
 IS_UNKNOWN = UNSCALED.replace("{}", f"what {ATTENTION}.strange does is unknown")
+MISFIT = (
+    f"{ATTENTION} does not fit its weight in {{base}}: give the checkpoint that the LoRA was "
+    "trained on, or cut it at 1.0"
+)
+LACKS = (
+    f"{{base}} holds no weight for {ATTENTION}: give the SDXL checkpoint, as one .safetensors "
+    "file, that the LoRA was trained on"
+)
 WEIGHT, INFINITE = torch.eye(640), torch.full((640, 1), torch.inf)
 ONES, NO_CHANGE = torch.ones(640), {"lora_up.weight": torch.zeros(640, 2)}
-REFUSALS: dict[str, tuple[Module, Tensor, float, str]] = {
+REFUSALS: dict[str, tuple[Module, Tensor | None, float, str]] = {
     # other tensors of the DoRA, the weight, the strength, and the sentence
     "a length that ends at 0 on the way": (
         NO_CHANGE | {"dora_scale": torch.full((640, 1), 2.0)},
@@ -254,6 +262,8 @@ REFUSALS: dict[str, tuple[Module, Tensor, float, str]] = {
     "a bias of lora_up": ({"lora_up.bias": ONES}, WEIGHT, 0.5, A_BIAS),
     "a sparse bias": ({"bias_values": ONES}, WEIGHT, 0.5, A_BIAS),
     "an unknown tensor": ({"strange": ONES}, WEIGHT, 0.5, IS_UNKNOWN),
+    "a weight of other widths": ({}, torch.ones(320, 320), 0.5, MISFIT),
+    "no weight": ({}, None, 0.5, LACKS),
 }
 
 
@@ -264,6 +274,7 @@ def test_a_dora_that_cannot_be_cut_on_its_base_model_is_refused(
     tmp_path, capsys, others, weight, strength, sentence
 ):
     module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32) | others
-    lora, base = write_both(tmp_path, {ATTENTION: module}, {ATTENTION: weight})
+    weights = {} if weight is None else {ATTENTION: weight}
+    lora, base = write_both(tmp_path, {ATTENTION: module}, weights)
     args = (*everything(tmp_path), "--alphas", digits(strength), "--base_model", base)
     assert refused(capsys, lora, *args) == sentence.format(lora=lora, base=base)
