@@ -230,14 +230,17 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(
 # ---- Usage: exit 2 -------------------------------------------------------------------------------
 
 WRITING = {
-    "--traits": ["style"],
-    "--alphas": ["0.5"],
-    "--output_path": ["slice.safetensors"],
-    "--debug": [],
-    "--not_combined": [],
-    "--save_precision": ["fp16"],
-    "--base_model": ["sdxl.safetensors"],
-    "--no_metadata": [],
+    option.split()[0]: f"--loras a --inspect {option}"
+    for option in (
+        "--traits style",
+        "--alphas 0.5",
+        "--output_path slice.safetensors",
+        "--debug",
+        "--not_combined",
+        "--save_precision fp16",
+        "--base_model sdxl.safetensors",
+        "--no_metadata",
+    )
 }
 NO_NUMBERS = ("nan", "inf", "-inf", "1e39", "-3.5e38", "x")
 USAGE = {
@@ -245,17 +248,11 @@ USAGE = {
     "--loras a --alphas 1 1": "--alphas: 2 values for 1 slice, leave some out",
     "--loras a --trait_file b": "unrecognized arguments: --trait_file b",
     "--loras a --json": "--json requires --inspect",
-    **{
-        f"--loras a --alphas {text}": f"argument --alphas: '{text}' is not a finite fp32 number"
-        for text in NO_NUMBERS
-    },
-    **{
-        " ".join(["--loras a --inspect", option, *values]): (
-            f"--inspect writes nothing: leave out {option}"
-        )
-        for option, values in WRITING.items()
-    },
 }
+for text in NO_NUMBERS:
+    USAGE[f"--loras a --alphas {text}"] = f"argument --alphas: '{text}' is not a finite fp32 number"
+for option, args in WRITING.items():
+    USAGE[args] = f"--inspect writes nothing: leave out {option}"
 
 
 @pytest.mark.parametrize(("args", "message"), USAGE.items(), ids=USAGE)
