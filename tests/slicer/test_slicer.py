@@ -98,7 +98,7 @@ PAIRS = [
     ("a b", "content style", "0.5", "a:content:0.5 b:style:1"),
     ("a b", "content style layout", "0.5 2 -1", "a:content:0.5 b:style:2 b:layout:-1"),
     # argparse takes some of these for options
-    ("a", "content style layout", "-1e-5 -.5 -2", "a:content:-1e-05 a:style:-0.5 a:layout:-2"),
+    ("a", "content style layout", "-1e-5 -.5e+0 -2", "a:content:-1e-05 a:style:-0.5 a:layout:-2"),
     ("a", "content", "-5E+0", "a:content:-5"),
 ]
 
