@@ -437,8 +437,7 @@ def test_without_a_network_the_rate_is_looked_at_that_a_warm_up_from_zero_hides(
     get_constant_schedule_with_warmup(adam, 10)
     assert adam.param_groups[0]["lr"] == 0
     rehearsal = Rehearsal(args=options(without="optimizer_type"), accelerator=accelerator)
-    warnings = reported(option_warnings.check_options, rehearsal).warnings
-    assert warnings == [TOO_HIGH.format("1")]
+    assert reported(option_warnings.check_options, rehearsal).warnings == [TOO_HIGH.format("1")]
 
 
 def test_the_tested_lycoris_releases_are_the_tested_ones():
