@@ -241,7 +241,7 @@ def test_a_lora_that_does_not_name_another_model_is_cut(slicer, version, archite
     assert set(load_file(slicer.output)) == set(blora_modules(CONTENT))
 
 
-@pytest.mark.parametrize("layer", [TE2.format(0, "q"), CONTENT.format(0, 2, "v")])
+@pytest.mark.parametrize("layer", [TE2.format(0, "q"), *(CONTENT.format(0, 2, x) for x in "kv")])
 def test_a_merge_that_is_said_to_be_of_sd_1_is_cut_where_it_has_what_sdxl_alone_has(slicer, layer):
     merged = {ARCHITECTURE: "stable-diffusion-v1/lora"}
     tensors = lora_module(layer) | lora_module(NAME)
