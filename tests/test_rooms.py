@@ -20,8 +20,8 @@ ROOMS = [path.relative_to(ROOT) for path in sorted((ROOT / "blora").rglob("[!_]*
 HALLS = {"blora_slicer.py": "blora/slicer", "blora_preflight.py": "blora/preflight"}
 # What a program loads only where it is asked for it.
 LATE = {
-    "blora_slicer.py": {"sheet", "inspection", "strength"},
-    "blora_preflight.py": {"captions", "dataset", "folders", "images", "preview"},
+    "blora_slicer.py": {"sheet", "launch", "inspection", "strength"},
+    "blora_preflight.py": {"launch", "captions", "dataset", "folders", "images", "preview"},
 }
 STRENGTH = ["--alphas", "0.5"]
 NO_TEXT = "cannot import name 'BloraError' from 'blora.text' ({}/blora/text.py)"

@@ -132,6 +132,7 @@ def test_all_errors_come_at_once():
     "line",
     [
         "",
+        "--output_dir=new/a --logging_dir=logs",
         "--base_weights file folder/inside",
         "--log_tracker_config=file",
         "--vae=file",
@@ -149,8 +150,6 @@ def test_all_errors_come_at_once():
         "--resume=at_3000 --max_train_epochs=1",
         "--resume=at_3000 --initial_step=1",
         "--resume=at_3000 --initial_epoch=1",
-        # An option may be shortened.
-        "--resume=at_3000 --max_train_st=9000",
         # Prompts: those that sd-scripts reads, and those that it never reads.
         "--sample_prompts=prompts.txt --sample_at_first",
         "--sample_prompts=prompts.toml --sample_every_n_steps=100",
@@ -168,7 +167,9 @@ def test_all_errors_come_at_once():
     ids=str,
 )
 def test_what_is_there_or_not_looked_for_here_passes_without_a_word(line):
+    before = sorted(Path().rglob("*"))
     assert check(line) == Report(plan=ANY)
+    assert sorted(Path().rglob("*")) == before  # no folder is made
 
 
 def test_a_name_that_is_too_long_for_a_file_is_an_error_and_no_traceback():
@@ -207,14 +208,14 @@ NO_VAE = (
     "one that has it"
 )
 OTHER_UNET = (
-    '"base.safetensors" is {}, whose U-Net takes {} channels, not SDXL\'s 4: give a checkpoint of '
+    '"b.safetensors" is {}, whose U-Net takes {} channels, not SDXL\'s 4: give a checkpoint of '
     "SDXL itself"
 )
 FEW_BLOCKS = (
-    '"base.safetensors" is a distilled model, as SSD-1B and Segmind Vega are: its U-Net has 30 of '
+    '"b.safetensors" is a distilled model, as SSD-1B and Segmind Vega are: its U-Net has 30 of '
     "SDXL's 70 transformer blocks: give a checkpoint of SDXL itself"
 )
-OTHER_MODEL = '"base.safetensors" is {}, not an SDXL checkpoint: give the one to train on'
+OTHER_MODEL = '"b.safetensors" is {}, not an SDXL checkpoint: give the one to train on'
 OTHER_MODELS = {
     "lora_unet_out_2.alpha": "a LoRA",
     "unet.conv_in.lora_A.weight": "a LoRA",
@@ -233,7 +234,7 @@ OTHER_MODELS = {
     "anything": "something else",
 }
 NOT_WHOLE = (
-    "base.safetensors is not a whole safetensors file ({}): download it again, or save it as "
+    "b.safetensors is not a whole safetensors file ({}): download it again, or save it as "
     "safetensors"
 )
 ON_THE_HUB = '"{}" is not a file here, so it is taken for a model of the Hugging Face hub'
@@ -257,8 +258,8 @@ ELSEWHERE = (
 
 
 def of_shapes(shapes: Shapes) -> Report:
-    write_checkpoint(Path("base.safetensors"), shapes)
-    return check(f"{BASE}=base.safetensors")
+    write_checkpoint(Path("b.safetensors"), shapes)
+    return check(f"{BASE}=b.safetensors")
 
 
 def without(*starts: str) -> Shapes:
@@ -281,18 +282,16 @@ def test_what_is_missing_or_more_is_left_to_the_trainers_loader(which):
 
 
 def test_a_v_prediction_model_without_its_option_is_a_warning():
-    plan = {"base": "base.safetensors (SDXL, 6.94 GB)"}
-    sentence = (
-        '"base.safetensors" is a v-prediction model: add --v_parameterization --zero_terminal_snr'
-    )
-    assert of_shapes(SDXL | {"v_pred": ()}) == Report(warnings=[sentence], plan=plan)
-    assert check(f"{BASE}=base.safetensors --v_parameterization") == Report(plan=plan)
+    plan = {"base": "b.safetensors (SDXL, 6.94 GB)"}
+    words = '"b.safetensors" is a v-prediction model: add --v_parameterization --zero_terminal_snr'
+    assert of_shapes(SDXL | {"v_pred": ()}) == Report(warnings=[words], plan=plan)
+    assert check(f"{BASE}=b.safetensors --v_parameterization") == Report(plan=plan)
 
 
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [
-        (without(VAE), NO_VAE.format("base.safetensors")),
+        (without(VAE), NO_VAE.format("b.safetensors")),
         (SDXL | {CONV_IN: (320, 9, 3, 3)}, OTHER_UNET.format("an inpainting model", 9)),
         (SDXL | {CONV_IN: (320, 8, 3, 3)}, OTHER_UNET.format("a model of its own", 8)),
         ({n: shape for n, shape in SDXL.items() if not re.search(DISTILLED, n)}, FEW_BLOCKS),
@@ -300,7 +299,7 @@ def test_a_v_prediction_model_without_its_option_is_a_warning():
     ],
 )
 def test_a_model_that_sd_scripts_cannot_train_is_named_in_the_error(shapes, sentence):
-    assert of_shapes(shapes) == Report(errors=[sentence], plan={"base": "base.safetensors"})
+    assert of_shapes(shapes) == Report(errors=[sentence], plan={"base": "b.safetensors"})
 
 
 @pytest.mark.parametrize(
@@ -313,14 +312,13 @@ def test_a_model_that_sd_scripts_cannot_train_is_named_in_the_error(shapes, sent
     ],
 )
 def test_a_file_that_is_not_whole_is_an_error(content, sentence):
-    Path("base.safetensors").write_bytes(content)
-    assert check(f"{BASE}=base.safetensors").errors == [NOT_WHOLE.format(sentence)]
+    Path("b.safetensors").write_bytes(content)
+    assert check(f"{BASE}=b.safetensors").errors == [NOT_WHOLE.format(sentence)]
 
 
 @pytest.mark.parametrize(
     ("name", "files", "kind", "sentence"),
     [
-        ("base.safetensors", {}, "errors", NO_CHECKPOINT),
         ("models/sdxl.safetensors", {}, "errors", NO_CHECKPOINT),
         ("a/b/c", {}, "errors", NO_CHECKPOINT),
         ("stabilityai/stable-diffusion-xl-base-1.0", {}, "notes", ON_THE_HUB),
@@ -345,8 +343,8 @@ def test_a_name_that_is_no_safetensors_file_is_told_by_what_is_there(name, files
 @pytest.mark.parametrize(
     ("link", "target", "sentence"),
     [
-        ("models/x.safetensors", "{}/base.safetensors", None),
-        ("x.safetensors", "BASE.SAFETENSORS", None),  # the same ending
+        ("models/x.safetensors", "{}/b.safetensors", None),
+        ("x.safetensors", "B.SAFETENSORS", None),  # the same ending
         ("x.safetensors", "gone.safetensors", NO_CHECKPOINT.format("x.safetensors")),
         # As the hub's cache has its files: under a hash.
         ("models/x.safetensors", "{}/31e35c80", BY_ITS_NAME.format("{}/31e35c80")),
@@ -357,7 +355,7 @@ def test_a_name_that_is_no_safetensors_file_is_told_by_what_is_there(name, files
 )
 def test_a_link_is_followed_as_sd_scripts_follows_it(kohya, link, target, sentence):
     Path("models").mkdir()
-    for name in ("base.safetensors", "BASE.SAFETENSORS", "31e35c80", "models/real.safetensors"):
+    for name in ("b.safetensors", "B.SAFETENSORS", "31e35c80", "models/real.safetensors"):
         write_checkpoint(Path(name), SDXL)
     Path("models/novae.safetensors").touch()
     write_checkpoint(Path("novae.safetensors"), without(VAE))
@@ -391,7 +389,6 @@ def test_the_sample_prompts_pass_and_are_three():
         ("toml", FILES["prompts.toml"] + "width = 64", "TypeError: "),
         ("toml", "a dog", "TomlDecodeError: "),
         ("json", '{"prompt": "a dog"}', "TypeError: it is not a list of texts and tables)"),
-        ("json", '"a dog"', "TypeError: it is not a list of texts and tables)"),
         ("json", "[1]", "TypeError: it is not a list of texts and tables)"),
         ("json", "a dog", "JSONDecodeError: Expecting value: line 1 column 1 (char 0))"),
         ("json", "[" * 100_000, "RecursionError: "),
@@ -408,6 +405,7 @@ def test_prompts_that_sd_scripts_cannot_read_are_an_error(ending, text, why):
         f'sd-scripts cannot read the prompts in "{path}", which ends the training at the first '
         f"sample: write them as in blora_prompts.txt ({why}"
     )
+    assert error.endswith(")")
 
 
 @pytest.mark.parametrize(
@@ -515,12 +513,6 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(kohya, mode, output, sen
         check_folder(output, "output_dir", report)
     Path("closed").chmod(0o755)
     assert report.errors == [sentence.format(shown.format(kohya), "output_dir")]
-
-
-def test_no_folder_is_made():
-    before = sorted(Path().rglob("*"))
-    check("--output_dir=new/a --logging_dir=logs")
-    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_name_that_is_a_path_is_an_error():

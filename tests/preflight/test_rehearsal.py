@@ -76,9 +76,8 @@ def file(tmp_path) -> Path:
 def test_a_file_is_read_as_far_as_its_header(file):
     with on_meta():
         read = rehearsal.header_tensors(file, device="cpu")
-    loaded = load_file(file)
     assert {n: (t.shape, t.dtype) for n, t in read.items()} == {
-        n: (t.shape, t.dtype) for n, t in loaded.items()
+        n: (t.shape, t.dtype) for n, t in load_file(file).items()
     }
     numbers = {name: tensor.item() for name, tensor in read.items() if not tensor.is_meta}
     assert numbers == {"alpha": 8, "alpha in a list": 4}
@@ -449,8 +448,7 @@ def test_an_end_is_told_by_the_last_words(failure, args, printed, sentence):
 
 def test_what_only_the_rehearsal_lacks_is_no_refusal():
     assert is_of_the_rehearsal(raised(torch.empty(1, device="meta").item))
-    moved = nn.Linear(2, 2, device="meta").to
-    assert is_of_the_rehearsal(raised(moved, "cpu"))
+    assert is_of_the_rehearsal(raised(nn.Linear(2, 2, device="meta").to, "cpu"))
     for words in ("abc", "no metadata / メタデータ", "D:/meta/metal.png", "metadata_cache.json"):
         assert not is_of_the_rehearsal(raised(int, words)), words
 
