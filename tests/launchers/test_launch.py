@@ -6,11 +6,9 @@ test_launchers.py starts launchers in bash and cmd.exe.
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from cmd_runner import split_command_line
 from kohya_folder import ROOT
 from recipes import CLASSIC, FAST
 from sdxl_train_network_options import build_parser
@@ -283,8 +281,3 @@ def test_the_script_is_that_of_sd_scripts_or_of_kohya_ss(kohya, script):
     (kohya / script).touch()
     text = edited("BLORA_ACCELERATE_ARGS=", "BLORA_ACCELERATE_ARGS=-x")
     assert options(kohya, text)[0] == script
-
-
-def test_windows_gets_every_word_as_it_is():
-    words = ["a b", '100% "q"', "D:\\x y\\", "", "it's & ^!"]
-    assert split_command_line(subprocess.list2cmdline(["accelerate", *words]))[1:] == words

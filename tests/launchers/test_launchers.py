@@ -6,8 +6,6 @@ are called. test_launch.py reads launchers without a shell.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -468,10 +466,3 @@ def test_a_bat_is_ascii_with_windows_line_ends_and_no_bom(file):
     assert content.isascii()
     assert content.endswith(b"\r\n")
     assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
-
-
-def test_the_launchers_of_the_repository_are_those_of_the_pages():
-    assert re.findall(r"`(sdxl_\w+)` or `(sdxl_\w+)`", (ROOT / "README.md").read_text()) == [
-        (NAMES[1], NAMES[0])
-    ]
-    assert not os.environ.get("BLORA_NAME")

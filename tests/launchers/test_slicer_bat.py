@@ -19,11 +19,18 @@ def bat(cmd: Cmd) -> Bat:
     return Bat(cmd)
 
 
+def make_venv(bat: Bat, path: Path) -> Path:
+    """A venv whose python records its calls; hands back the folder of its programs."""
+    programs = bat.make_venv(path)
+    bat.install_recorder(programs, "python")
+    return programs
+
+
 @pytest.fixture
 def kohya(bat: Bat, tmp_path: Path) -> Path:
     """A kohya folder with an odd name, whose venv has a python that records its call."""
     path = make_kohya(tmp_path / ODD / "kohya")
-    bat.make_venv(path / "venv")
+    make_venv(bat, path / "venv")
     return path
 
 
@@ -103,7 +110,7 @@ def test_the_exit_code_of_the_slicer_is_its_own(bat, kohya, code):
 @pytest.mark.parametrize("venv", [".venv", "venv"])
 def test_it_uses_the_venv_of_its_folder(bat, tmp_path, venv):
     path = make_kohya(tmp_path / "kohya")
-    programs = bat.make_venv(path / venv)
+    programs = make_venv(bat, path / venv)
     _, [call] = bat.run(path / "blora_slicer.bat", [], tmp_path, tmp_path / "log", {})
     assert bat.program_folder(call) == programs
     assert call.env["VIRTUAL_ENV"] == bat.shown(path / venv)
@@ -111,7 +118,7 @@ def test_it_uses_the_venv_of_its_folder(bat, tmp_path, venv):
 
 def test_a_venv_without_accelerate_is_not_kohyas(bat, tmp_path):
     path = make_kohya(tmp_path / "kohya")
-    programs = {venv: bat.make_venv(path / venv) for venv in ("venv", ".venv")}
+    programs = {venv: make_venv(bat, path / venv) for venv in ("venv", ".venv")}
     remove_files(path, f"venv/{bat.accelerate}")
     _, [call] = bat.run(path / "blora_slicer.bat", [], tmp_path, tmp_path / "log", {})
     assert bat.program_folder(call) == programs[".venv"]
@@ -119,7 +126,7 @@ def test_a_venv_without_accelerate_is_not_kohyas(bat, tmp_path):
 
 def test_it_does_the_same_where_a_caller_expands_exclamation_marks(bat, tmp_path):
     path = make_kohya(tmp_path / "kohya")
-    bat.make_venv(path / "venv")
+    make_venv(bat, path / "venv")
     lines = f'@setlocal EnableDelayedExpansion\n@"{bat.shown(path / "blora_slicer.bat")}"\n'
     (path / "caller.bat").write_text(lines, newline="\r\n")
     env = {"BLORA_LORA": f"D:/{ODD}.safetensors"}

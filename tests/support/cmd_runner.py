@@ -97,63 +97,17 @@ def native_path(text: str) -> Path:
 
 def calls(log: Path) -> list[Call]:
     """The calls recorded in the folder so far, first one first; none if it does not exist."""
-    return [_read_call(record) for record in sorted(log.glob("[0-9]*"))]
+    return [_read_call(record) for record in sorted(log.glob("*"))]
 
 
 def _read_call(record: Path) -> Call:
-    command_line, cwd, *entries = record.read_bytes().decode("utf-8").split("\0")[:-1]
+    cwd, count, *texts = record.read_bytes().decode("utf-8").split("\0")[:-1]
+    argv, entries = texts[: int(count) + 1], texts[int(count) + 1 :]
     # cmd keeps the folder of each drive in hidden variables, "=C:=C:\\"; partition at the
     # first "=" gives those an empty name.
     pairs = (entry.partition("=") for entry in entries)
-    env = {name.upper(): value for name, _, value in pairs if name}
-    return Call(split_command_line(command_line), native_path(cwd), env)
-
-
-# A quote with the backslashes before it, or else what has no meaning of its own.
-TOKEN = re.compile(r'(\\*)"|(\\+|.)', re.DOTALL)
-
-
-def split_command_line(line: str) -> list[str]:
-    """Split as the C runtime of Windows (UCRT) does for main(), and so for python.exe."""
-    program, rest = _split_program(line)
-    argv = [program]
-    while rest := rest.lstrip(" \t"):
-        argument, rest = _split_argument(rest)
-        argv.append(argument)
-    return argv
-
-
-def _split_program(line: str) -> tuple[str, str]:
-    """In the program's name quotes only group: a backslash is always a backslash."""
-    quoted = False
-    for end, char in enumerate(line):
-        if char == '"':
-            quoted = not quoted
-        elif char in " \t" and not quoted:
-            return line[:end].replace('"', ""), line[end:]
-    return line.replace('"', ""), ""
-
-
-def _split_argument(text: str) -> tuple[str, str]:
-    """The first argument, and what follows it."""
-    argument, quoted, at = "", False, 0
-    while at < len(text) and (quoted or text[at] not in " \t"):
-        token = TOKEN.match(text, at)
-        at = token.end()
-        slashes, plain = token.groups()
-        if plain:
-            argument += plain
-            continue
-        # Before a quote backslashes count in pairs, and one left over escapes the quote.
-        argument += "\\" * (len(slashes) // 2)
-        if len(slashes) % 2:
-            argument += '"'
-        elif quoted and text.startswith('"', at):  # two quotes within quotes are one
-            argument += '"'
-            at += 1
-        else:
-            quoted = not quoted
-    return argument, text[at:]
+    env = {name.upper() if ":" in cwd else name: value for name, _, value in pairs if name}
+    return Call(argv, native_path(cwd) if ":" in cwd[:2] else Path(cwd), env)
 
 
 # ---- Tools --------------------------------------------------------------------------------
@@ -180,7 +134,8 @@ def find_tools() -> Tools:
 
 def _compile(compiler: str, name: str, folder: Path) -> None:
     source, program = SOURCES / f"{name}.c", folder / f"{name}.exe"
-    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-s", "-o", program, source]
+    unicode = ["-municode"] if "wmain" in source.read_text() else []
+    command = [compiler, "-std=c11", "-Wall", "-Wextra", *unicode, "-s", "-o", program, source]
     subprocess.run(command, check=True)
 
 

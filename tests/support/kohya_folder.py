@@ -6,14 +6,13 @@ it can hold a recorder, which notes how it was called and exits with the code as
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +37,13 @@ exit "${!code:-${RECORDER_EXIT:-0}}"
 """
 # The same of pre-flight, in any system.
 PREFLIGHT = """\
-import json, os, sys
+import os, sys
 from pathlib import Path
 log = Path(os.environ["RECORDER_LOG"])
 log.mkdir(exist_ok=True)
-call = {"argv": [sys.executable, *sys.argv], "cwd": os.getcwd(), "env": dict(os.environ)}
-(log / "preflight.json").write_text(json.dumps(call))
+argv, entries = [sys.executable, *sys.argv], [f"{name}={os.environ[name]}" for name in os.environ]
+texts = [os.getcwd(), str(len(argv) - 1), *argv, *entries, ""]
+(log / "0000").write_bytes("\\0".join(texts).encode())
 sys.exit(int(os.environ.get("RECORDER_EXIT_preflight", "0")))
 """
 
@@ -81,15 +81,6 @@ def make_kohya(path: Path, *, gui: bool = False, name: str = "my_project") -> Pa
         (path / file).touch()
     (path / "blora_preflight.py").write_text(PREFLIGHT)
     return path
-
-
-def preflight_calls(log: Path, native: Callable[[str], Path]) -> list[Call]:
-    """The call that pre-flight's recorder noted, if there was one."""
-    record = log / "preflight.json"
-    if not record.exists():
-        return []
-    call = json.loads(record.read_text())
-    return [Call(call["argv"], native(call["cwd"]), call["env"])]
 
 
 def make_standin(path: Path, *, name: str, gui: bool = False) -> Path:
@@ -164,8 +155,7 @@ class Bash:
             check=False,
         )
         finished = Finished(done.returncode, done.stdout, done.stderr)
-        trainings = [self._call(record) for record in sorted(log.glob("[0-9]*"))]
-        return finished, preflight_calls(log, Path) + trainings
+        return finished, calls(log)
 
     def shown(self, path: Path) -> str:
         """The path as this shell and its programs write it."""
@@ -174,12 +164,6 @@ class Bash:
     def program_folder(self, call: Call) -> Path:
         """Where the program lay that was called."""
         return Path(call.argv[0]).parent
-
-    @staticmethod
-    def _call(record: Path) -> Call:
-        cwd, count, *texts = record.read_text().split("\0")[:-1]
-        argv, entries = texts[: int(count) + 1], texts[int(count) + 1 :]
-        return Call(argv, Path(cwd), dict(entry.split("=", 1) for entry in entries))
 
 
 @dataclass(frozen=True)
@@ -218,7 +202,7 @@ class Bat:
     ) -> tuple[Finished, list[Call]]:
         typed = subprocess.list2cmdline(args)
         done = self.cmd.run(launcher, typed, cwd, {"RECORDER_LOG": windows_path(log), **env})
-        return done, preflight_calls(log, native_path) + calls(log)
+        return done, calls(log)
 
     def shown(self, path: Path) -> str:
         """The path as this shell and its programs write it."""

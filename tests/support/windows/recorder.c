@@ -3,7 +3,8 @@
  *
  * Each call makes one new file, 0000, 0001, ..., in the folder named by the environment
  * variable RECORDER_LOG (made if it is not there). The file holds UTF-8 texts, each ended
- * by a NUL: the raw command line, the current directory, then every NAME=value of the
+ * by a NUL: the current directory, the number of arguments, the program and its arguments as the
+ * C runtime splits them, then every NAME=value of the
  * environment. The exit code is RECORDER_EXIT_ and the program's name (RECORDER_EXIT_python), or
  * RECORDER_EXIT, or 0; 125 means that nothing was recorded.
  */
@@ -65,9 +66,9 @@ static int exit_code(void)
     return (int)wcstoul(code, NULL, 10);
 }
 
-int main(void)
+int wmain(int count, wchar_t **arguments)
 {
-    static wchar_t folder[LONGEST_PATH], cwd[LONGEST_PATH];
+    static wchar_t number[16], folder[LONGEST_PATH], cwd[LONGEST_PATH];
     const wchar_t *entry = GetEnvironmentStringsW();
     HANDLE file;
 
@@ -79,8 +80,12 @@ int main(void)
         return fail("make a file in the folder RECORDER_LOG");
     if (!GetCurrentDirectoryW(LONGEST_PATH, cwd))
         return fail("read the current directory");
-    if (!put(file, GetCommandLineW()) || !put(file, cwd))
+    _snwprintf(number, 15, L"%d", count - 1);
+    if (!put(file, cwd) || !put(file, number))
         return fail("write the record");
+    for (int at = 0; at < count; at++)
+        if (!put(file, arguments[at]))
+            return fail("write the record");
     for (; *entry; entry += wcslen(entry) + 1)
         if (!put(file, entry))
             return fail("write the record");
