@@ -57,8 +57,8 @@ fi
 if [[ ! -d "$KOHYA_ROOT" ]]; then
   mkdir -p .real
   rm -rf "$KOHYA_ROOT.part"
-  git clone --quiet https://github.com/kohya-ss/sd-scripts "$KOHYA_ROOT.part"
-  git -C "$KOHYA_ROOT.part" checkout --quiet "$asked"
+  git clone --quiet -c advice.detachedHead=false --branch "$asked" \
+    https://github.com/kohya-ss/sd-scripts "$KOHYA_ROOT.part"
   mv "$KOHYA_ROOT.part" "$KOHYA_ROOT"
 fi
 if [[ -z "${KOHYA_PYTHON:-}" ]]; then

@@ -1,22 +1,15 @@
 """The recipes "a smaller file" and "go on training a slice", with sd-scripts' own programs.
 
-  KOHYA_ROOT=<sd-scripts> KOHYA_PYTHON=<its python> \\
-    .venv/bin/python -m pytest tests/real/test_real_tools.py
-
-takes a minute. networks/resize_lora.py resizes files as wide as SDXL's layers, and LyCORIS loads
-slices into sd-scripts' own SDXL. The checkout is only read. KOHYA_PYTHON needs kohya's requirements
-and lycoris_lora.
+networks/resize_lora.py resizes files as wide as SDXL's layers, and LyCORIS loads slices into
+sd-scripts' own SDXL.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +20,7 @@ from lora_algebra import Module, alpha_over_rank, final_weight, read_modules, we
 from lora_files import CONTENT, METADATA, STYLE, lora_module, write
 from lora_forms import FORMS, INPUT, base_weight, make_module, write_modules
 from preset_modules import block_modules
-from real_kohya import KOHYA_PYTHON, KOHYA_ROOT
+from real_kohya import KOHYA_ROOT, SUPPORT, kohya_python
 from safetensors import safe_open
 from safetensors.torch import load_file
 from slicing import all_traits, refusal, slice_lora, stored
@@ -37,21 +30,6 @@ pytestmark = pytest.mark.slow
 
 PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 MILLIONTH = 1e-6
-
-
-def kohya_python(*args: str | Path, cwd: Path, **options: Any) -> str:
-    """What kohya's Python prints; it finds sd-scripts' library, as where that is installed."""
-    path = [KOHYA_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [KOHYA_PYTHON, *args],
-        cwd=cwd,
-        env=env,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        check=True,
-        **options,
-    ).stdout
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -67,6 +45,7 @@ from networks import resize_lora
 for line in json.load(sys.stdin):
     resize_lora.resize(resize_lora.setup_parser().parse_args(line))
 """
+DYNAMIC = "--dynamic_method sv_fro --dynamic_param 0.99"
 RANK, NEW_RANK = 40, 32  # the new one as the page has it
 ATTENTION, KERNEL = INPUT["attention"], INPUT["3x3"]
 LOHA, LOKR = ("LoHa", "LoHa, tucker"), ("LoKr, both whole", "LoKr, w2 factored", "LoKr, tucker")
@@ -79,16 +58,11 @@ def page_commands(heading: str) -> list[list[str]]:
     return [shlex.split(line) for line in typed.splitlines()]
 
 
-def fading(name: str, rank: int, fade: float) -> dict[str, Tensor]:
-    """A module each of whose ranks does less than the one before it."""
-    tensors = lora_module(name, rank=rank, alpha=rank, dtype=torch.float32)
-    strength = (fade ** torch.arange(rank))[:, None]
-    tensors[f"{name}.lora_down.weight"] *= strength
-    return {key: tensor.half() for key, tensor in tensors.items()}
-
-
 def two_blocks(rank: int, projections: tuple[str, ...]) -> dict[str, Tensor]:
-    """Attention of transformer block 0 in content and style, no two modules alike."""
+    """Attention of transformer block 0 in content and style, no two modules alike.
+
+    Each rank of a module does less than the one before it.
+    """
     names = [
         block.format(0, attention, projection)
         for block in (CONTENT, STYLE)
@@ -97,7 +71,10 @@ def two_blocks(rank: int, projections: tuple[str, ...]) -> dict[str, Tensor]:
     ]
     tensors: dict[str, Tensor] = {}
     for index, name in enumerate(names):
-        tensors |= fading(name, rank, 0.5 + 0.45 * index / len(names))
+        made = lora_module(name, rank=rank, alpha=rank, dtype=torch.float32)
+        fade = 0.5 + 0.45 * index / len(names)
+        made[f"{name}.lora_down.weight"] *= (fade ** torch.arange(rank))[:, None]
+        tensors |= {key: tensor.half() for key, tensor in made.items()}
     return tensors
 
 
@@ -123,9 +100,7 @@ def recipe(tmp_path_factory) -> dict[str, Path]:
     trained = folder / resize[resize.index("--model") + 1]
     trained.parent.mkdir(parents=True)
     write(trained, two_blocks(RANK, ("q", "k", "v", "out_0")))
-    start = time.monotonic()
     kohya_python(Path(KOHYA_ROOT, resize[1]), *resize[2:], cwd=folder)
-    print(f"resizing 16 modules: {time.monotonic() - start:.0f} s")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert slice_lora(*cut[2:]) == 0
@@ -137,9 +112,7 @@ def worst_excess(before: Path, after: Path, rank: int) -> float:
     old, new = read_modules(before), read_modules(after)
     assert list(new) == list(old)
     assert {len(module["lora_down.weight"]) for module in new.values()} == {rank}
-    worst = max(excess(old[name], new[name]) for name in old)
-    print(f"{after.stem}: {worst:.1e} farther off than the best of rank {rank}")
-    return worst
+    return max(excess(old[name], new[name]) for name in old)
 
 
 def test_a_resized_lora_is_the_best_of_its_rank_but_for_the_rounding_of_fp16(recipe):
@@ -178,25 +151,21 @@ def resized(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         for layer in [KERNEL if "tucker" in name else ATTENTION]
     }
     files |= {"DoRA": {ATTENTION: dora}, "tucker, same rank": files["LoCon, tucker"]}
-    paths, lines = {}, []
-    for name, made in files.items():
-        before, after = (folder / f"{name}{end}.safetensors" for end in ("", ", resized"))
-        write_modules(before, made, METADATA)
-        rank = "4" if "same" in name else "2"
-        lines.append(line(before, after, "--new_rank", rank, "--save_precision", "fp16"))
-        paths[name] = before, after
     two = write(folder / "two.safetensors", two_blocks(16, ("q",)))
-    dynamic = shlex.split("--dynamic_method sv_fro --dynamic_param 0.99 --save_precision fp16")
-    for name, options in (("dynamic", dynamic), ("no precision", [])):
-        paths[name] = two, folder / f"{name}.safetensors"
-        lines.append(line(*paths[name], "--new_rank", "12", *options))
-    kohya_python("-c", RESIZE, cwd=folder, input=json.dumps(lines))
-    return paths
-
-
-def line(before: Path, after: Path, *options: str) -> list[str]:
-    """Options of resize_lora.py."""
-    return ["--model", str(before), "--save_to", str(after), *options]
+    paths, options = {}, {}
+    for name, made in files.items():
+        paths[name] = folder / f"{name}.safetensors"
+        write_modules(paths[name], made, METADATA)
+        options[name] = f"--save_precision fp16 --new_rank {4 if 'same' in name else 2}"
+    options["dynamic"] = f"{DYNAMIC} --save_precision fp16 --new_rank 12"
+    options["no precision"] = "--new_rank 12"
+    pairs = {n: (paths.get(n, two), folder / f"{n}, resized.safetensors") for n in options}
+    lines = [
+        ["--model", str(before), "--save_to", str(after), *options[name].split()]
+        for name, (before, after) in pairs.items()
+    ]
+    kohya_python("-c", RESIZE, cwd=folder, question=lines)
+    return pairs
 
 
 def test_in_fp32_a_resized_lora_is_the_best_of_its_rank_to_a_millionth(resized):
@@ -219,10 +188,8 @@ def test_dynamic_ranks_leave_alphas_that_differ_until_both_traits_are_cut_into_o
     _, dynamic = resized["dynamic"]
     assert metadata(dynamic)["ss_network_dim"] == "Dynamic"
     one, both = tmp_path / "one.safetensors", tmp_path / "both.safetensors"
-    assert slice_lora("--loras", dynamic, "--output_path", one) == 0
-    assert (
-        slice_lora("--loras", dynamic, "--traits", "content", "style", "--output_path", both) == 0
-    )
+    cut = "--loras", dynamic, "--output_path"
+    assert slice_lora(*cut, one) == slice_lora(*cut, both, "--traits", "content", "style") == 0
     assert len(set(alphas(dynamic))) == 4
     assert len(set(alphas(one))) == 2
     assert len(set(alphas(both))) == 1
@@ -252,11 +219,15 @@ def test_a_tucker_core_is_left_between_factors_that_no_longer_fit_it(resized):
     }
 
 
+def cut_all(lora: Path, folder: Path) -> list[str | Path]:
+    """Options of the slicer that put every module into a slice."""
+    place = ["--output_path", folder / "slice.safetensors"]
+    return ["--loras", lora, "--traits", "all", "--traits_file", all_traits(folder), *place]
+
+
 def test_the_slicer_refuses_such_a_core(resized, tmp_path, capsys):
     _, after = resized["LoCon, tucker"]
-    options = "--traits", "all", "--traits_file", all_traits(tmp_path)
-    place = "--output_path", tmp_path / "slice.safetensors"
-    sentence = refusal(capsys, "--loras", after, *options, *place)
+    sentence = refusal(capsys, *cut_all(after, tmp_path))
     assert sentence.startswith(f'every "all" module in {after} is incomplete (')
 
 
@@ -270,10 +241,7 @@ def test_nor_does_a_tucker_core_fit_where_the_rank_stays_the_same(resized):
 
 def test_the_slicer_warns_of_such_a_core(resized, tmp_path, capsys):
     _, after = resized["tucker, same rank"]
-    options = "--traits", "all", "--traits_file", all_traits(tmp_path)
-    assert (
-        slice_lora("--loras", after, *options, "--output_path", tmp_path / "out.safetensors") == 0
-    )
+    assert slice_lora(*cut_all(after, tmp_path)) == 0
     assert capsys.readouterr().err.startswith(f"warning: {after.name} was resized, ")
 
 
@@ -283,54 +251,49 @@ def test_a_dora_keeps_its_scale_and_gets_the_best_factors(resized):
     assert abs(excess(before, after)) < MILLIONTH
     base = base_weight(ATTENTION)
     apart = (final_weight(after, base) - final_weight(before, base)).norm()
-    best = singular_values(before)[2:].norm()
-    print(f"DoRA: its weight is off by {apart / best:.3f} times what its factors are")
-    assert apart < best
+    assert apart < singular_values(before)[2:].norm()
 
 
 # ---- Continue training a slice -------------------------------------------------------------------
 
 SLICE_RANK, SLICE_ALPHA = 4, 2.0
 WITH_PRESET = [
-    "--pretrained_model_name_or_path=none",
-    "--network_module=lycoris.kohya",
-    "--network_train_unet_only",
-    f"--network_dim={SLICE_RANK}",
-    f"--network_alpha={SLICE_ALPHA}",
-    "--network_args",
-    "preset=lycoris_presets/blora_content_style.toml",
+    *"--pretrained_model_name_or_path=none --network_module=lycoris.kohya".split(),
+    *f"--network_train_unet_only --network_dim={SLICE_RANK} --network_alpha={SLICE_ALPHA}".split(),
+    *"--network_args preset=lycoris_presets/blora_content_style.toml".split(),
 ]
-DORA = ["dora_wd=True", "wd_on_output=False"]
 COMMAND_LINES = {
     "same": WITH_PRESET,
     "half the alpha": [*WITH_PRESET, f"--network_alpha={SLICE_ALPHA / 2}"],
     "another rank": [*WITH_PRESET, f"--network_dim={2 * SLICE_RANK}"],
-    "DoRA": [*WITH_PRESET, *DORA],
+    "DoRA": [*WITH_PRESET, "dora_wd=True", "wd_on_output=False"],
 }
 
 
-def write_slice(folder: Path, name: str, *, alpha: float | None, dora: bool) -> Path:
+BOTH = block_modules("output_blocks_0_1") | block_modules("output_blocks_1_1")
+
+
+def write_slice(folder: Path, name: str, dora: bool) -> None:
     """A content slice with all 80 modules, cut by the slicer."""
     tensors = {}
-    for module in sorted(block_modules("output_blocks_0_1") | block_modules("output_blocks_1_1")):
-        made = lora_module(module, rank=SLICE_RANK, alpha=alpha)
+    for module in sorted(BOTH):
+        made = lora_module(module, rank=SLICE_RANK, alpha=SLICE_ALPHA)
         if dora:
             inputs = made[f"{module}.lora_down.weight"].shape[1]
             made[f"{module}.dora_scale"] = torch.linspace(1, 2, inputs)[None].half()
         tensors |= made
     parent = write(folder / f"{name}, parent.safetensors", tensors)
     assert slice_lora("--loras", parent, "--output_path", folder / f"{name}.safetensors") == 0
-    return folder / f"{name}.safetensors"
 
 
 @pytest.fixture(scope="module")
 def going_on(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The folder with slices, and what LyCORIS makes of them: see kohya_probe.py."""
     folder = tmp_path_factory.mktemp("going_on")
-    plain = write_slice(folder, "alone", alpha=SLICE_ALPHA, dora=False)
+    write_slice(folder, "alone", dora=False)
+    write_slice(folder, "DoRA", dora=True)
     for name in ("same", "half the alpha", "another rank"):
-        shutil.copy(plain, folder / f"{name}.safetensors")
-    write_slice(folder, "DoRA", alpha=SLICE_ALPHA, dora=True)
+        shutil.copy(folder / "alone.safetensors", folder / f"{name}.safetensors")
     shutil.copy(folder / "DoRA.safetensors", folder / "DoRA, alone.safetensors")
 
     def path(name: str) -> str:
@@ -338,24 +301,20 @@ def going_on(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
     question = {
         "command_lines": COMMAND_LINES,
-        "continue": {path(n): n for n in ("same", "half the alpha", "another rank", "DoRA")},
+        "continue": {path(name): name for name in COMMAND_LINES},
         "from_file": [path("alone"), path("DoRA, alone")],
         "save": {path(n): path(f"{n}, trained") for n in ("alone", "half the alpha", "DoRA")},
     }
-    printed = kohya_python(
-        ROOT / "tests/support/kohya_probe.py", KOHYA_ROOT, cwd=ROOT, input=json.dumps(question)
-    )
-    answer = json.loads(printed)
+    probe = [SUPPORT / "kohya_probe.py", KOHYA_ROOT]
+    answer = json.loads(kohya_python(*probe, cwd=ROOT, question=question))
     found = answer["continued"] | answer["from_file"]
     return folder, {Path(file).stem: told for file, told in found.items()}
 
 
 def sliced_again(folder: Path, name: str) -> Path:
     """The content of what was trained."""
-    again = folder / f"{name}, again.safetensors"
-    assert (
-        slice_lora("--loras", folder / f"{name}, trained.safetensors", "--output_path", again) == 0
-    )
+    trained, again = (folder / f"{name}, {when}.safetensors" for when in ("trained", "again"))
+    assert slice_lora("--loras", trained, "--output_path", again) == 0
     return again
 
 
@@ -363,7 +322,6 @@ def test_dim_from_weights_trains_the_slices_modules_from_where_they_were(going_o
     _, found = going_on
     assert set(found["alone"]["modules"]) == block_modules("output_blocks_0_1")
     assert found["alone"]["differing"] == []
-    print(f"going on: {found['alone']['off']:.1e} off, saved {found['alone']['saved_off']:.1e}")
     assert found["alone"]["off"] < MILLIONTH
     assert found["alone"]["saved_off"] < MILLIONTH
 
@@ -380,9 +338,8 @@ def test_what_is_then_saved_gives_the_same_keys_when_it_is_sliced_again(going_on
 
 def test_the_preset_trains_both_blocks_and_the_slice_is_exact_at_its_own_rank_and_alpha(going_on):
     _, found = going_on
-    both = block_modules("output_blocks_0_1") | block_modules("output_blocks_1_1")
     for name in ("same", "DoRA"):
-        assert set(found[name]["modules"]) == both
+        assert set(found[name]["modules"]) == BOTH
         assert found[name]["differing"] == []
         assert found[name]["off"] < MILLIONTH
 

@@ -1,13 +1,11 @@
 """Make an SDXL checkpoint of full size with random weights, and the two tokenizers of SDXL.
 
-  KOHYA_PYTHON tests/support/make_random_sdxl.py --kohya KOHYA_ROOT --out FOLDER
-  KOHYA_PYTHON tests/support/make_random_sdxl.py --kohya KOHYA_ROOT --out FOLDER --no_checkpoint
+  KOHYA_PYTHON make_random_sdxl.py KOHYA_ROOT FOLDER [--no_checkpoint]
 
 Run it with the Python that sd-scripts runs with: the models are sd-scripts' own, and so is the code
 that saves them. Writes FOLDER/random_sdxl.safetensors (2,514 tensors in fp16, 6.9 GB) and
 FOLDER/tokenizers, for --tokenizer_cache_dir. On two CPU cores it takes a minute or two and 14 GB of
-memory. The tokenizers are made of the CLIP vocabulary that open_clip_torch carries
-(pip install --no-deps open_clip_torch), so nothing is downloaded.
+memory. The tokenizers are made of the CLIP vocabulary that open_clip_torch carries.
 
 No picture comes of such a checkpoint. It is what a real one is to the trainer: every tensor has its
 name, shape and precision, and the noise is scaled so that nothing overflows.
@@ -15,19 +13,18 @@ name, shape and precision, and the noise is scaled so that nothing overflows.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib.util
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 CHECKPOINT = "random_sdxl.safetensors"
-TOKENIZERS = "tokenizers"
 # The folders that sd-scripts looks for, and what each pads with.
 PADDING = {
     "openai_clip-vit-large-patch14": "<|endoftext|>",
@@ -51,20 +48,13 @@ def models_on_meta(sdxl: ModuleType) -> tuple[nn.Module, nn.Module, nn.Module, n
     Its loader builds them on torch's meta device and then fills them from the checkpoint; here
     the checkpoint is empty and the filling is left out.
     """
-    replaced = {
-        (sdxl, "load_file"): lambda *_args, **_options: {},
-        (sdxl, "_load_state_dict_on_device"): lambda *_args, **_options: None,
-        (sdxl, "convert_sdxl_text_encoder_2_checkpoint"): lambda *_args, **_options: ({}, None),
-        (sdxl.model_util, "convert_ldm_vae_checkpoint"): lambda *_args: {},
-    }
-    kept = {(module, name): getattr(module, name) for module, name in replaced}
-    try:
-        for (module, name), function in replaced.items():
-            setattr(module, name, function)
+    with (
+        patch.object(sdxl, "load_file", return_value={}),
+        patch.object(sdxl, "_load_state_dict_on_device"),
+        patch.object(sdxl, "convert_sdxl_text_encoder_2_checkpoint", return_value=({}, None)),
+        patch.object(sdxl.model_util, "convert_ldm_vae_checkpoint", return_value={}),
+    ):
         te1, te2, vae, unet, *_ = sdxl.load_models_from_sdxl_checkpoint(None, CHECKPOINT, "meta")
-    finally:
-        for (module, name), function in kept.items():
-            setattr(module, name, function)
     return te1, te2, vae, unet
 
 
@@ -81,23 +71,22 @@ def fill(model: nn.Module) -> None:
     model.load_state_dict(filled, strict=False, assign=True)
 
 
-def make_checkpoint(kohya: Path, path: Path) -> int:
-    """Save random models as one checkpoint; hands back how many tensors it holds."""
+def make_checkpoint(kohya: Path, path: Path) -> None:
+    """Save random models as one checkpoint."""
     torch.manual_seed(0)
     sdxl = import_models(kohya)
     te1, te2, vae, unet = models_on_meta(sdxl)
     for model in (te1, te2, vae, unet):
         fill(model)
     logit_scale = torch.tensor(1.0, dtype=torch.float16)
-    return sdxl.save_stable_diffusion_checkpoint(
+    sdxl.save_stable_diffusion_checkpoint(
         str(path), te1, te2, unet, 0, 0, None, vae, logit_scale, None
     )
 
 
 def clip_merges() -> list[str]:
     """CLIP's merges, one "left right" each, from the package that carries them."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None:
+    if not (package := importlib.util.find_spec("open_clip")):
         sys.exit("No open_clip in this Python: pip install --no-deps open_clip_torch")
     [folder] = package.submodule_search_locations
     packed = Path(folder, "bpe_simple_vocab_16e6.txt.gz").read_bytes()
@@ -125,26 +114,11 @@ def make_tokenizers(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kohya", required=True, type=Path, help="a folder of sd-scripts")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write to")
-    parser.add_argument("--no_checkpoint", action="store_true", help="make the tokenizers alone")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    make_tokenizers(args.out / TOKENIZERS)
-    print(f"-> {args.out / TOKENIZERS}")
-    if not args.no_checkpoint:
-        path = args.out / CHECKPOINT
-        tensors = make_checkpoint(args.kohya, path)
-        print(f"-> {path}: {tensors} tensors, {path.stat().st_size / 1e9:.1f} GB")
-    return 0
+def main(kohya: str, out: str, *options: str) -> None:
+    make_tokenizers(Path(out, "tokenizers"))
+    if "--no_checkpoint" not in options:
+        make_checkpoint(Path(kohya), Path(out, CHECKPOINT))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])

@@ -58,7 +58,6 @@ def make_copy(path: Path, root: str = KOHYA_ROOT) -> None:
 def random_sdxl(tmp: Path, *options: str) -> Path:
     """The folder of make_random_sdxl.py, filled where it is not yet: with tokenizers at least."""
     folder = Path(os.environ.get("BLORA_RANDOM_SDXL") or tmp).absolute()
-    made = [SUPPORT / "make_random_sdxl.py", "--kohya", KOHYA_ROOT, "--out", folder]
     if not (folder / ("tokenizers" if options else "random_sdxl.safetensors")).exists():
-        kohya_python(*made, *options, cwd=tmp)
+        kohya_python(SUPPORT / "make_random_sdxl.py", KOHYA_ROOT, folder, *options, cwd=tmp)
     return folder

@@ -1,17 +1,13 @@
-"""Make a dataset that shows what --preview is for: shapes of all kinds, and what goes wrong.
+"""A dataset that shows what --preview is for: shapes of all kinds, and what goes wrong.
 
-  python sample_pictures.py FOLDER
-
-Writes FOLDER/config.toml, and FOLDER/sample with five landscapes that are trained, of which two
-have a caption that is cut and one is stored turned, and two that are not.
+Five landscapes that are trained, of which two have a caption that is cut and one is stored turned,
+and two that are not.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw, ImageOps
@@ -37,43 +33,28 @@ LONG = (
 )
 
 
-@dataclass(frozen=True)
-class Landscape:
-    """The sun over hills."""
-
-    size: tuple[int, int]
-    words: str
-    sky: tuple[str, str]  # colours from top to bottom
-    sun: str
-    hills: str  # the colour of the nearest
-
-
+# The size, the word, and the colours: the sky's from top to bottom, the sun, the nearest hills.
 LANDSCAPES = {
-    "dawn.png": Landscape((1152, 896), "dawn", ("#6f86c9", "#ffd3b0"), "#fff3d6", "#33415c"),
-    "dusk_panorama.png": Landscape(
-        (2400, 900), "dusk", ("#3b2a5f", "#ff8f6b"), "#ffd27a", "#2a1a3a"
-    ),
-    "night.png": Landscape((1024, 1024), "night", ("#0b1230", "#31507f"), "#e9eefc", "#060a18"),
-    "noon_photo.jpg": Landscape((1200, 1600), "noon", ("#2f7fc4", "#cfeaf7"), "#fffbe0", "#2f5b3a"),
-    "winter_tall.png": Landscape(
-        (800, 1400), "winter", ("#9fb4c7", "#f3f1ee"), "#ffffff", "#5a6f82"
-    ),
-    "autumn_half.jpg": Landscape(
-        (1024, 1024), "autumn", ("#c98a4b", "#f6e3bf"), "#fff0c2", "#6b2f1a"
-    ),
-    "spring.tiff": Landscape((1024, 1024), "spring", ("#7cc0d8", "#f4f7d9"), "#fffde0", "#4b7a35"),
+    "dawn.png": ((1152, 896), "dawn", "#6f86c9 #ffd3b0 #fff3d6 #33415c"),
+    "dusk_panorama.png": ((2400, 900), "dusk", "#3b2a5f #ff8f6b #ffd27a #2a1a3a"),
+    "night.png": ((1024, 1024), "night", "#0b1230 #31507f #e9eefc #060a18"),
+    "noon_photo.jpg": ((1200, 1600), "noon", "#2f7fc4 #cfeaf7 #fffbe0 #2f5b3a"),
+    "winter_tall.png": ((800, 1400), "winter", "#9fb4c7 #f3f1ee #ffffff #5a6f82"),
+    "autumn_half.jpg": ((1024, 1024), "autumn", "#c98a4b #f6e3bf #fff0c2 #6b2f1a"),
+    "spring.tiff": ((1024, 1024), "spring", "#7cc0d8 #f4f7d9 #fffde0 #4b7a35"),
 }
 
 
-def paint(landscape: Landscape) -> Image.Image:
-    """A landscape in its size."""
-    (width, height), side = landscape.size, min(landscape.size)
-    slope = Image.linear_gradient("L").resize(landscape.size)
-    image = ImageOps.colorize(slope, *landscape.sky)
+def paint(name: str) -> Image.Image:
+    """The sun over hills."""
+    size, _, colours = LANDSCAPES[name]
+    (width, height), side = size, min(size)
+    high, low, sun, hills = colours.split()
+    image = ImageOps.colorize(Image.linear_gradient("L").resize(size), high, low)
     pen = ImageDraw.Draw(image)
     x, y, radius = width * 0.62, height * 0.42, side * 0.11
-    pen.ellipse((x - radius, y - radius, x + radius, y + radius), landscape.sun)
-    near, far = (ImageColor.getrgb(colour) for colour in (landscape.hills, landscape.sky[1]))
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), sun)
+    near, far = (ImageColor.getrgb(colour) for colour in (hills, low))
     for row in range(5):
         share = 0.25 + 0.75 * row / 4
         colour = tuple(round(share * a + (1 - share) * b) for a, b in zip(near, far, strict=True))
@@ -95,18 +76,14 @@ def make_sample(folder: Path) -> None:
     images = folder / "sample"
     images.mkdir(parents=True)
     (folder / "config.toml").write_text(CONFIG, encoding="utf-8")
-    for name, landscape in LANDSCAPES.items():
-        text = f"the sun over hills, {landscape.words}"
+    for name, (_, word, _) in LANDSCAPES.items():
+        text = f"the sun over hills, {word}"
         text += {"dawn.png": LONG, "night.png": "\nthis line is not read"}.get(name, "")
         (images / name).with_suffix(".txt").write_text(text, encoding="utf-8")
-        paint(landscape).save(images / name)
+        paint(name).save(images / name)
     photo, exif = images / "noon_photo.jpg", Image.Exif()
     exif[0x0112] = 6  # a camera that was held upright stores it like this
-    paint(LANDSCAPES[photo.name]).transpose(Image.Transpose.ROTATE_90).save(photo, exif=exif)
+    paint(photo.name).transpose(Image.Transpose.ROTATE_90).save(photo, exif=exif)
     half = io.BytesIO()
-    paint(LANDSCAPES["autumn_half.jpg"]).save(half, "JPEG")
+    paint("autumn_half.jpg").save(half, "JPEG")
     (images / "autumn_half.jpg").write_bytes(half.getvalue()[: len(half.getvalue()) // 2])
-
-
-if __name__ == "__main__":
-    make_sample(Path(sys.argv[1]))
