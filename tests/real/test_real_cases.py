@@ -58,18 +58,17 @@ class Bench:
             change(path)
         return path
 
+    def recipe(self, case: Case) -> list[str]:
+        words = self.recipes[case.recipe]
+        return [word for word in words if word.split("=")[0] != f"--{case.less}"]
+
     def ask(self, cases: list[Case], who: str) -> dict[str, Answer]:
         """The answers of toy_training.py by the trainings' names."""
         asked = [
             {
                 "name": case.name,
                 "folder": str(self.folder(case, who)),
-                "words": [
-                    word
-                    for word in self.recipes[case.recipe]
-                    if not case.less or word.removeprefix("--").split("=")[0] != case.less
-                ]
-                + list(case.words),
+                "words": [*self.recipe(case), *case.words],
                 "path": str(RELEASES / case.lycoris) if case.lycoris else "",
             }
             for case in cases
@@ -193,8 +192,8 @@ def test_preflight_stops_what_the_trainer_fails_at_and_nothing_else(answers, nam
     record_property("trained", trainer["outcome"] == "trained")
     record_property("stopped", bool(preflight.get("errors")))
     assert "crashed" not in preflight, preflight["crashed"]
-    told = trainer["when"], trainer["error"], preflight["errors"]
-    assert bool(preflight["errors"]) == (trainer["outcome"] == "failed"), told
+    is_right = bool(preflight["errors"]) == (trainer["outcome"] == "failed")
+    assert is_right, (trainer["error"], preflight["errors"])
     assert preflight["code"] == (1 if preflight["errors"] else 0)
 
 

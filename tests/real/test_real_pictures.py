@@ -168,61 +168,17 @@ def test_without_buckets_a_picture_of_another_size_is_named(training):
 
 # ---- What the trainer does not say ---------------------------------------------------------------
 
-
-@BOTH
-def test_what_the_trainer_does_not_say_is_said(training, options):
-    training.config(
-        """
-        caption_prefix = "sks"
-        [[datasets.subsets]]
-        image_dir = "reg"
-        class_tokens = "dog"
-        is_reg = true
-        [[datasets.subsets]]
-        image_dir = "missing"
-        """,
-    )
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    captions = {
-        training.draw("phone.jpg", exif=exif): "a dog",
-        training.draw("blank.png"): "\na dog",
-        training.draw("lines.png"): "a dog\na cat",
-        training.draw("long.png"): "dog " * 76,
-        training.draw("enough.png"): "dog " * 74,  # and the prefix
-    }
-    for path, text in captions.items():
-        path.with_suffix(".txt").write_text(text)
-    training.draw("other.png").with_suffix(".caption").write_text("a dog")
-    training.draw("left.gif")
-    training.draw("below/a.png")
-    training.draw("../reg/a.png")
-    answer = training.ask(*options, "--train_batch_size=2", "--flip_aug")
-    assert not answer["errors"]
-    found = answer["warnings"]
-    expected = [
-        'no folder of images at "missing": correct image_dir in "config.toml"',
-        'images in "images" have no .txt caption and are trained as "A [v]", the class_tokens: '
-        "other.caption is not read",
-        'trained as empty, 1 in "images": blank.txt',
-        'with their first line alone, 1 in "images": lines.txt',
-        'cut after 75 tokens, 1 in "images": long.png (77): shorten them, or give',
-        'left out of "images", unsupported file type: left.gif',
-        'pictures in subfolders of "images" are not trained, below: move them up',
-        "pictures an epoch have no effect, since prior_loss_weight is 0 and is_reg is set for reg",
-        "photos are trained sideways, as the camera stored them, since sd-scripts does not turn "
-        "them by EXIF, 1 in all: phone.jpg",
-    ]
-    assert len(found) == len(expected)
-    for text, warning in zip(expected, found, strict=True):
-        assert text in warning
-    assert not answer["notes"]
-
-
+PREFIX = 'caption_prefix = "sks"'
 ONE_PICTURE = {  # its subset's settings, its caption, options, and the warning
-    "a prefix": ('caption_prefix = "sks"', "a dog", "", ""),
+    "74 words and a prefix": (PREFIX, "dog " * 74, "", ""),
+    "76 words and a prefix": (
+        PREFIX,
+        "dog " * 76,
+        "",
+        'captions are cut after 75 tokens, 1 in "images": a.png (77): shorten them, or give',
+    ),
     "a prefix that cached captions leave out": (
-        'caption_prefix = "sks"',
+        PREFIX,
         "a dog",
         "--cache_text_encoder_outputs",
         'caption_prefix and caption_suffix of "images" are not trained',
@@ -253,6 +209,23 @@ def test_what_is_said_of_one_picture(training, case):
     answer = training.ask(*FAST, *options.split())
     told = [text[: len(warning)] for text in answer["warnings"]]
     assert (answer["errors"], told, answer["notes"]) == ([], [warning] if warning else [], [])
+
+
+@BOTH
+def test_what_lies_beside_the_pictures_is_named(training, options):
+    training.draw("a.png").with_suffix(".caption").write_text("a dog")
+    training.draw("left.gif")
+    training.draw("below/a.png")
+    expected = [
+        'images in "images" have no .txt caption and are trained as "A [v]", the class_tokens: '
+        "a.caption is not read",
+        'left out of "images", unsupported file type: left.gif',
+        'pictures in subfolders of "images" are not trained, below: move them up',
+    ]
+    answer = training.ask(*options)
+    assert (answer["errors"], answer["notes"]) == ([], [])
+    for text, warning in zip(expected, answer["warnings"], strict=True):
+        assert text in warning
 
 
 # ---- Leftovers -----------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ every weight of the checkpoint is 0, in memory that nobody writes to; the U-Net,
 and the VAE call no layer but the ones that are trained, each on a small input, so that a backward
 pass reaches them; and the checkpoint is not hashed.
 
-Its answer has "outcome" (trained or failed), "when" it failed (before, step or save), "error", and
-what a training was about: "losses", and whether a step was "idle" with a loss of 0; "captions" and
-"sizes" of the pictures it was shown; "modules" and "scale" of its network; and the sizes of the
-"samples" it drew. A training that ends without a step has failed, although sd-scripts then exits
-with 0.
+Its answer has "outcome" (trained or failed), "error", and what a training was about: whether a step
+was "idle" with a loss of 0; "captions" and "sizes" of the pictures it was shown; "modules" and
+"scale" of its network; and the sizes of the "samples" it drew. A training that ends without a step
+has failed, although sd-scripts then exits with 0.
 """
 
 from __future__ import annotations
@@ -129,7 +128,6 @@ class Seen:
     """What the training was about, as far as it came."""
 
     def __init__(self) -> None:
-        self.begun = False
         self.output_dir = ""
         self.losses: list[float] = []
         self.captions: set[str] = set()
@@ -145,7 +143,6 @@ class Seen:
     def answer(self) -> dict[str, Any]:
         samples = sorted(Path(self.output_dir, "sample").glob("*.png"))  # in their order
         return {
-            "losses": self.losses,
             "idle": 0.0 in self.losses,
             "captions": sorted(self.captions),
             "sizes": sorted(self.sizes),
@@ -186,10 +183,6 @@ def toy_trainer(script: Any, train_util: Any, seen: Seen) -> Any:
             seen.network(accelerator.unwrap_model(network))
             super().all_reduce_network(accelerator, network)
 
-        def sample_images(self, *args: Any) -> None:
-            seen.begun = True  # called once before the first step
-            super().sample_images(*args)
-
     return ToyTrainer()
 
 
@@ -207,26 +200,17 @@ def train(script_path: str, words: list[str], seen: Seen) -> None:
     toy_trainer(script, train_util, seen).train(args)
 
 
-def phase(error: BaseException, seen: Seen) -> str:
-    """before the first step, in a step, or at a save."""
-    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if any(name.startswith("save_") for name in names):
-        return "save"
-    return "step" if seen.begun else "before"
-
-
 def ask_trainer(script: str, words: list[str]) -> dict[str, Any]:
     """What the training was about, and how it ended."""
     seen = Seen()
-    answer: dict[str, Any] = {"outcome": "trained", "when": "", "error": ""}
+    answer: dict[str, Any] = {"outcome": "trained", "error": ""}
     try:
         train(script, words, seen)
         if not seen.losses:
-            answer |= {"outcome": "failed", "when": "before", "error": "it ended without a step"}
+            answer |= {"outcome": "failed", "error": "it ended without a step"}
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        told = f"{type(error).__name__}: {error}"
-        answer |= {"outcome": "failed", "when": phase(error, seen), "error": told}
+        answer |= {"outcome": "failed", "error": f"{type(error).__name__}: {error}"}
     return answer | seen.answer()
 
 

@@ -51,9 +51,9 @@ from trainer_folder import (
 )
 
 FAST, CLASSIC = "fast", "classic"
-# Modules of the recipes' preset, of the attention of one of its blocks, and of no preset.
-CONTENT_STYLE, STYLE_ONLY, EVERY_LAYER = 160, 80, 788
-TEXT_ENCODERS = 176
+# Modules of the recipes' preset, of the attention of one of its blocks, of no preset; and of both
+# text encoders.
+CONTENT_STYLE, STYLE_ONLY, EVERY_LAYER, TEXT_ENCODERS = 160, 80, 788, 176
 OLD_LYCORIS = "3.2.0.post2"  # what kohya_ss asks for
 HTML = b"<html></html>"
 
@@ -103,17 +103,17 @@ RECIPES = [
 # ---- The dataset config --------------------------------------------------------------------------
 
 YAML = f"{PROJECT}/config.yaml"
+EMPTY_YAML = write(YAML, "datasets: []\n")
 OVERRIDING = ("--resolution=768", "--train_batch_size=4")
 OVERRIDDEN = "resolution.*batch_size|batch_size.*resolution|config"
+LOW_MAXIMUM = resolution("128\nmax_bucket_reso = 64")
 TINY = dataset("max_bucket_reso = 32\nmin_bucket_reso = 32")
 CONFIGS = [
     trains("a config with CRLF", rewrite("utf-8", "\r\n")),
     fails("a config with a byte order mark", "config.toml", rewrite("utf-8-sig")),
     fails("a config in UTF-16", "config.toml", rewrite("utf-16")),
     trains("a config in JSON", f"--dataset_config={PROJECT}/config.json", config_as_json),
-    fails(
-        "a config in YAML", "config.yaml", f"--dataset_config={YAML}", write(YAML, "datasets: []\n")
-    ),
+    fails("a config in YAML", "config.yaml", f"--dataset_config={YAML}", EMPTY_YAML),
     fails("no config", "config.toml", remove(CONFIG)),
     fails("a config that is no TOML", "config.toml", config("[[datasets]]", "[[datasets]")),
     fails("a config of nothing", "config.toml", write(CONFIG, "")),
@@ -129,11 +129,7 @@ CONFIGS = [
     fails("no repeats", "no picture", config("num_repeats = 2", "num_repeats = 0")),
     fails("a subset without image_dir", "image_dir", config("image_dir", "# image_dir")),
     fails("true in quotes", "flip_aug", add('flip_aug = "true"\n')),
-    fails(
-        "a resolution above max_bucket_reso",
-        "max_bucket_reso",
-        resolution("128\nmax_bucket_reso = 64"),
-    ),
+    fails("a resolution above max_bucket_reso", "max_bucket_reso", LOW_MAXIMUM),
     fails("buckets smaller than their step", "bucket_reso", TINY),
     fails("a resolution below min_bucket_reso", "min_bucket_reso", "--min_bucket_reso=128"),
     fails("bucket steps of 48", "bucket_reso_steps", "--bucket_reso_steps=48"),
@@ -147,7 +143,14 @@ CONFIGS = [
 
 # ---- Folders of pictures -------------------------------------------------------------------------
 
-OTHER, REG, NAMED = f"{PROJECT}/other", f"{PROJECT}/reg", f"{PROJECT}/train"
+
+def as_the_gui(folder: str) -> tuple[str | Change, ...]:
+    """The pictures in a folder whose name is to tell its repeats."""
+    return f"--train_data_dir={PROJECT}/train", move(IMAGES, f"{PROJECT}/train/{folder}")
+
+
+OTHER, REG = f"{PROJECT}/other", f"{PROJECT}/reg"
+NEVER = subset(OTHER, "num_repeats = 0")
 ANOTHER = picture("../other/0.png")
 REGULARIZATION = (picture("../reg/0.png"), subset(REG, "is_reg = true"))
 OF_ANOTHER_PROJECT = (
@@ -170,12 +173,7 @@ FOLDERS = [
     warns("a second folder that is not there", "gone", subset("gone")),
     warns("a second folder without pictures", "nothing", make("nothing"), subset("nothing")),
     warns("the same folder twice", "images", subset(IMAGES)),
-    warns(
-        "a second folder with no repeats",
-        "num_repeats|other",
-        ANOTHER,
-        subset(OTHER, "num_repeats = 0"),
-    ),
+    warns("a second folder with no repeats", "num_repeats|other", ANOTHER, NEVER),
     trains("a second folder", ANOTHER, subset(OTHER)),
     warns(
         "regularization pictures without a weight",
@@ -185,18 +183,9 @@ FOLDERS = [
         idle=True,
     ),
     trains("regularization pictures with a weight", "--prior_loss_weight=1", *REGULARIZATION),
-    trains(
-        "folders as the GUI names them",
-        f"--train_data_dir={NAMED}",
-        move(IMAGES, f"{NAMED}/10_sks dog"),
-        less="dataset_config",
-    ),
+    trains("folders as the GUI names them", *as_the_gui("10_sks dog"), less="dataset_config"),
     fails(
-        "a folder without repeats in its name",
-        "train",
-        f"--train_data_dir={NAMED}",
-        move(IMAGES, f"{NAMED}/dog"),
-        less="dataset_config",
+        "a folder without repeats in its name", "train", *as_the_gui("dog"), less="dataset_config"
     ),
 ]
 
@@ -222,6 +211,7 @@ BROKEN = {
     "a folder": ("004.png", make(f"{IMAGES}/004.png")),
     "a link to nothing": ("004.png", link(f"{IMAGES}/004.png", "gone.png")),
 }
+LEFTOVER = leftover_cache()
 TEN, ON_DISK = "--max_train_steps=10", "--cache_latents_to_disk"
 BELOW = (move(IMAGES, f"{PROJECT}/below"), move(f"{PROJECT}/below", f"{IMAGES}/below"))
 PICTURES = [
@@ -255,9 +245,7 @@ PICTURES = [
         *(link(f"{IMAGES}/{n}.png", f"elsewhere/{n}.png", absolute=True) for n in ("000", "001")),
         *captions("a dog", range(2)),
     ),
-    warns(
-        "a cache that an older picture left", "npz", ON_DISK, leftover_cache(), picture("000.png")
-    ),
+    warns("a cache that an older picture left", "npz", ON_DISK, LEFTOVER, picture("000.png")),
     warns(
         "a cache of another shape that is not checked",
         "npz",
@@ -266,14 +254,14 @@ PICTURES = [
         leftover_cache((128, 64)),
         before_0_10="skip_cache_check",
     ),
-    trains("a cache that is not used", leftover_cache()),
+    trains("a cache that is not used", LEFTOVER),
     trains("alpha masks", picture("004.png", mode="RGBA"), add("alpha_mask = true\n")),
 ]
 
 # ---- Captions ------------------------------------------------------------------------------------
 
 CLASS_TOKENS, NO_CAPTIONS = add('class_tokens = "A [v]"\n'), remove(f"{IMAGES}/*.txt")
-FIRST = range(1)
+RENAMED, FIRST = rename_captions(".caption"), range(1)
 CAPTIONS = [
     *(
         warns(
@@ -285,17 +273,8 @@ CAPTIONS = [
         )
         for ending in (".caption", ".png.txt")
     ),
-    warns(
-        "captions of the ending .caption alone",
-        "caption",
-        rename_captions(".caption"),
-        captions=[""],
-    ),
-    trains(
-        "captions of the ending that is asked for",
-        rename_captions(".caption"),
-        config('".txt"', '".caption"'),
-    ),
+    warns("captions of the ending .caption alone", "caption", RENAMED, captions=[""]),
+    trains("captions of the ending that is asked for", RENAMED, config('".txt"', '".caption"')),
     trains("class_tokens and no captions", CLASS_TOKENS, NO_CAPTIONS, captions=["A [v]"]),
     warns("no captions at all", "caption", NO_CAPTIONS, captions=[""]),
     warns("one picture without a caption", "caption", remove(f"{IMAGES}/000.txt")),
@@ -320,8 +299,11 @@ def taken(path: str) -> str:
 THIS, UNET = taken(CHECKPOINT), "model.diffusion_model."
 FIRST_TEXT, SECOND = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1."
 LINK, SPACED = "models/x.safetensors", "my models/x.safetensors"
+CKPT, MOVED = (taken("x.ckpt"), write("x.ckpt", HTML)), move(CHECKPOINT, SPACED)
 V_PRED, IDS = {"v_pred": [0], "ztsnr": [0]}, {f"{FIRST_TEXT}embeddings.position_ids": [1, 77]}
 EMA, EXTRA = {"model_ema.decay": [1], "denoiser.sigmas": [1000]}, {f"{UNET}extra": [1]}
+LINKED, RELATIVE = link(LINK, CHECKPOINT, absolute=True), link(LINK, f"../{CHECKPOINT}")
+HERE, PAGE = link("x.safetensors", CHECKPOINT), write("x.safetensors", HTML)
 MASKED = {f"{UNET}input_blocks.0.0.weight": [320, 9, 3, 3]}  # latents, a mask, and masked latents
 # SSD-1B lacks the middle's transformer and many blocks of the others.
 SSD = [f"{UNET}middle_block.1.", f"{UNET}middle_block.2."]
@@ -356,40 +338,19 @@ CHECKPOINTS = [
     trains("a checkpoint without logit scale", THIS, checkpoint(f"{SECOND}model.logit_scale")),
     trains("a checkpoint in bf16", THIS, checkpoint(dtype="BF16")),
     trains("a checkpoint in fp32", THIS, checkpoint(dtype="F32")),
-    trains(
-        "a checkpoint that is an absolute link",
-        taken(LINK),
-        checkpoint(),
-        link(LINK, CHECKPOINT, absolute=True),
-    ),
-    fails(
-        "a checkpoint that is a relative link",
-        "link",
-        taken(LINK),
-        checkpoint(),
-        link(LINK, f"../{CHECKPOINT}"),
-    ),
+    trains("a checkpoint that is an absolute link", taken(LINK), checkpoint(), LINKED),
+    fails("a checkpoint that is a relative link", "link", taken(LINK), checkpoint(), RELATIVE),
     trains(
         "a checkpoint that is a relative link in this folder",
         taken("x.safetensors"),
         checkpoint(),
-        link("x.safetensors", CHECKPOINT),
+        HERE,
     ),
     fails("a folder that is no diffusers model", "models", taken("models"), make("models")),
-    fails(
-        "a checkpoint of the ending .ckpt that is none",
-        "x.ckpt",
-        taken("x.ckpt"),
-        write("x.ckpt", HTML),
-    ),
-    trains(
-        "a checkpoint with a space in its path",
-        taken(SPACED),
-        checkpoint(),
-        move(CHECKPOINT, SPACED),
-    ),
+    fails("a checkpoint of the ending .ckpt that is none", "x.ckpt", *CKPT),
+    trains("a checkpoint with a space in its path", taken(SPACED), checkpoint(), MOVED),
     fails("a VAE that is not there", "vae", "--vae=gone.safetensors"),
-    fails("a page in HTML as a VAE", "vae", "--vae=x.safetensors", write("x.safetensors", HTML)),
+    fails("a page in HTML as a VAE", "vae", "--vae=x.safetensors", PAGE),
 ]
 
 # ---- Modules and presets -------------------------------------------------------------------------
@@ -400,6 +361,11 @@ def lycoris(*arguments: str) -> tuple[str, ...]:
     return "--network_module=lycoris.kohya", "--network_args", *arguments
 
 
+def own_preset(name: str) -> tuple[str | Change, ...]:
+    return *lycoris(f"preset={name}"), preset(name)
+
+
+NO_PRESET = ("--network_args", "conv_dim=4")
 PRESETS = sorted((ROOT / "lycoris_presets").glob("*.toml"))
 PRESET = "preset=lycoris_presets/blora_content_style.toml"
 PLAIN, OWN = lycoris(PRESET), lycoris("preset=my.toml")
@@ -418,13 +384,7 @@ OF_PRESETS = [
         for release in ("3.4.0", OLD_LYCORIS)
     ),
     trains("text encoders too", less=UNET_ONLY, modules=CONTENT_STYLE + TEXT_ENCODERS),
-    warns(
-        "network arguments without a preset",
-        "preset",
-        "--network_args",
-        "conv_dim=4",
-        modules=EVERY_LAYER,
-    ),
+    warns("network arguments without a preset", "preset", *NO_PRESET, modules=EVERY_LAYER),
     warns("a preset with a space before =", "preset", *SPACE, modules=EVERY_LAYER),
     trains("conv_dim=1, as the GUI has it", *PLAIN, "conv_dim=1", "conv_alpha=1", "algo=lora"),
     trains("a preset of LyCORIS' own", *lycoris("preset=attn-only")),
@@ -445,16 +405,9 @@ OF_PRESETS = [
         }.items()
     ),
     trains(
-        "a preset with = in its name",
-        *lycoris("preset=my=preset.toml"),
-        preset("my=preset.toml"),
-        before_0_10="network_args",
+        "a preset with = in its name", *own_preset("my=preset.toml"), before_0_10="network_args"
     ),
-    trains(
-        "a preset with a space in its name",
-        *lycoris("preset=my preset.toml"),
-        preset("my preset.toml"),
-    ),
+    trains("a preset with a space in its name", *own_preset("my preset.toml")),
 ]
 
 # ---- Network arguments ---------------------------------------------------------------------------
@@ -497,10 +450,7 @@ GOING_ON = [
     fails("going on with another rank", "network_dim|rank", *OTHER_RANK, after="the fast recipe"),
     fails("going on from nothing", "network_weights", "--network_weights=gone.safetensors"),
     fails(
-        "going on from a page in HTML",
-        "network_weights",
-        "--network_weights=x.safetensors",
-        write("x.safetensors", HTML),
+        "going on from a page in HTML", "network_weights", "--network_weights=x.safetensors", PAGE
     ),
     fails("weights alone, of no file", "network_weights", "--dim_from_weights"),
     trains("a state at the end", "--save_state", "--max_train_steps=2"),
@@ -647,27 +597,18 @@ text = partial(sampled, "p.txt")
 in_json, in_toml = partial(sampled, "p.json"), partial(sampled, "p.toml")
 OURS = sampled("blora_prompts.txt", (ROOT / "blora_prompts.txt").read_bytes())
 SIZED, DRAWN = "a dog --w 64 --h 128 --s 1", [[64, 128]]
-EACH_STEP = "--sample_every_n_steps=1"
+EACH_STEP, ODD_SIZE = "--sample_every_n_steps=1", text("a dog --w 71 --h 130 --s 1")
+NO_FILE = (EACH_STEP, "--sample_prompts=gone.txt")
 WIDE, SUBSET = "prompt.width = 64\n", '[[prompt.subset]]\nprompt = "a dog"\n'
 STEPS = "prompt.sample_steps = 1\n"
 SAMPLES = [
     trains("the bundle's prompts", *OURS, samples=[[1024, 1024]] * 3),
     trains("prompts", *text(f"# a comment --w abc\n\n{SIZED}\n"), EACH_STEP, samples=DRAWN * 3),
-    trains(
-        "prompts of a size that is no multiple of 8",
-        *text("a dog --w 71 --h 130 --s 1"),
-        samples=DRAWN,
-    ),
+    trains("prompts of a size that is no multiple of 8", *ODD_SIZE, samples=DRAWN),
     trains("prompts in JSON", *in_json(f'["{SIZED}"]'), samples=DRAWN),
     trains("prompts in TOML", *in_toml(f"{WIDE}{STEPS}{SUBSET}height = 128\n"), samples=DRAWN),
     fails("prompts without a file", "sample_prompts", EACH_STEP),
-    warns(
-        "prompts that are not there",
-        "sample_prompts",
-        EACH_STEP,
-        "--sample_prompts=gone.txt",
-        samples=[],
-    ),
+    warns("prompts that are not there", "sample_prompts", *NO_FILE, samples=[]),
     fails("prompts in cp1252", "p.txt", *text("a café".encode("cp1252"))),
     warns("no prompt", "p.txt", *text("# a\n\n"), samples=[]),
     warns("no prompt in JSON", "p.json", *in_json("[]"), samples=[]),
