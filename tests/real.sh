@@ -75,6 +75,10 @@ if [[ -z "${KOHYA_PYTHON:-}" ]]; then
     "${install[@]}" "$(grep '^torch==' tests/requirements.txt)" torchvision
     "${install[@]}" -r "$venv/requirements.txt" "lycoris_lora==$lycoris"
     "${install[@]}" --no-deps open_clip_torch
+    if ! "$KOHYA_PYTHON" -c "import torchvision" 2>/dev/null; then
+      packages="$("$KOHYA_PYTHON" -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+      cp tests/support/declare_operators.py "$packages/sitecustomize.py"
+    fi
     touch "$venv/made"
   fi
 fi
