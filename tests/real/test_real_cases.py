@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kohya_folder import PROGRAMS, SCRIPT, Bash, install, make_kohya
+from kohya_folder import CHECKPOINT, SCRIPT, install
 from lycoris_releases import RELEASES
-from real_kohya import BEFORE_0_10, SUPPORT, kohya_python, make_copy, options_of
+from real_kohya import BEFORE_0_10, SUPPORT, kohya_python, make_copy
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
-from trainer_cases import CASES, Case
+from trainer_cases import CASES, CLASSIC, FAST, Case
 from trainer_folder import make_folder
+from write_gui_recipes import launcher_options
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,6 @@ SMALL = (
     "--resolution=64,64 --min_bucket_reso=64 --bucket_reso_steps=64 --network_dim=4 "
     "--network_alpha=4 --max_train_steps=2 --mixed_precision=no --max_data_loader_n_workers=1"
 ).split()
-RECIPES = {"fast": "sdxl_blora_fast.sh", "classic": "sdxl_blora_classic.sh"}
 Answer = dict[str, Any]
 
 
@@ -78,21 +78,6 @@ class Bench:
         return {answer["name"]: answer for answer in map(json.loads, told.splitlines())}
 
 
-def launched(tmp: Path, checkpoint: Path) -> dict[str, list[str]]:
-    """What each launcher passes to the trainer."""
-    kohya = make_kohya(tmp / "launched", name="demo")
-    for program in PROGRAMS:
-        Bash().install_recorder(tmp / "bin", program)
-    settings = {"BLORA_NAME": "demo", "BLORA_CHECKPOINT": str(checkpoint)}
-    env = Bash().path_variable(tmp / "bin") | settings
-    words = {}
-    for recipe, launcher in RECIPES.items():
-        done, calls = Bash().run(kohya / launcher, [], kohya, tmp / f"log_{recipe}", env)
-        assert done.returncode == 0, done.output
-        words[recipe] = options_of(calls[-1].argv)
-    return words
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, cached_tokenizers) -> Bench:
     tmp = tmp_path_factory.mktemp("cases")
@@ -100,8 +85,12 @@ def bench(tmp_path_factory, cached_tokenizers) -> Bench:
     make_copy(kohya)
     install(kohya)
     write_checkpoint(checkpoint, sdxl_shapes())
-    more = [*SMALL, cached_tokenizers]
-    return Bench(tmp, kohya, {n: [*words, *more] for n, words in launched(tmp, checkpoint).items()})
+    recipes = {}
+    for name in (FAST, CLASSIC):
+        words = "\0".join(launcher_options(name)).replace("my_project", "demo")
+        words = words.replace(CHECKPOINT, str(checkpoint)).split("\0")
+        recipes[name] = [*words, *SMALL, cached_tokenizers]
+    return Bench(tmp, kohya, recipes)
 
 
 def files(path: Path) -> dict[str, tuple[int, int]]:
@@ -139,7 +128,7 @@ def answers(bench, request) -> Answers:
     given = [getattr(item, "callspec", None) for item in items]
     chosen = {spec.params["name"] for spec in given if spec and "name" in spec.params}
     first = {CASES[name].after for name in chosen} - {""}
-    first |= {f"the {recipe} recipe" for recipe in RECIPES}
+    first |= {f"the {recipe} recipe" for recipe in (FAST, CLASSIC)}
     trainer: dict[str, Answer] = {}
     for names in (first, chosen - first):
         cases = [CASES[name] for name in ALL if name in names]
