@@ -115,14 +115,8 @@ def ask_preflight(bench: Bench, cases: list[Case]) -> dict[str, Answer]:
     return reports
 
 
-@dataclass(frozen=True)
-class Answers:
-    trainer: dict[str, Answer]
-    preflight: dict[str, Answer]
-
-
 @pytest.fixture(scope="module")
-def answers(bench, request) -> Answers:
+def answers(bench, request) -> dict[str, dict[str, Answer]]:
     """Both, about all cases that were chosen and those whose output they need."""
     items = [item for item in request.session.items if item.path == request.path]
     given = [getattr(item, "callspec", None) for item in items]
@@ -135,7 +129,8 @@ def answers(bench, request) -> Answers:
         for case in cases:
             bench.make_folder(case, "trainer")
         trainer |= bench.ask(cases, "trainer")
-    return Answers(trainer, ask_preflight(bench, [CASES[name] for name in trainer]))
+    preflight = ask_preflight(bench, [CASES[name] for name in trainer])
+    return {name: {"trainer": trainer[name], "preflight": preflight[name]} for name in trainer}
 
 
 # ---- The brakes ----------------------------------------------------------------------------------
@@ -154,7 +149,7 @@ def test_a_release_that_drops_a_brake_is_stopped_by_the_next(bench, answers, tmp
         (kohya / name).write_text(text, encoding="utf-8")
     case = CASES["the fast recipe"]
     report = ask_preflight(replace(bench, root=tmp_path, kohya=kohya), [case])[case.name]
-    expected = answers.preflight[case.name]
+    expected = answers[case.name]["preflight"]
     assert report["plan"].keys() == expected["plan"].keys()
     assert {**report, "plan": None} == {**expected, "plan": None}
 
@@ -170,14 +165,14 @@ def expected(case: Case) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_case_is_right_about_the_trainer(answers, name):
-    trainer, case = answers.trainer[name], CASES[name]
+    trainer, case = answers[name]["trainer"], CASES[name]
     assert (trainer["outcome"] == "failed") == (expected(case)[0] == "error"), trainer["error"]
     assert {key: trainer[key] for key in case.truth} == case.truth
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_preflight_stops_what_the_trainer_fails_at_and_nothing_else(answers, name, record_property):
-    trainer, preflight = answers.trainer[name], answers.preflight[name]
+    trainer, preflight = answers[name].values()
     record_property("trained", trainer["outcome"] == "trained")
     record_property("stopped", bool(preflight.get("errors")))
     assert "crashed" not in preflight, preflight["crashed"]
@@ -188,8 +183,8 @@ def test_preflight_stops_what_the_trainer_fails_at_and_nothing_else(answers, nam
 
 @pytest.mark.parametrize("name", ALL)
 def test_preflight_says_what_it_is_about(answers, name):
-    preflight, (says, sentence) = answers.preflight[name], expected(CASES[name])
-    usual = answers.preflight[f"the {CASES[name].recipe} recipe"]["warnings"]
+    preflight, (says, sentence) = answers[name]["preflight"], expected(CASES[name])
+    usual = answers[f"the {CASES[name].recipe} recipe"]["preflight"]["warnings"]
     new = [warning for warning in preflight["warnings"] if warning not in usual]
     said = {"error": preflight["errors"], "warning": new, "nothing": []}[says]
     if says == "nothing":
@@ -200,11 +195,11 @@ def test_preflight_says_what_it_is_about(answers, name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if CASES[name].says != "error"])
 def test_preflight_announces_the_modules_that_are_trained(answers, name):
-    trainer = answers.trainer[name]
+    trainer, preflight = answers[name].values()
     if trainer["outcome"] == "trained":
-        assert len(answers.preflight[name]["modules"]) == trainer["modules"]
+        assert len(preflight["modules"]) == trainer["modules"]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_preflight_writes_nothing(answers, name):
-    assert answers.preflight[name]["written"] == []
+    assert answers[name]["preflight"]["written"] == []

@@ -186,26 +186,22 @@ def toy_trainer(script: Any, train_util: Any, seen: Seen) -> Any:
     return ToyTrainer()
 
 
-def train(script_path: str, words: list[str], seen: Seen) -> None:
-    """As the script itself begins when it is run."""
-    sys.argv = [script_path, *words]  # sd-scripts reads --config_file off the command line
-    script = importlib.import_module(Path(script_path).stem)
-    from library import train_util
-
-    parser = script.setup_parser()
-    args = parser.parse_args()
-    train_util.verify_command_line_training_args(args)
-    args = train_util.read_config_from_file(args, parser)
-    seen.output_dir = args.output_dir or ""
-    toy_trainer(script, train_util, seen).train(args)
-
-
 def ask_trainer(script: str, words: list[str]) -> dict[str, Any]:
     """What the training was about, and how it ended."""
     seen = Seen()
     answer: dict[str, Any] = {"outcome": "trained", "error": ""}
     try:
-        train(script, words, seen)
+        sys.argv = [script, *words]  # sd-scripts reads --config_file off the command line
+        module = importlib.import_module(Path(script).stem)
+        from library import train_util
+
+        # As the script itself begins when it is run.
+        parser = module.setup_parser()
+        args = parser.parse_args()
+        train_util.verify_command_line_training_args(args)
+        args = train_util.read_config_from_file(args, parser)
+        seen.output_dir = args.output_dir or ""
+        toy_trainer(module, train_util, seen).train(args)
         if not seen.losses:
             answer |= {"outcome": "failed", "error": "it ended without a step"}
     except (Exception, SystemExit) as error:

@@ -90,8 +90,6 @@ def trains(name: str, *given: str | Change, **named: Any) -> Case:
     return case("nothing", name, "", *given, **named)
 
 
-# ---- As it is ------------------------------------------------------------------------------------
-
 RECIPES = [
     trains("the fast recipe", modules=CONTENT_STYLE, sizes=[[64, 64]], scale=1.0),
     trains("the classic recipe", recipe=CLASSIC, modules=CONTENT_STYLE),
@@ -99,8 +97,6 @@ RECIPES = [
     trains("buckets in steps of 32", "--bucket_reso_steps=32", before_0_10="bucket_reso_steps"),
     trains("the sample config", sample_config),
 ]
-
-# ---- The dataset config --------------------------------------------------------------------------
 
 YAML = f"{PROJECT}/config.yaml"
 EMPTY_YAML = write(YAML, "datasets: []\n")
@@ -140,8 +136,6 @@ CONFIGS = [
     warns("a folder of pictures beside a config", "train_data_dir", f"--train_data_dir={PROJECT}"),
     fails("two words for a resolution", "64", "--resolution=64", "64"),
 ]
-
-# ---- Folders of pictures -------------------------------------------------------------------------
 
 
 def as_the_gui(folder: str) -> tuple[str | Change, ...]:
@@ -188,8 +182,6 @@ FOLDERS = [
         "a folder without repeats in its name", "train", *as_the_gui("dog"), less="dataset_config"
     ),
 ]
-
-# ---- Pictures ------------------------------------------------------------------------------------
 
 ODD_PICTURES = {
     "CMYK": picture("004.jpg", mode="CMYK"),
@@ -258,8 +250,6 @@ PICTURES = [
     trains("alpha masks", picture("004.png", mode="RGBA"), add("alpha_mask = true\n")),
 ]
 
-# ---- Captions ------------------------------------------------------------------------------------
-
 CLASS_TOKENS, NO_CAPTIONS = add('class_tokens = "A [v]"\n'), remove(f"{IMAGES}/*.txt")
 RENAMED, FIRST = rename_captions(".caption"), range(1)
 CAPTIONS = [
@@ -288,8 +278,6 @@ CAPTIONS = [
     trains("a caption with CRLF", *captions("a dog\r\n"), captions=["a dog"]),
     trains("a caption with a byte order mark", *captions("\ufeffa dog\n")),
 ]
-
-# ---- The checkpoint ------------------------------------------------------------------------------
 
 
 def taken(path: str) -> str:
@@ -353,8 +341,6 @@ CHECKPOINTS = [
     fails("a page in HTML as a VAE", "vae", "--vae=x.safetensors", PAGE),
 ]
 
-# ---- Modules and presets -------------------------------------------------------------------------
-
 
 def lycoris(*arguments: str) -> tuple[str, ...]:
     """LyCORIS' own network with these arguments."""
@@ -410,8 +396,6 @@ OF_PRESETS = [
     trains("a preset with a space in its name", *own_preset("my preset.toml")),
 ]
 
-# ---- Network arguments ---------------------------------------------------------------------------
-
 ALGOS = ("locon", "loha", "lokr", "dylora", "glora", "ia3", "diag-oft")
 ARGS, BYPASS = ("--network_args", PRESET), "bypass_mode=True"
 LORA = ("--network_module=networks.lora", *ARGS)
@@ -439,8 +423,6 @@ NETWORKS = [
     fails("no network module", "network_module", less="network_module"),
 ]
 
-# ---- Going on ------------------------------------------------------------------------------------
-
 WEIGHTS = "--network_weights=before/demo_1.safetensors"
 OTHER_RANK = (WEIGHTS, "--network_dim=8")
 RESUMED = "--resume=before/demo_1-state"
@@ -460,8 +442,6 @@ GOING_ON = [
     fails("resuming from an empty folder", "resume", "--resume=gone", make("gone")),
     fails("a base weight that is not there", "base_weights", "--base_weights", "gone.safetensors"),
 ]
-
-# ---- Optimizers ----------------------------------------------------------------------------------
 
 
 def optimizer(name: str, *words: str, rate: str = "1e-4") -> tuple[str, ...]:
@@ -495,8 +475,6 @@ OPTIMIZERS = [
     trains("rates for the parts", "--unet_lr=1", "--text_encoder_lr=1"),
 ]
 
-# ---- Schedulers ----------------------------------------------------------------------------------
-
 COSINE, WARM = "--lr_scheduler=cosine_with_restarts", "--lr_warmup_steps=1"
 ANNEALING, LEAST = "--lr_scheduler_type=CosineAnnealingLR", "--lr_scheduler=cosine_with_min_lr"
 SCHEDULERS = [
@@ -517,8 +495,6 @@ SCHEDULERS = [
     trains("a scheduler with its least rate", LEAST, "--lr_scheduler_min_lr_ratio=0.1"),
     fails("rules without a word", "lr_scheduler", "--lr_scheduler=piecewise_constant"),
 ]
-
-# ---- Steps, saves and outputs --------------------------------------------------------------------
 
 OUTPUT = "_out/lora/sdxl/demo_1/demo_1.safetensors"
 OUTPUTS = [
@@ -548,8 +524,6 @@ OUTPUTS = [
     trains("states", "--save_state", "--save_every_n_steps=1"),
     trains("no metadata", "--no_metadata"),
 ]
-
-# ---- The trainer's other options -----------------------------------------------------------------
 
 ALONE, CACHED = "--max_data_loader_n_workers=0", "--cache_text_encoder_outputs"
 SHUFFLED = add("shuffle_caption = true\n")
@@ -584,8 +558,6 @@ OTHERS = [
     trains("bf16", "--mixed_precision=bf16"),
     trains("validation", "--validation_split=0.25", before_0_10="validation_split"),
 ]
-
-# ---- Samples -------------------------------------------------------------------------------------
 
 
 def sampled(name: str, content: str | bytes) -> tuple[str | Change, ...]:
@@ -634,8 +606,6 @@ SAMPLES = [
         "prompts in TOML with a number twice", "p.toml", *in_toml(f"{WIDE}{SUBSET}width = 128\n")
     ),
 ]
-
-# ---- --config_file, as the GUI starts it ---------------------------------------------------------
 
 GUI = f"""\
 dataset_config = "{CONFIG}"
