@@ -81,7 +81,8 @@ def rows_of_tests(release: str, lycoris: str) -> Iterator[str]:
     for test, outcome in OUTCOMES.items():
         counted[next(w for pattern, w in ROWS.items() if re.search(pattern, test))][outcome] += 1
     for words, outcomes in counted.items():
-        [(what, _, with_lycoris, told)] = [r for r in table if len(r) == 4 and words in r[0]]
+        found = (row for row in table if len(row) == 4 and words in row[0])
+        what, _, with_lycoris, told = next(found, (words, "", "", "passes"))
         needed = "none" if with_lycoris == "none" else lycoris
         yield f"| {what} | {release} | {needed} | {result(outcomes, told)} |"
 
@@ -102,9 +103,9 @@ def rows_of_versions(release: str, commit: str, found: dict[str, str]) -> Iterat
         for name in [*PINNED, *OTHERS, "torchvision"]
     }
     yield f"| sd-scripts | {release} ({commit}) |"
-    yield f"| LyCORIS (`lycoris_lora`) | {found['lycoris-lora']} |"
-    yield f"| Prodigy (`prodigyopt`) | {found['prodigyopt']} |"
-    yield f"| torch | {found['torch']}, {told['torchvision']} |"
+    yield f"| LyCORIS (`lycoris_lora`) | {found.get('lycoris-lora', 'none')} |"
+    yield f"| Prodigy (`prodigyopt`) | {found.get('prodigyopt', 'none')} |"
+    yield f"| torch | {found.get('torch')}, {told['torchvision']} |"
     yield f"| as sd-scripts 0.10.1 pins them | {', '.join(told[n] for n in PINNED)} |"
     yield f"| others | {', '.join(told[n] for n in OTHERS)} |"
 
@@ -123,7 +124,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("rows of docs/tested_with.md")
     for rows in (
         rows_of_versions(release, commit, found),
-        rows_of_tests(release, found["lycoris-lora"]),
+        rows_of_tests(release, found.get("lycoris-lora", "none")),
         [row_of_trainings(release)],
     ):
         terminalreporter.write("\n".join([*rows, "", ""]))
