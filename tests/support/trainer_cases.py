@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from kohya_folder import ROOT
+from PIL import Image
 from trainer_folder import (
     CHECKPOINT,
     CONFIG,
@@ -26,7 +27,6 @@ from trainer_folder import (
     PROJECT,
     SIDEWAYS,
     Change,
-    Image,
     add,
     all_gif,
     captions,
