@@ -178,13 +178,12 @@ def kohya(tmp_path, monkeypatch) -> Path:
 
 def test_the_sample_dataset_config_loads(kohya):
     args = build_parser().parse_args([f"--dataset_config={CONFIG}", "--caption_extension=.txt"])
-    [dataset] = sdxl_train_network.load_datasets(args)
-    [subset] = dataset.subsets
-    assert (dataset.resolution, dataset.batch_size, subset.repeats) == ((1024, 1024), 1, 1)
+    [subset] = sdxl_train_network.load_subsets(args)
+    assert (subset.resolution, subset.batch_size, subset.repeats) == ((1024, 1024), 1, 1)
     assert [caption for _, caption in subset.pairs] == ["A [v]"]
     (subset.image_dir / "hero.txt").write_text("a knight")
-    [dataset] = sdxl_train_network.load_datasets(args)
-    assert [caption for _, caption in dataset.subsets[0].pairs] == ["a knight"]
+    [subset] = sdxl_train_network.load_subsets(args)
+    assert [caption for _, caption in subset.pairs] == ["a knight"]
 
 
 def test_preflight_accepts_the_sample_dataset_config(kohya):

@@ -39,6 +39,7 @@ import random
 import sys
 import time
 from collections import ChainMap, Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
@@ -90,14 +91,9 @@ def pairs(items: list[str] | None) -> dict[str, str]:
 class Subset:
     image_dir: Path
     repeats: int
-    pairs: tuple[tuple[Path, str], ...]  # image, caption
-
-
-@dataclass(frozen=True)
-class Dataset:
     resolution: tuple[int, int]  # width, height
     batch_size: int
-    subsets: tuple[Subset, ...]
+    pairs: list[tuple[Path, str]]  # image, caption
 
 
 def read_resolution(value: int | str | list[int]) -> tuple[int, int]:
@@ -107,33 +103,31 @@ def read_resolution(value: int | str | list[int]) -> tuple[int, int]:
 
 
 def load_subset(table: ChainMap[str, Any], args: argparse.Namespace) -> Subset:
-    folder = Path(table["image_dir"])
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    texts = [
-        image.with_suffix(table.get("caption_extension", args.caption_extension))
-        for image in images
-    ]
-    captions = [
-        text.read_text(encoding="utf-8").strip()
-        if text.is_file()
-        else table.get("class_tokens", "")
-        for text in texts
-    ]
-    repeats = table.get("num_repeats", args.dataset_repeats)
-    return Subset(folder, repeats, tuple(zip(images, captions, strict=True)))
+    folder, found = Path(table["image_dir"]), []
+    for image in sorted(folder.iterdir()):
+        if image.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        text = image.with_suffix(table.get("caption_extension", args.caption_extension))
+        written = text.read_text(encoding="utf-8").strip() if text.is_file() else None
+        found.append((image, table.get("class_tokens", "") if written is None else written))
+    return Subset(
+        image_dir=folder,
+        repeats=table.get("num_repeats", args.dataset_repeats),
+        resolution=read_resolution(table.get("resolution", args.resolution)),
+        batch_size=table.get("batch_size", args.train_batch_size),
+        pairs=found,
+    )
 
 
-def load_datasets(args: argparse.Namespace) -> list[Dataset]:
-    """The datasets of --dataset_config; what a table leaves out, the one around it gives."""
+def load_subsets(args: argparse.Namespace) -> list[Subset]:
+    """Those of --dataset_config; what a table leaves out, the one around it gives."""
     config = toml.loads(args.dataset_config.read_text(encoding="utf-8"))
-    datasets = []
-    for own in config["datasets"]:
-        table = ChainMap(own, config.get("general", {}))
-        subsets = tuple(load_subset(table.new_child(subset), args) for subset in own["subsets"])
-        resolution = read_resolution(table.get("resolution", args.resolution))
-        batch_size = table.get("batch_size", args.train_batch_size)
-        datasets.append(Dataset(resolution, batch_size, subsets))
-    return datasets
+    general = config.get("general", {})
+    return [
+        load_subset(ChainMap(subset, dataset, general), args)
+        for dataset in config["datasets"]
+        for subset in dataset["subsets"]
+    ]
 
 
 @cache
@@ -145,28 +139,24 @@ def image_to_latents(path: Path, width: int, height: int) -> Tensor:
     return torch.cat([rgb, rgb.mean(dim=0, keepdim=True)])
 
 
-def make_batches(dataset: Dataset) -> list[dict[str, Tensor]]:
-    width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in dataset.resolution)
+def make_batches(subset: Subset) -> Iterator[dict[str, Tensor]]:
+    width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in subset.resolution)
     size = [height, width, 0, 0, height, width]  # original, crop corner, target
-    repeated = [pair for s in dataset.subsets for pair in s.pairs for _ in range(s.repeats)]
-    batches = []
-    for start in range(0, len(repeated), dataset.batch_size):
-        images, captions = zip(*repeated[start : start + dataset.batch_size], strict=True)
-        batches.append(
-            {
-                "latents": torch.stack([image_to_latents(i, width, height) for i in images]),
-                "tokens": torch.tensor([toy_sdxl.tokenize(caption) for caption in captions]),
-                "sizes": torch.tensor([size] * len(images)),
-            }
-        )
-    return batches
+    repeated = [pair for pair in subset.pairs for _ in range(subset.repeats)]
+    for start in range(0, len(repeated), subset.batch_size):
+        images, captions = zip(*repeated[start : start + subset.batch_size], strict=True)
+        yield {
+            "latents": torch.stack([image_to_latents(i, width, height) for i in images]),
+            "tokens": torch.tensor([toy_sdxl.tokenize(caption) for caption in captions]),
+            "sizes": torch.tensor([size] * len(images)),
+        }
 
 
-def build_loader(datasets: list[Dataset], args: argparse.Namespace):
-    """Of whole batches, so that datasets of different resolutions can be mixed."""
+def build_loader(subsets: list[Subset], args: argparse.Namespace):
+    """Of whole batches, so that different resolutions can be mixed."""
     workers = min(args.max_data_loader_n_workers, os.cpu_count() or 1)
     return torch.utils.data.DataLoader(
-        [batch for dataset in datasets for batch in make_batches(dataset)],
+        [batch for subset in subsets for batch in make_batches(subset)],
         shuffle=True,
         collate_fn=itemgetter(0),
         num_workers=workers,
@@ -178,10 +168,7 @@ def build_loader(datasets: list[Dataset], args: argparse.Namespace):
 # ---- network and optimizer ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Models:
-    unet: nn.Module
-    text_encoders: list[nn.Module]
+Models = tuple[nn.Module, list[nn.Module]]  # U-Net, text encoders
 
 
 def load_models(device: torch.device) -> Models:
@@ -191,7 +178,7 @@ def load_models(device: torch.device) -> Models:
         unet, text_encoders = toy_sdxl.make_unet(), toy_sdxl.make_text_encoders()
     for model in (unet, *text_encoders):
         model.requires_grad_(False).eval().to(device)
-    return Models(unet, text_encoders)
+    return unet, text_encoders
 
 
 def network_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -199,8 +186,8 @@ def network_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_network(models: Models, args: argparse.Namespace) -> nn.Module:
-    module = importlib.import_module(args.network_module)
-    trained = (None, models.text_encoders, models.unet)  # None is the VAE
+    module, (unet, text_encoders) = importlib.import_module(args.network_module), models
+    trained = (None, text_encoders, unet)  # None is the VAE
     if args.dim_from_weights:
         given = pairs(args.network_args)
         network, _ = module.create_network_from_weights(1, args.network_weights, *trained, **given)
@@ -209,12 +196,11 @@ def build_network(models: Models, args: argparse.Namespace) -> nn.Module:
         network = module.create_network(
             1.0, rank, alpha, *trained, neuron_dropout=dropout, **network_kwargs(args)
         )
-    train_text_encoders = not args.network_train_unet_only
-    network.apply_to(models.text_encoders, models.unet, train_text_encoders, trains_unet(args))
+    network.apply_to(text_encoders, unet, not args.network_train_unet_only, trains_unet(args))
     if args.network_weights:
         network.load_weights(args.network_weights)
     if args.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing()
         network.enable_gradient_checkpointing()
     return network
 
@@ -276,15 +262,15 @@ def signal_share() -> Tensor:
 
 def predict_noise(run: Run, batch: dict[str, Tensor], noisy: Tensor, times: Tensor) -> Tensor:
     """The answer of the U-Net, whose inputs require gradients wherever sd-scripts' do."""
+    unet, text_encoders = run.models
     with torch.set_grad_enabled(not run.args.network_train_unet_only):
-        encoded = (encode(batch["tokens"]) for encode in run.models.text_encoders)
-        (context1, _), (context2, pooled) = encoded
+        (context1, _), (context2, pooled) = (encode(batch["tokens"]) for encode in text_encoders)
     if run.args.gradient_checkpointing:
         for tensor in (*noisy, context1, context2, pooled):
             tensor.requires_grad_(True)
     noisy.requires_grad_(trains_unet(run.args))
     context = torch.cat([context1, context2], dim=-1)
-    return run.models.unet(noisy, times, context, pooled, batch["sizes"])
+    return unet(noisy, times, context, pooled, batch["sizes"])
 
 
 def batch_loss(run: Run, batch: dict[str, Tensor]) -> Tensor:
@@ -322,17 +308,17 @@ def train_batch(run: Run, batch: dict[str, Tensor]) -> float:
 
 
 def train(run: Run) -> None:
-    bare = run.accelerator.unwrap_model(run.network)
-    run.models.unet.train(run.args.gradient_checkpointing)  # else it stays in eval mode
-    bare.prepare_grad_etc(run.models.text_encoders, run.models.unet)
+    bare, (unet, text_encoders) = run.accelerator.unwrap_model(run.network), run.models
+    unet.train(run.args.gradient_checkpointing)  # else it stays in eval mode
+    bare.prepare_grad_etc(text_encoders, unet)
     steps, every = run.args.max_train_steps, run.args.save_every_n_steps
-    hidden = not run.accelerator.is_local_main_process
-    progress = tqdm(total=steps, desc="steps", disable=hidden)
+    here = run.accelerator.is_local_main_process
+    progress = tqdm(total=steps, desc="steps", disable=not here)
     losses: deque[float] = deque(maxlen=len(run.loader))  # averaged over an epoch
     step = 0
     for epoch in range(run.epochs):
         run.accelerator.print(f"\nepoch {epoch + 1}/{run.epochs}")
-        bare.on_epoch_start(run.models.text_encoders, run.models.unet)
+        bare.on_epoch_start(text_encoders, unet)
         for batch in run.loader:
             losses.append(train_batch(run, batch))
             if run.accelerator.sync_gradients:
@@ -368,53 +354,33 @@ def save(run: Run, suffix: str, step: int, epoch: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def tag_frequency(subsets: list[Subset]) -> dict[str, dict[str, int]]:
-    counts: dict[str, Counter[str]] = {}
-    for subset in subsets:
-        tags = (tag.strip().lower() for _, text in subset.pairs for tag in text.split(","))
-        counts.setdefault(subset.image_dir.name, Counter()).update(filter(None, tags))
-    return {name: dict(count) for name, count in counts.items()}
-
-
-def dataset_metadata(datasets: list[Dataset]) -> dict[str, str]:
-    """Each dataset is described with its subsets, and each folder with its images."""
-    counts = {
-        s: {"img_count": len(s.pairs), "num_repeats": s.repeats, "image_dir": s.image_dir.name}
-        for dataset in datasets
-        for s in dataset.subsets
-    }
-    described = [
-        {
-            "batch_size_per_device": dataset.batch_size,
-            "num_train_images": image_count(dataset),
-            "resolution": dataset.resolution,
-            "subsets": [counts[subset] for subset in dataset.subsets],
-        }
-        for dataset in datasets
-    ]
-    folders = {
-        s.image_dir.name: {"n_repeats": s.repeats, "img_count": len(s.pairs)} for s in counts
-    }
+def dataset_metadata(subsets: list[Subset]) -> dict[str, str]:
+    tags: dict[str, Counter[str]] = {}
+    described, folders = [], {}
+    for s in subsets:
+        name, count, images = s.image_dir.name, len(s.pairs), s.repeats * len(s.pairs)
+        found = (tag.strip().lower() for _, text in s.pairs for tag in text.split(","))
+        tags.setdefault(name, Counter()).update(filter(None, found))
+        folders[name] = {"n_repeats": s.repeats, "img_count": count}
+        dataset = {"batch_size_per_device": s.batch_size, "num_train_images": images}
+        dataset |= {"resolution": s.resolution}
+        subset = {"img_count": count, "num_repeats": s.repeats, "image_dir": name}
+        described.append(dataset | {"subsets": [subset]})
     return {
-        "ss_num_train_images": str(sum(map(image_count, datasets))),
+        "ss_num_train_images": str(sum(dataset["num_train_images"] for dataset in described)),
         "ss_datasets": json.dumps(described),
-        "ss_tag_frequency": json.dumps(tag_frequency(list(counts))),
+        "ss_tag_frequency": json.dumps(tags),
         "ss_dataset_dirs": json.dumps(folders),
     }
-
-
-def image_count(dataset: Dataset) -> int:
-    return sum(subset.repeats * len(subset.pairs) for subset in dataset.subsets)
 
 
 def run_metadata(args: argparse.Namespace, **known: Any) -> dict[str, str]:
     """What the file will say of this run, less what only the save knows."""
     width, height = read_resolution(args.resolution)
     given = ",".join(f"{key}={value}" for key, value in optimizer_kwargs(args).items())
-    optimizer = f"{Prodigy.__module__}.{Prodigy.__name__}"
     fields = {name: getattr(args, name) for name in RECORDED} | known
     fields |= {
-        "optimizer": optimizer + (f"({given})" if given else ""),
+        "optimizer": f"{Prodigy.__module__}.{Prodigy.__name__}({given})",
         "base_model_version": "sdxl_base_v1-0",
         "sd_model_name": Path(args.pretrained_model_name_or_path).name,
         "session_id": random.randrange(2**32),
@@ -446,7 +412,7 @@ def prepare(args: argparse.Namespace) -> Run:
     torch.set_num_threads(1)
     seed = random.randrange(2**32) if args.seed is None else args.seed
     set_seed(seed)
-    datasets = load_datasets(args)
+    subsets = load_subsets(args)
     accelerator = Accelerator(
         # said aloud, or the processes that --multi_gpu starts on a CPU do not find each other
         cpu=not torch.cuda.is_available(),
@@ -456,7 +422,7 @@ def prepare(args: argparse.Namespace) -> Run:
     models = load_models(accelerator.device)
     network = build_network(models, args)
     optimizer = build_optimizer(network, args)
-    loader = build_loader(datasets, args)
+    loader = build_loader(subsets, args)
     # accelerate turns the schedule once for each process at every step
     total = args.max_train_steps * accelerator.num_processes
     scheduler = build_scheduler(optimizer, args, total)
@@ -467,8 +433,8 @@ def prepare(args: argparse.Namespace) -> Run:
     epochs = math.ceil(args.max_train_steps / steps_per_epoch)
     known = {"training_started_at": started, "seed": seed, "num_epochs": epochs}
     metadata = run_metadata(args, num_batches_per_epoch=len(loader), **known)
-    metadata |= dataset_metadata(datasets)
-    images = sum(len(subset.pairs) for dataset in datasets for subset in dataset.subsets)
+    metadata |= dataset_metadata(subsets)
+    images = sum(len(subset.pairs) for subset in subsets)
     accelerator.print(
         "running training (stand-in: toy model)\n"
         f"  images: {images}, with repeats: {metadata['ss_num_train_images']}\n"
