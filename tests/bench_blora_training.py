@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,10 @@ BLOCKS = (
     "middle_block.1",
     *(f"output_blocks.{n}.1" for n in range(6)),
 )
+
+
+def preset_path(name: str) -> str:
+    return str(ROOT / f"lycoris_presets/{name}.toml")
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -199,8 +204,7 @@ def count(sdxl: Any, size: int) -> None:
     for recipe in RECIPES:
         cells = []
         for preset, rank in COLUMNS.values():
-            path = str(ROOT / f"lycoris_presets/{preset}.toml")
-            operations, kept = step_on_meta(sdxl, recipe, path, rank, size)
+            operations, kept = step_on_meta(sdxl, recipe, preset_path(preset), rank, size)
             cells.append(f"{operations:.1f} TF, {kept / 1e9:.2f} GB")
         print(f"| {recipe.name} | {' | '.join(cells)} |", flush=True)
 
@@ -216,22 +220,14 @@ def count_by_first_block(sdxl: Any, size: int, folder: Path) -> None:
             f"unet_target_name = ['{block}.*attn2.to_k$']\ntext_encoder_target_name = []\n"
         )
         cells = []
-        for module in ("lycoris.kohya", "blora_network"):
-            for checkpointing in (True, False):
-                recipe = Recipe("", module, True, checkpointing)
-                _, kept = step_on_meta(sdxl, recipe, str(preset), 1, size)
-                cells.append(f"{kept / 1e9:.3f}")
+        for module, checkpointing in product(("lycoris.kohya", "blora_network"), (True, False)):
+            recipe = Recipe("", module, True, checkpointing)
+            _, kept = step_on_meta(sdxl, recipe, str(preset), 1, size)
+            cells.append(f"{kept / 1e9:.3f}")
         print(f"| {block} | {' | '.join(cells)} |", flush=True)
 
 
 # ---- Timing --------------------------------------------------------------------------------------
-
-
-def random_weights(sdxl: Any) -> dict[str, Tensor]:
-    """The noise of make_random_sdxl.py, in bf16."""
-    unet = make_unet(sdxl)
-    fill(unet)
-    return {name: parameter.detach().bfloat16() for name, parameter in unet.named_parameters()}
 
 
 def seconds(unet: nn.Module, network: nn.Module, given: list[Tensor]) -> float:
@@ -245,12 +241,12 @@ def seconds(unet: nn.Module, network: nn.Module, given: list[Tensor]) -> float:
 
 def measure(sdxl: Any, size: int, rank: int, runs: int) -> None:
     """Each recipe's median, and how many times faster it is than the first."""
-    weights = random_weights(sdxl)
-    trained = []
+    noise, trained = make_unet(sdxl), []
+    fill(noise)
+    weights = {name: p.detach().bfloat16() for name, p in noise.named_parameters()}
     for recipe in RECIPES:
         unet = make_unet(sdxl, weights)
-        preset = str(ROOT / f"lycoris_presets/{CONTENT_STYLE}.toml")
-        network = add_network(unet, recipe, preset, rank, "cpu")
+        network = add_network(unet, recipe, preset_path(CONTENT_STYLE), rank, "cpu")
         trained.append((unet, network, inputs(size, recipe, "cpu", torch.bfloat16)))
     times: list[list[float]] = [[] for _ in RECIPES]
     for run in range(runs + 1):  # the first warms up

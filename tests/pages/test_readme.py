@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from bundle_files import BUNDLE, tracked
+from bundle_files import BUNDLE, unpack
 from cmd_runner import calls, windows_path
 from kohya_folder import BASH, ROOT, Bash, Bat
 from preset_modules import CONTENT, EXPECTED, block_modules, lora_parameters, text_encoder_modules
@@ -28,11 +26,8 @@ SETTINGS = read_launcher(ROOT / "sdxl_blora_fast.sh").settings
 PACKAGES = ["install", "lycoris_lora", "prodigyopt"]
 EDIT = "path/to/sd_xl_base_1.0.safetensors"
 # The columns of the table of memory: what each recipe changes of fast's options.
-MEMORY_OF = [
-    options(),
-    options(without="gradient_checkpointing"),
-    options("--network_module=lycoris.kohya", "--no_half_vae", without="cache_latents"),
-]
+CLASSIC = options("--network_module=lycoris.kohya", "--no_half_vae", without="cache_latents")
+MEMORY_OF = [options(), options(without="gradient_checkpointing"), CLASSIC]
 
 
 def shell_block(start: str) -> list[str]:
@@ -41,18 +36,8 @@ def shell_block(start: str) -> list[str]:
     return block.splitlines()
 
 
-@pytest.fixture
-def unpacked(tmp_path) -> Path:
-    """The repository's files, as they come out of an archive."""
-    source = tmp_path / "bundle"
-    for name in tracked():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, source / name)
-    return source
-
-
-def test_the_install_lines_for_linux_install_the_bundle_and_its_packages(unpacked, tmp_path):
-    kohya, log = tmp_path / "my kohya", tmp_path / "log"
+def test_the_install_lines_for_linux_install_the_bundle_and_its_packages(tmp_path):
+    kohya, log, unpacked = tmp_path / "my kohya", tmp_path / "log", unpack(tmp_path / "bundle")
     programs = Bash().make_venv(kohya / "venv")
     Bash().install_recorder(programs, "pip")
     lines = "\n".join(shell_block("source ")).replace("<kohya folder>", "../my kohya")
@@ -67,8 +52,8 @@ def test_the_install_lines_for_linux_install_the_bundle_and_its_packages(unpacke
 ACTIVATE = '@echo off\r\nset "PATH=%~dp0;%PATH%"\r\n'
 
 
-def test_the_install_lines_for_cmd_install_the_bundle_and_its_packages(cmd, unpacked, tmp_path):
-    kohya, log = tmp_path / "my kohya", tmp_path / "log"
+def test_the_install_lines_for_cmd_install_the_bundle_and_its_packages(cmd, tmp_path):
+    kohya, log, unpacked = tmp_path / "my kohya", tmp_path / "log", unpack(tmp_path / "bundle")
     log.mkdir()
     Bat(cmd).install_recorder(kohya / "venv/Scripts", "pip")
     (kohya / "venv/Scripts/activate.bat").write_bytes(ACTIVATE.encode())

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bundle_files import tracked
+from bundle_files import unpack
 from kohya_folder import ONE_PROCESS, ROOT, copy_command
 from make_checkpoint import main as make_checkpoint
 from make_dataset import main as make_dataset
@@ -78,9 +78,7 @@ def make_homes(tmp: Path) -> dict[str, str]:
     shutil.copytree(ROOT / "tests/standin", places["STANDIN"])
     for name in ("sdxl_train_network_options.json", "sdxl_checkpoint.json"):
         shutil.copy(ROOT / "tests/data" / name, places["STANDIN"])
-    for name in tracked():
-        (places["BUNDLE"] / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, places["BUNDLE"] / name)
+    unpack(places["BUNDLE"])
     make_checkpoint([str(places["CHECKPOINT"])])
     return {name: str(place) for name, place in places.items()}
 
@@ -93,17 +91,9 @@ def test_the_page_leads_from_nothing_to_slices_at_home(tmp_path):
     env["PROGRAMS"] = str(Path(sys.executable).parent)
     # A CPU and wide enough toys, in place of a card.
     env |= {"BLORA_ACCELERATE_ARGS": ONE_PROCESS, "TOY_REAL_ATTENTION": "1"}
-    done = subprocess.run(
-        # It ends all that the shell has started.
-        ["timeout", TIME_LIMIT, "bash", "-c", script],
-        cwd=places["HOME"],
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    # It ends all that the shell has started.
+    command = ["timeout", TIME_LIMIT, "bash", "-c", f"exec 2>&1 </dev/null\n{script}"]
+    done = subprocess.run(command, cwd=places["HOME"], env=env, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stdout
     kohya, home = Path(places["HOME"], "sd-scripts"), Path(places["AT_HOME"])
     assert {key.split(".")[1] for key in load_file(kohya / LORA)} == {

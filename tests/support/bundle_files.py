@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+from pathlib import Path
 
 from kohya_folder import ROOT
 
-BUNDLE = [
-    "blora",
-    "blora_dataset.toml",
-    "blora_gui_classic.json",
-    "blora_gui_fast.json",
-    "blora_network.py",
-    "blora_preflight.py",
-    "blora_prompts.txt",
-    "blora_slicer.bat",
-    "blora_slicer.py",
-    "blora_traits.json",
-    "lycoris_presets",
-    "sdxl_blora_classic.bat",
-    "sdxl_blora_classic.sh",
-    "sdxl_blora_fast.bat",
-    "sdxl_blora_fast.sh",
-]
+BUNDLE = """
+    blora blora_dataset.toml blora_gui_classic.json blora_gui_fast.json blora_network.py
+    blora_preflight.py blora_prompts.txt blora_slicer.bat blora_slicer.py blora_traits.json
+    lycoris_presets sdxl_blora_classic.bat sdxl_blora_classic.sh sdxl_blora_fast.bat
+    sdxl_blora_fast.sh
+""".split()
+
+
+def unpack(folder: Path) -> Path:
+    """The repository's files, as they come out of an archive."""
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def tracked(*pattern: str) -> list[str]:

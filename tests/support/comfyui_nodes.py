@@ -38,14 +38,11 @@ def main(names: list[str]) -> None:
 
     asyncio.run(nodes.init_builtin_extra_nodes())
     found = {}
-    for name in names:
-        node = nodes.NODE_CLASS_MAPPINGS[name]
+    for name, node in ((name, nodes.NODE_CLASS_MAPPINGS[name]) for name in names):
         given = node.INPUT_TYPES()
         inputs = given.get("required", {}) | given.get("optional", {})
-        found[name] = {
-            "inputs": {of: kind(of, spec) for of, spec in inputs.items()},
-            "outputs": list(node.RETURN_TYPES),
-        }
+        kinds = {of: kind(of, spec) for of, spec in inputs.items()}
+        found[name] = {"inputs": kinds, "outputs": list(node.RETURN_TYPES)}
     print(json.dumps(found, indent=1))
 
 

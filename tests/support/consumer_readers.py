@@ -65,11 +65,10 @@ def diffusers_path(path: str) -> str:
 def submodule(model: nn.Module, path: str, diffusers: bool) -> nn.Module:
     """A layer of a model by the path in sd-scripts' models."""
     if diffusers:
-        return model.get_submodule(diffusers_path(path))
-    # transformers 5.6 and later have no text_model in the first text encoder.
-    return model.get_submodule(
-        path if hasattr(model, "text_model") else path.removeprefix("text_model.")
-    )
+        path = diffusers_path(path)
+    elif not hasattr(model, "text_model"):  # which transformers 5.6 and later lack in the first
+        path = path.removeprefix("text_model.")
+    return model.get_submodule(path)
 
 
 def set_weight(layer: nn.Module, name: str) -> None:
@@ -81,9 +80,8 @@ def set_weight(layer: nn.Module, name: str) -> None:
 
 def tree(part: str, diffusers: bool = False) -> nn.Module:
     """A module tree of a part's layers: unet, te1 or te2."""
-    names = {name: path for name, (of, path) in PATHS.items() if of == part}
-    if diffusers:
-        names = {name: diffusers_path(path) for name, path in names.items()}
+    rename = diffusers_path if diffusers else str
+    names = {name: rename(path) for name, (of, path) in PATHS.items() if of == part}
     kinds = {path: shape(name) for name, path in names.items()}
     with torch.device("meta"):  # no random numbers that are thrown away at once
         root = make_tree({path: kind for path, kind in kinds.items() if kind[0] != "LayerNorm"})
@@ -114,9 +112,8 @@ def acting_weights(models: dict[str, nn.Module], names: Iterable[str], diffusers
     found = {}
     for name in names:
         part, path = PATHS[name]
-        found[name] = acting_weight(
-            submodule(models[part], path, diffusers and part == "unet"), base(name).shape
-        )
+        layer = submodule(models[part], path, diffusers and part == "unet")
+        found[name] = acting_weight(layer, base(name).shape)
     return found
 
 
@@ -227,8 +224,8 @@ class ForgeClassicReader(ReforgeReader):
     version = ()
 
     def prepare(self, folder: Path, ldm_patched: Any) -> None:
-        file = folder / LOADER
-        self.apply = definition(file, "load_lora_for_models", ldm_patched=ldm_patched)
+        names = {"ldm_patched": ldm_patched}
+        self.apply = definition(folder / LOADER, "load_lora_for_models", **names)
 
 
 class FooocusReader(ReforgeReader):
@@ -370,13 +367,11 @@ class OneTrainerReader:
 
     def load(self, path: Path, row: Row) -> Weights:
         model, config = self.model(), self.settings(row)
-        parts = {"unet": "unet", "te1": "text_encoder_1", "te2": "text_encoder_2"}
-        models = {part: tree(part, diffusers=part == "unet") for part in parts}
-        for part, attribute in parts.items():
-            setattr(model, attribute, models[part])
+        models = {part: tree(part, diffusers=part == "unet") for part in ("unet", "te1", "te2")}
+        model.unet, model.text_encoder_1, model.text_encoder_2 = models.values()
         self.loader.load(model, self.names(lora=str(path)))
         prefixes = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
-        for part in {part for part, _ in (PATHS[name] for name in row.names)}:
+        for part in {PATHS[name][0] for name in row.names}:
             paths = [PATHS[n][1] for n in row.names if PATHS[n][0] == part]
             filters = [diffusers_path(p) for p in paths] if part == "unet" else []
             wrapper = self.wrapper(models[part], prefixes[part], config, filters)
@@ -393,9 +388,8 @@ class DiffusersReader:
     def __init__(self, folder: None) -> None:
         from diffusers_sdxl import sdxl_pipeline
 
-        self.pipeline = sdxl_pipeline((1, 2, 1))
-        self.models = {"unet": self.pipeline.unet}
-        self.models |= {"te1": self.pipeline.text_encoder, "te2": self.pipeline.text_encoder_2}
+        made = self.pipeline = sdxl_pipeline((1, 2, 1))
+        self.models = {"unet": made.unet, "te1": made.text_encoder, "te2": made.text_encoder_2}
         for name, (part, path) in PATHS.items():
             set_weight(submodule(self.models[part], path, part == "unet"), name)
 

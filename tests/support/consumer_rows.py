@@ -122,9 +122,9 @@ def source_modules(row: Row) -> dict[str, Module]:
     made = {}
     for seed, name in enumerate(row.names):
         module = make_module(name, row.form, RANK, row.alpha, torch.float32, seed)
-        made[name] = tamed(name, module, row.form)
+        module = made[name] = tamed(name, module, row.form)
         if row.half:
-            made[name] |= {s: t.half() for s, t in made[name].items() if s != "dora_scale"}
+            module |= {s: t.half() for s, t in module.items() if s != "dora_scale"}
     return made
 
 
