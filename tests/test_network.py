@@ -130,6 +130,7 @@ def test_what_is_spared_is_not_computed_twice(answers, preset, kept):
             "text encoders are trained, and their gradients pass through the whole U-Net",
         ),
         ("first layer", "the first layer of the U-Net is trained"),
+        ("no layer", "no layer of the U-Net is trained"),
         ("time", "a layer is trained that lies outside the blocks of the U-Net"),
         ("another U-Net", "Wrapped is not built as sd-scripts' SDXL U-Net"),
     ],

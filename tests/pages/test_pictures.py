@@ -37,7 +37,7 @@ OTHER, FEWER = STOPS["blora_content_layout_style"]
 FACTS = {
     "stop": STOP, "spared": f"{BEFORE} of the U-Net's {len(LEAVES)}",
     "other": OTHER, "fewer": FEWER,
-    "layers": len(SHAPES), "per_rank": PER_RANK, "file": FILES, "memory": MEMORY,
+    "layers": len(SHAPES), "per_rank": PER_RANK, "memory": MEMORY,
     "square": f"{COLUMNS} x {ROWS}",
     # The last rank at which a LoRA holds no more numbers than that matrix.
     "outgrown": max(r for r in range(2000) if r * (ROWS + COLUMNS) <= ROWS * COLUMNS),
@@ -80,10 +80,8 @@ def test_a_picture_is_readable_described_self_contained_and_has_a_dark_scheme(na
 def test_the_map_has_all_names_of_a_trait(trait, meaning):
     [block] = {layer.block for layer in LEAVES if TRAITS[trait].keeps(layer.module)}
     way, number, _ = block.split(".")
-    slot, diffusers = (
-        f"{way.removesuffix('put_blocks').upper()}0{number}",
-        UNET[f"{block}.proj_in"].diffusers.removesuffix(".proj_in"),
-    )
+    slot = f"{way.removesuffix('put_blocks').upper()}0{number}"
+    diffusers = UNET[f"{block}.proj_in"].diffusers.removesuffix(".proj_in")
     shown = f"{trait.upper()} {meaning}|{slot}|kohya|{block}|diffusers|{diffusers}"
     assert shown in "|".join(texts("blocks.svg"))
     described = f"{trait} is {block} in kohya, {diffusers} in diffusers, slot {slot}"
@@ -126,13 +124,7 @@ def test_the_charts_numbers_are_those_of_the_layers():
         ("docs/speed.md", "Above rank {outgrown} a LoRA is larger than most of the matrices"),
         ("README.md", "Above {outgrown} a LoRA is larger than most of the matrices it changes"),
         ("docs/speed.md", "Prodigy's state: {memory[1024]} at rank 1024."),
-        ("docs/recipes.md", "would take {memory[1024]} at rank 1024 with Prodigy"),
-        ("docs/when_something_fails.md", "Rank 1024 with Prodigy takes {memory[1024]} beside"),
         ("README.md", "| content and style: the B-LoRA method | {per_rank:,} |"),
-        ("README.md", "| 64 (the paper's) | {file[64]} |"),
-        ("README.md", "| 128 | {file[128]} |"),
-        ("README.md", "| 512 | {file[512]} |"),
-        ("README.md", "| 1024 (the original's) | {file[1024]} |"),
     ],
 )
 def test_the_pictures_and_the_pages_say_the_same(page, sentence):

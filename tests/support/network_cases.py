@@ -13,6 +13,7 @@ OWN = {
     "middle": r"middle_block\.1\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$",
     "last layer": r"out\.2$",
     "first layer": r"input_blocks\.0\.0$",
+    "no layer": r"no_such_layer$",
     "wrapped": r"inner\.output_blocks\.1\.1\.transformer_blocks\.0\.attn1\.to_q$",
     "time": r"(time_embed\.0|output_blocks\.1\.1\.transformer_blocks\.0\.attn1\.to_q)$",
 }
@@ -62,8 +63,7 @@ def cases(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
         found["LoKr"] = case(style, args={"algo": "lokr", "factor": "4"})
         found["text encoders"] = case(style, text_encoders=True)
         found["no text encoders in the preset"] = case(files["middle"], text_encoders=True)
-        found["first layer"] = case(files["first layer"])
-        found["time"] = case(files["time"])
+        found |= {name: case(files[name]) for name in ("first layer", "time", "no layer")}
         found["another U-Net"] = case(files["wrapped"], wrapped=True)
     return found
 
