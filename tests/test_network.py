@@ -18,13 +18,12 @@ import pytest
 from kohya_folder import ROOT
 from lycoris_releases import LYCORIS, NEWEST, RELEASES
 from network_cases import (
-    BYPASS,
-    DORA,
     MODULES,
     MORE,
     PLAIN,
+    REFUSED,
     STOPS,
-    case,
+    alone,
     cases,
     preset_files,
     with_both,
@@ -34,7 +33,6 @@ from blora.preflight.plan import position
 
 pytestmark = pytest.mark.slow
 Answers = dict[str, dict[str, Any]]
-REFUSED = ("lora", "loha", "lokr")
 # Inputs and outputs of SDXL's attention, rank and alpha.
 FULL = {
     f"{inputs} to {outputs}, rank {rank}, alpha {alpha}": (inputs, outputs, rank, alpha, "float32")
@@ -53,17 +51,12 @@ HALF = {
 def answers(tmp_path_factory) -> Answers:
     """Of network_probe.py with each LyCORIS, which answer at the same time."""
     files = preset_files(tmp_path_factory.mktemp("presets"))
-    style = files["blora_content_style"]
-    dropped = {
-        algo: case(style, args={"algo": algo, **DORA, **BYPASS}, module="blora_network")
-        for algo in REFUSED
-    }
-    compiled = {"compiled": case(style, module="blora_network", compile=True)}
 
     def ask(release: str) -> dict[str, Any]:
-        newest = release == NEWEST
-        steps = with_both(cases(files, release)) | dropped | (compiled if newest else {})
-        path = [*([] if newest else [RELEASES / release]), ROOT, ROOT / "tests/standin"]
+        steps = with_both(cases(files, release)) | alone(files, release)
+        path = [ROOT, ROOT / "tests/standin"]
+        if release != NEWEST:
+            path.insert(0, RELEASES / release)
         done = subprocess.run(
             [sys.executable, ROOT / "tests/support/network_probe.py"],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},

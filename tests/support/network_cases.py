@@ -31,6 +31,7 @@ STOPS = {
 MODULES = ("lycoris.kohya", "blora_network")
 DORA = {"dora_wd": "True", "wd_on_output": "False"}
 BYPASS = {"bypass_mode": "True"}
+REFUSED = ("lora", "loha", "lokr")
 
 
 def case(preset: str, checkpointing: bool = True, **more: Any) -> dict[str, Any]:
@@ -66,6 +67,15 @@ def cases(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
         found |= {name: case(files[name]) for name in ("first layer", "time", "no layer")}
         found["another U-Net"] = case(files["wrapped"], wrapped=True)
     return found
+
+
+def alone(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
+    """Steps of blora_network alone: what it refuses, by algorithm, and under torch.compile."""
+    style, both = files["blora_content_style"], DORA | BYPASS
+    found = {algo: case(style, args={"algo": algo, **both}) for algo in REFUSED}
+    if release == NEWEST:
+        found["compiled"] = case(style, compile=True)
+    return {name: step | {"module": "blora_network"} for name, step in found.items()}
 
 
 def with_both(asked: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
