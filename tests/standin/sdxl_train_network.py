@@ -65,7 +65,7 @@ MULTIPLE = 32  # the U-Net halves the latents twice
 REFUSED = """
     config_file dataset_class base_weights resume initial_step initial_epoch deepspeed
     lr_scheduler_type save_n_epoch_ratio scale_weight_norms max_train_epochs save_every_n_epochs
-    no_metadata
+    no_metadata network_train_text_encoder_only
 """.split()
 TOY_SEED = 0  # of the toy's weights: they are a checkpoint, so no option changes them
 TIMESTEPS = 1000
@@ -196,17 +196,13 @@ def build_network(models: Models, args: argparse.Namespace) -> nn.Module:
         network = module.create_network(
             1.0, rank, alpha, *trained, neuron_dropout=dropout, **network_kwargs(args)
         )
-    network.apply_to(text_encoders, unet, not args.network_train_unet_only, trains_unet(args))
+    network.apply_to(text_encoders, unet, not args.network_train_unet_only, True)
     if args.network_weights:
         network.load_weights(args.network_weights)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         network.enable_gradient_checkpointing()
     return network
-
-
-def trains_unet(args: argparse.Namespace) -> bool:
-    return not args.network_train_text_encoder_only
 
 
 def optimizer_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -268,7 +264,7 @@ def predict_noise(run: Run, batch: dict[str, Tensor], noisy: Tensor, times: Tens
     if run.args.gradient_checkpointing:
         for tensor in (*noisy, context1, context2, pooled):
             tensor.requires_grad_(True)
-    noisy.requires_grad_(trains_unet(run.args))
+    noisy.requires_grad_(True)
     context = torch.cat([context1, context2], dim=-1)
     return unet(noisy, times, context, pooled, batch["sizes"])
 
@@ -284,21 +280,16 @@ def batch_loss(run: Run, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.mse_loss(predicted.float(), noise)
 
 
-def average_gradients(run: Run) -> None:
-    """Over the processes. The network's layers run inside the U-Net, never through the wrapper
-    that accelerate put around the network, so the wrapper does not do it."""
-    for parameter in run.network.parameters():
-        if parameter.grad is not None:
-            parameter.grad = run.accelerator.reduce(parameter.grad, reduction="mean")
-
-
 def train_batch(run: Run, batch: dict[str, Tensor]) -> float:
     """One batch forward and back; the loss. Ends an optimizer step if it is the last to gather."""
     with run.accelerator.accumulate(run.network):
         loss = batch_loss(run, batch)
         run.accelerator.backward(loss)
         if run.accelerator.sync_gradients:
-            average_gradients(run)
+            # The network's layers run inside the U-Net, never through the wrapper that accelerate
+            # put around the network, so the wrapper does not average over the processes.
+            for parameter in filter(lambda p: p.grad is not None, run.network.parameters()):
+                parameter.grad = run.accelerator.reduce(parameter.grad, reduction="mean")
             if run.args.max_grad_norm:
                 run.accelerator.clip_grad_norm_(run.network.parameters(), run.args.max_grad_norm)
         run.optimizer.step()
