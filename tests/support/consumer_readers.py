@@ -144,7 +144,6 @@ class Clip:
 
     def __init__(self, patcher: Any) -> None:
         self.patcher, self.cond_stage_model = patcher, patcher.model
-
         self.add_patches = patcher.add_patches
 
     def clone(self) -> Clip:
