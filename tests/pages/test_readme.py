@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from bundle_files import BUNDLE, unpack
+from bundle_files import BUNDLE, tracked, unpack
 from cmd_runner import calls, windows_path
 from kohya_folder import BASH, ROOT, Bash, Bat
 from preset_modules import CONTENT, EXPECTED, block_modules, lora_parameters, text_encoder_modules
@@ -26,8 +26,8 @@ SETTINGS = read_launcher(ROOT / "sdxl_blora_fast.sh").settings
 PACKAGES = ["install", "lycoris_lora", "prodigyopt"]
 EDIT = "path/to/sd_xl_base_1.0.safetensors"
 # The columns of the table of memory: what each recipe changes of fast's options.
-CLASSIC = options("--network_module=lycoris.kohya", "--no_half_vae", without="cache_latents")
-MEMORY_OF = [options(), options(without="gradient_checkpointing"), CLASSIC]
+AS_CLASSIC = options("--network_module=lycoris.kohya", "--no_half_vae", without="cache_latents")
+MEMORY_OF = [options(), options(without="gradient_checkpointing"), AS_CLASSIC]
 
 
 def shell_block(start: str) -> list[str]:
@@ -157,6 +157,6 @@ def test_the_memory_it_tells_is_what_preflight_computes():
 def test_the_readme_of_the_tests_names_every_folder_and_benchmark():
     tests = ROOT / "tests"
     page = (tests / "README.md").read_text(encoding="utf-8")
-    folders = {Path(name).parts[1] for name in tracked("tests") if name.count("/") > 1}
+    folders = {name.split("/")[1] for name in tracked("tests") if name.count("/") > 1}
     assert set(re.findall(r"^\| `(\w+)/` \|", page, re.MULTILINE)) == folders
     assert set(re.findall(r"`(bench_\w+\.py)`", page)) == {p.name for p in tests.glob("bench_*")}
