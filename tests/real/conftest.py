@@ -71,7 +71,7 @@ def result(outcomes: Counter[str], as_told: str) -> str:
     if not ran:
         return "not run"
     said = f"fails: {outcomes['failed']} of {ran} tests" if outcomes["failed"] else as_told
-    return f"{said} ({left} of {left + ran} tests not run)" if left else said
+    return f"only {ran} of {left + ran} tests run: {said}" if left else said
 
 
 def rows_of_tests(release: str, lycoris: str) -> Iterator[str]:
