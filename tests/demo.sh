@@ -21,7 +21,7 @@ fi
 say "Install into \"$KOHYA\", by the README's lines as they stand"
 mkdir -p "$KOHYA"
 ln -s "$VIRTUAL_ENV" "$KOHYA/venv" # kohya's environment
-install="$(sed -n '/^source "<kohya folder>/,/^```/{/^```/!p}' README.md)"
+install="$(sed -n '/^source "<kohya folder>/,/^cp -r /p' README.md)"
 install="${install//<kohya folder>/"$KOHYA"}" # in quotes an & of the path is one
 echo "$install"
 eval "$install"

@@ -265,7 +265,8 @@ def state_per_byte(args: argparse.Namespace) -> float:
     optimizer.step()
     kept = [value for state in optimizer.state.values() for value in state.values()]
     size = sum(v.numel() * v.element_size() for v in kept if isinstance(v, torch.Tensor) and v.ndim)
-    return size / sum(p.numel() * p.element_size() for p in parameters)
+    ratio: float = size / sum(p.numel() * p.element_size() for p in parameters)
+    return ratio
 
 
 @contextlib.contextmanager

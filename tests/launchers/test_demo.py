@@ -82,7 +82,7 @@ def test_the_settings_and_overrides_reached_the_training(demo):
 
 
 def test_it_shows_the_command_the_progress_and_what_each_file_holds(demo):
-    assert 'cp -r *blora* lycoris_presets "<kohya folder>/"' in demo.printed
+    assert f'cp -r *blora* lycoris_presets "{demo.folder.parents[3]}/"' in demo.printed
     assert re.search(r"100%\|.*10/10", demo.printed)
     assert re.search(r"content of demo_1\.safetensors at 1: 80 modules, 240 tensors", demo.printed)
     shown = re.findall(r"^(output_blocks\S+) +(\w+) +80 +LoRA +4 +4 +F32", demo.printed, re.M)
