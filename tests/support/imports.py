@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 from kohya_folder import ROOT
@@ -12,6 +13,7 @@ from kohya_folder import ROOT
 FOLDERS = (ROOT / "tests/support", ROOT, ROOT / "tests/standin", ROOT / "tools")
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """The modules that a file imports, anywhere in it, with their packages: "blora.slicer.cut"."""
     names = set()
@@ -28,16 +30,17 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported_modules(path)}
 
 
-def needed(path: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
+def needed(path: Path) -> set[str]:
     """The packages that a file imports, itself or by the files of the repository it imports."""
-    found = set()
-    for name in imported_modules(path):
-        files = [folder / f"{name.replace('.', '/')}.py" for folder in FOLDERS]
-        file = next(filter(Path.is_file, files), None)
-        if not file:
-            found.add(name.split(".")[0])
-        elif file not in seen:
-            found |= needed(file, seen | {file})
+    found, files = set(), [path]
+    for file in files:
+        for name in imported_modules(file):
+            places = [folder / f"{name.replace('.', '/')}.py" for folder in FOLDERS]
+            ours = next(filter(Path.is_file, places), None)
+            if not ours:
+                found.add(name.split(".")[0])
+            elif ours not in files:
+                files.append(ours)
     return found
 
 
