@@ -1,23 +1,29 @@
 """A DoRA cut at a strength with its base model makes a weight that lies so far on the way.
 
 W being the base model's weight and W' the one that was trained, that is (1 - s) W + s W'.
+A broken DoRA or base model is refused in a sentence.
 """
 
 from __future__ import annotations
 
+import math
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from exact_strength import digits, slice_all
+from broken_files import STRANGERS
+from exact_strength import slice_all
 from lora_algebra import Module, bias_change, final_weight, layer_change, read_modules, weight_at
-from lora_files import SDXL, weight_shape
+from lora_files import SDXL, lora_module, weight_shape
 from lora_forms import INPUT, REFUSED, Form, make_module, write_modules
 from lycoris_files import DORA, base_weights, lycoris_file, reload_lycoris
-from safetensors.torch import save_file
-from slicing import everything, refused
+from safetensors.torch import save, save_file
+from slicing import everything, fingerprint, finite
 from torch import Tensor
+
+Make = Callable[[Path], object]
 
 BY_ROW, BY_COLUMN = REFUSED["DoRA"], REFUSED["DoRA, by column"]
 AXES = pytest.mark.parametrize("form", [BY_ROW, BY_COLUMN], ids=["by row", "by column"])
@@ -230,51 +236,107 @@ def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_p
         assert torch.equal(rounded[suffix], number.bfloat16())
 
 
-# ---- What is refused -----------------------------------------------------------------------------
+# ---- Broken DoRAs and broken base models, in every combination ----------------------------------
 
-CANNOT = f"{ATTENTION} is a DoRA that cannot be cut at {{}}: use 1.0"
-UNSCALED = (
-    f"cannot rescale {ATTENTION} in {{lora}}, because {{}}: cut it at 1.0 and set the strength "
-    "where the LoRA is used"
-)
-A_BIAS = UNSCALED.replace("{}", "it is DoRA and has a bias among its factors")
-IS_UNKNOWN = UNSCALED.replace("{}", f"what {ATTENTION}.strange does is unknown")
-MISFIT = (
-    f"{ATTENTION} does not fit its weight in {{base}}: give the checkpoint that the LoRA was "
-    "trained on, or cut it at 1.0"
-)
+FIRST = INPUT["3x3"]  # the smallest of SDXL's layers: 4 to 320 channels, a kernel of 3 x 3
+SOUND = "sound"
+
+
+def numbers(*shape: int, value: float = 0.5, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.full(shape, value).to(dtype)
+
+
+def base(value: float = 0.5, dtype: torch.dtype = torch.float16, **others: Tensor) -> Make:
+    return checkpoint(numbers(320, 4, 3, 3, value=value, dtype=dtype), **others)
+
+
+def checkpoint(weight: Tensor, **others: Tensor) -> Make:
+    """What makes a checkpoint with this weight of the layer, and with other tensors."""
+    return lambda path: save_file({KEYS[FIRST]: weight, **others}, path)
+
+
+NO_FILE = "no file at {base}: correct --base_model"
+NOT_WHOLE = "{base} is not a whole safetensors file"
 LACKS = (
-    f"{{base}} holds no weight for {ATTENTION}: give the SDXL checkpoint, as one .safetensors "
-    "file, that the LoRA was trained on"
+    f"{{base}} holds no weight for {FIRST}: give the SDXL checkpoint, as one .safetensors file, "
+    "that the LoRA was trained on"
 )
-WEIGHT, INFINITE = torch.eye(640), torch.full((640, 1), torch.inf)
-ONES, NO_CHANGE = torch.ones(640), {"lora_up.weight": torch.zeros(640, 2)}
-REFUSALS: dict[str, tuple[Module, Tensor | None, float, str]] = {
-    # other tensors of the DoRA, the weight, the strength, and the sentence
-    "a length that ends at 0 on the way": (
-        NO_CHANGE | {"dora_scale": torch.full((640, 1), 2.0)},
-        4 * WEIGHT,
-        2.0,
-        CANNOT.format(2),
-    ),
-    "a weight of length 0": (NO_CHANGE, 0 * WEIGHT, 0.5, CANNOT.format(0.5)),
-    "a length of inf": ({"dora_scale": INFINITE}, WEIGHT, 0.5, CANNOT.format(0.5)),
-    "a bias of lora_up": ({"lora_up.bias": ONES}, WEIGHT, 0.5, A_BIAS),
-    "a sparse bias": ({"bias_values": ONES}, WEIGHT, 0.5, A_BIAS),
-    "an unknown tensor": ({"strange": ONES}, WEIGHT, 0.5, IS_UNKNOWN),
-    "a weight of other widths": ({}, torch.ones(320, 320), 0.5, MISFIT),
-    "no weight": ({}, None, 0.5, LACKS),
+STORED = (
+    f"{FIRST} is stored as F8_E4M3, which can be copied but not changed: add --save_precision, or "
+    "cut it at 1.0 and set the strength where the LoRA is used"
+)
+MISFIT = (
+    f"{FIRST} does not fit its weight in {{base}}: give the checkpoint that the LoRA was trained "
+    "on, or cut it at 1.0"
+)
+HALF = 'every "all" module in {lora} is incomplete'
+CANNOT = f"{FIRST} is a DoRA that cannot be cut at 0.5: use 1.0"
+UNSCALED = (
+    f"cannot rescale {FIRST} in {{lora}}, because %s: cut it at 1.0 and set the strength where the "
+    "LoRA is used"
+)
+A_BIAS = UNSCALED % "it is DoRA and has a bias among its factors"
+IS_UNKNOWN = UNSCALED % f"what {FIRST}.strange does is unknown"
+# How it is made, and what a sound DoRA is refused with on it at 0.5.
+BASES: dict[str, tuple[Make, str | None]] = {
+    SOUND: (base(), None),
+    **{what: (make, NOT_WHOLE) for what, make in STRANGERS.items()},
+    "a folder": (STRANGERS["a folder"], NO_FILE),
+    "nothing": (STRANGERS["nothing"], NO_FILE),
+    "a truncated file": (lambda path: path.write_bytes(save({"a": numbers(9)})[:-1]), NOT_WHOLE),
+    "no weight": (lambda path: save_file({"a": numbers(1)}, path), LACKS),
+    "a LoRA": (lambda path: save_file(lora_module(FIRST), path), LACKS),
+    "a weight of another shape": (checkpoint(numbers(320, 4, 1, 1)), MISFIT),
+    "a weight of other outputs": (checkpoint(numbers(640, 4, 3, 3)), MISFIT),
+    "a scalar": (checkpoint(numbers()), MISFIT),
+    "a weight of no size": (checkpoint(numbers(0, 4, 3, 3)), MISFIT),
+    "fp8": (base(dtype=torch.float8_e4m3fn), None),
+    "integers": (base(3, torch.int8), None),
+    "bool": (base(dtype=torch.bool), None),
+    "zeros": (base(0), None),
+    "the opposite of the change": (base(-0.5), CANNOT),  # so that the trained weight is 0
+    "NaN": (base(math.nan), CANNOT),
+    "inf": (base(math.inf), CANNOT),
+    "the largest": (base(3e38, torch.float32), CANNOT),
+    "an open_clip scalar": (base(**{OPEN_CLIP[f"{TE2}self_attn_q_proj"]: numbers()}), None),
+}
+
+# Each number of the change is 0.5, so that of the trained weight's rows each is 6 long.
+FACTORS = {"lora_up.weight": numbers(320, 2, 1, 1), "lora_down.weight": numbers(2, 4, 3, 3)}
+SCALE = {"dora_scale": numbers(320, 1, 1, 1, value=1)}
+PLAIN = FACTORS | SCALE
+# Its tensors, and what it is refused with at 0.5 on a sound base model.
+DORAS: dict[str, tuple[Module, str | None]] = {
+    SOUND: (PLAIN, None),
+    "by input": (FACTORS | {"dora_scale": numbers(1, 4, 1, 1, value=1)}, None),
+    "of zeros": (FACTORS | {"dora_scale": 0 * SCALE["dora_scale"]}, None),
+    "of NaN": (FACTORS | {"dora_scale": math.nan * SCALE["dora_scale"]}, CANNOT),
+    "of lengths that pass 0": (FACTORS | {"dora_scale": -6 * SCALE["dora_scale"]}, CANNOT),
+    "of fp8": (FACTORS | {"dora_scale": SCALE["dora_scale"].to(torch.float8_e4m3fn)}, STORED),
+    "of fp8 factors": ({s: t.to(torch.float8_e4m3fn) for s, t in FACTORS.items()} | SCALE, STORED),
+    "of zero factors": ({key: t * 0 for key, t in PLAIN.items()}, None),
+    "without down": ({"lora_up.weight": FACTORS["lora_up.weight"]} | SCALE, HALF),
+    "with a bias of lora_up": (PLAIN | {"lora_up.bias": numbers(320)}, A_BIAS),
+    "with a sparse bias": (PLAIN | {"bias_values": numbers(3)}, A_BIAS),
+    "with an unknown tensor": (PLAIN | {"strange": numbers(3)}, IS_UNKNOWN),
 }
 
 
-@pytest.mark.parametrize(
-    ("others", "weight", "strength", "sentence"), REFUSALS.values(), ids=REFUSALS
-)
-def test_a_dora_that_cannot_be_cut_on_its_base_model_is_refused(
-    tmp_path, capsys, others, weight, strength, sentence
-):
-    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float32) | others
-    weights = {} if weight is None else {ATTENTION: weight}
-    lora, base = write_both(tmp_path, {ATTENTION: module}, weights)
-    args = (*everything(tmp_path), "--alphas", digits(strength), "--base_model", base)
-    assert refused(capsys, lora, *args) == sentence.format(lora=lora, base=base)
+@pytest.mark.filterwarnings("error")  # it would be a line on stderr that tells the user nothing
+@pytest.mark.parametrize("what", BASES)
+@pytest.mark.parametrize("dora", DORAS)
+def test_a_dora_and_its_base_model_can_be_broken_in_every_combination(slicer, dora, what):
+    (module, of_dora), (make, of_base) = DORAS[dora], BASES[what]
+    lora = write_modules(slicer.folder / "dora.safetensors", {FIRST: module})
+    base = slicer.folder / "base.safetensors"
+    make(base)
+    before = fingerprint(base)
+    for way in (["--alphas=-2", "--save_precision", "fp16"], ["--alphas", "0.5"]):
+        code = slicer(lora, *everything(slicer.folder), *way, "--base_model", base)
+        assert code or finite(slicer.output)
+        assert fingerprint(base) == before
+    if SOUND in (dora, what):
+        wanted = of_base if dora == SOUND else of_dora
+        # In brackets comes the reason, in the words of the reader.
+        sentence = slicer.sentence.split(" (")[0] if code else None
+        assert sentence == (wanted and wanted.format(base=base, lora=lora))

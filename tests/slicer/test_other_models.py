@@ -256,9 +256,9 @@ OWN_WEIGHTS = "plain layer weights in a.safetensors, not part of a LoRA"
 SKIPPED: dict[str, tuple[Tensors, str, Tensors]] = {
     # such as an embedding that a trainer bundles, or a layer that only a checkpoint has
     "tensors of another model": (
-        SDXL | {"bundle_emb.sks.clip_l": torch.zeros(2), "lora_unet_strange.alpha": torch.ones(1)},
-        "tensors of a.safetensors that SDXL has no layers for (2): "
-        "bundle_emb.sks.clip_l, lora_unet_strange.alpha",
+        SDXL | {f"bundle_emb.{letter}": torch.zeros(2) for letter in "abcde"},
+        "tensors of a.safetensors that SDXL has no layers for (5): "
+        "bundle_emb.a, bundle_emb.b, bundle_emb.c and 2 more",
         blora_modules(CONTENT),
     ),
     "weights of another layer": (
