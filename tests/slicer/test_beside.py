@@ -1,16 +1,15 @@
-"""What stands beside a module's factors, and modules with a factor too few or an axis too long."""
+"""What stands beside a module's factors, and modules with a factor too few or of a wrong shape."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from exact_strength import both_traits, slice_all
 from lora_algebra import Module, alpha_over_rank, read_modules, weight_change
-from lora_files import weight_shape
+from lora_files import CONTENT, weight_shape
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, axis_lengths, make_module, write_modules
 from namings import with_alpha
 from slicing import all_traits, slice_lora, stored
@@ -188,7 +187,7 @@ def test_a_tucker_core_of_a_resized_file_is_warned_of(slicer, everything, form, 
     )
 
 
-# ---- An axis too long ----------------------------------------------------------------------------
+# ---- Shapes that do not fit ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -208,40 +207,90 @@ def test_a_module_fits_until_one_of_its_axes_is_longer(form):
                 assert not fits(INPUT[kind], shapes | {suffix: longer}), (kind, suffix, axis)
 
 
-# ---- An alpha that nothing reads -----------------------------------------------------------------
+QUERY, KEY = CONTENT.format(0, 1, "q"), CONTENT.format(0, 2, "k")  # [1280, 1280], [1280, 2048]
+UP_KEY = {"lora_up.weight": [1280, 4], "lora_down.weight": [4, 2048]}
 
-# LyCORIS' LoKr of network_dim 100000 stores that as its alpha, which fp16 cannot hold.
-UNREAD = {
-    "100000 as fp32": torch.tensor(100000.0),
-    "inf as fp16": torch.tensor(math.inf, dtype=torch.float16),
-    "100000 as bf16": torch.tensor(100000.0, dtype=torch.bfloat16),
+
+def lora(up: list[int], down: list[int]) -> dict[str, list[int]]:
+    return {"lora_up.weight": up, "lora_down.weight": down}
+
+
+WRONG = {
+    # the layer, and the shapes of a module that is none of it
+    "a factor without axes": (QUERY, lora([], [4, 1280])),
+    "a factor of one axis": (QUERY, lora([1280], [1, 1280])),
+    "no rows at all": (QUERY, lora([0, 4], [4, 1280])),
+    "a kernel that the layer has not": (QUERY, lora([1280, 4, 1, 1], [4, 1280, 3, 3])),
+    "no kernel where the layer has one": (INPUT["3x3"], lora([320, 4], [4, 4])),
+    "a bias of inputs beside factors": (KEY, UP_KEY | {"diff_b": [2048]}),
+    "a DoRA of neither side": (KEY, UP_KEY | {"dora_scale": [640, 1]}),
+    "a DoRA of one number": (KEY, UP_KEY | {"dora_scale": []}),
+    "a DoRA of no numbers": (KEY, UP_KEY | {"dora_scale": [0, 1]}),
+    "OFT of too few blocks": (QUERY, {"oft_blocks": [10, 4, 4]}),
+    "OFT of a scalar": (QUERY, {"oft_blocks": []}),
+    "OFT of no blocks": (QUERY, {"oft_blocks": [0, 2, 2]}),
+    "OFT of blocks that are not square": (QUERY, {"oft_blocks": [320, 4, 2]}),
+    "T-LoRA of other inputs": (
+        KEY,
+        {"q_layer.weight": [4, 768], "p_layer.weight": [1280, 4], "lambda_layer": [1, 4]},
+    ),
 }
 
 
-@pytest.mark.parametrize("alpha", UNREAD.values(), ids=UNREAD)
-def test_an_alpha_that_nothing_reads_is_not_reported_as_inf_and_stops_no_save_precision(
-    slicer, everything, alpha
+@pytest.mark.parametrize(("layer", "shapes"), WRONG.values(), ids=WRONG)
+def test_a_module_that_does_not_fit_is_refused_at_any_strength(slicer, everything, layer, shapes):
+    module = {suffix: torch.ones(shape) for suffix, shape in shapes.items()}
+    path = write_modules(slicer.folder / "a.safetensors", {layer: module})
+    for strength in ("1", "0.5"):
+        assert slicer(path, *everything, "--alphas", strength) == 1
+        assert slicer.sentence.startswith(f"{layer} in {path} does not fit SDXL, ")
+
+
+def test_what_does_not_fit_is_refused_by_its_shapes_where_it_is_kept_and_shown_by_inspect(
+    slicer, everything
 ):
-    form = FORMS["LoKr, both whole"]
-    source = {
-        INPUT[kind]: make_module(INPUT[kind], form, 2, None, torch.float32) | {"alpha": alpha}
-        for kind in form.kinds
-    }
-    lora = write_modules(slicer.folder / "in.safetensors", source)
+    narrow = {suffix: torch.ones(shape) for suffix, shape in lora([320, 2], [2, 320]).items()}
+    narrow["alpha"] = torch.ones([])
+    sound = make_module(SECOND, FORMS["LoRA"], 2, 1.0, torch.float16)
+    path = write_modules(slicer.folder / "a.safetensors", {FIRST: narrow, SECOND: sound})
+    assert slicer(path, *everything, "--traits", "other") == 0
+    assert slicer(path, "--inspect", "--json") == 0
+    [facts] = json.loads(slicer.out)
+    assert facts["misfits"] == [FIRST]
+    assert [row["change"] is None for row in facts["blocks"]] == [True, False]
+    assert slicer(path, "--inspect") == 0
+    assert f"modules that do not fit SDXL's layers (1): {FIRST}" in slicer.out.splitlines()
+    assert slicer(path, *everything) == 1
+    assert slicer.sentence == (
+        f"{FIRST} in {path} does not fit SDXL, where the layer's weight is [640, 640]: it has "
+        "lora_down.weight [2, 320], lora_up.weight [320, 2]; use a LoRA that was trained on SDXL"
+    )
+
+
+# ---- An alpha that nothing reads -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    # LyCORIS' LoKr of network_dim 100000 stores that as its alpha, which fp16 cannot hold.
+    ("alpha", "dtype"),
+    [(1e5, torch.float32), (torch.inf, torch.float16), (1e5, torch.bfloat16)],
+)
+def test_an_alpha_that_nothing_reads_is_not_reported_as_inf_and_stops_no_save_precision(
+    slicer, everything, alpha, dtype
+):
+    source = make_module(FIRST, FORMS["LoKr, both whole"], 2, None, torch.float32)
+    source["alpha"] = torch.tensor(alpha, dtype=dtype)
+    lora = write_modules(slicer.folder / "in.safetensors", {FIRST: source})
     assert slicer(lora, "--inspect", "--json") == 0
     [facts] = json.loads(slicer.out)
     assert facts["not_finite"] == []
-    assert all(row["change"] > 0 for row in facts["blocks"])
-    assert slicer(lora, "--inspect") == 0
-    assert "NaN or inf" not in slicer.out
+    assert facts["blocks"][0]["change"] > 0
     types = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    for precision, dtype in (*types.items(), (None, torch.float32)):
-        options = ("--save_precision", precision) if precision else ()
+    for precision, saved in types.items():
         for strength in (1.0, 0.5):
-            assert slicer(lora, *everything, "--alphas", strength, *options) == 0
+            way = ("--alphas", strength, "--save_precision", precision)
+            assert slicer(lora, *everything, *way) == 0
             assert slicer.err == ""
-            result = read_modules(slicer.output)
-            assert set(result) == set(source)
-            for name, module in source.items():
-                for suffix, factor in (("lokr_w1", strength), ("lokr_w2", 1)):
-                    assert torch.equal(result[name][suffix], (module[suffix] * factor).to(dtype))
+            [result] = read_modules(slicer.output).values()
+            assert torch.equal(result["lokr_w1"], (source["lokr_w1"] * strength).to(saved))
+            assert torch.equal(result["lokr_w2"], source["lokr_w2"].to(saved))

@@ -23,6 +23,7 @@ from safetensors.torch import save, save_file
 from slicing import everything, fingerprint, finite
 from torch import Tensor
 
+Modules = dict[str, Module]
 Make = Callable[[Path], object]
 
 BY_ROW, BY_COLUMN = REFUSED["DoRA"], REFUSED["DoRA, by column"]
@@ -36,9 +37,7 @@ SMALL = [ATTENTION, INPUT["3x3"], INPUT["1x1"], TE1]
 OPEN_CLIP = {
     f"{TE2}{layer}": f"conditioner.embedders.1.model.transformer.resblocks.0.{key}"
     for layer, key in {
-        "self_attn_q_proj": "attn.in_proj_weight",
-        "self_attn_k_proj": "attn.in_proj_weight",
-        "self_attn_v_proj": "attn.in_proj_weight",
+        **{f"self_attn_{projection}_proj": "attn.in_proj_weight" for projection in "qkv"},
         "self_attn_out_proj": "attn.out_proj.weight",
         "mlp_fc1": "mlp.c_fc.weight",
         "mlp_fc2": "mlp.c_proj.weight",
@@ -73,12 +72,11 @@ def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
 
 def lengths(weight: Tensor, form: Form) -> Tensor:
     """The lengths of a weight's rows, or of its columns."""
-    axis = 1 if form is BY_COLUMN else 0
-    others = [index for index in range(weight.dim()) if index != axis]
-    return weight.float().square().sum(others, keepdim=True).sqrt()
+    others = [0, 2, 3] if form is BY_COLUMN else [1, 2, 3]
+    return weight.float().square().sum(others[: weight.dim() - 1], keepdim=True).sqrt()
 
 
-def make_doras(form: Form, weights: dict[str, Tensor]) -> dict[str, Module]:
+def make_doras(form: Form, weights: dict[str, Tensor]) -> Modules:
     """A DoRA for each weight, its lengths a little off those it had before the training."""
     modules = {}
     for seed, (name, weight) in enumerate(weights.items()):
@@ -90,21 +88,16 @@ def make_doras(form: Form, weights: dict[str, Tensor]) -> dict[str, Module]:
     return modules
 
 
-def write_both(
-    folder: Path, modules: dict[str, Module], weights: dict[str, Tensor]
-) -> tuple[Path, Path]:
+def write_both(folder: Path, modules: Modules, weights: dict[str, Tensor]) -> tuple[Path, Path]:
     """A LoRA file of the modules and a checkpoint of the weights."""
     lora = write_modules(folder / "in.safetensors", modules)
     return lora, write_checkpoint(folder / "xl.safetensors", weights)
 
 
 def assert_on_the_way(
-    folder: Path, modules: dict[str, Module], weights: dict[str, Tensor], strength: float
-) -> dict[str, Module]:
-    """Each weight that a slice makes lies so far on the way to the one that was trained.
-
-    Hands back the modules of the slice.
-    """
+    folder: Path, modules: Modules, weights: dict[str, Tensor], strength: float
+) -> Modules:
+    """Each weight that a slice makes lies so far on the way; the slice's modules."""
     lora, checkpoint = write_both(folder, modules, weights)
     result = read_modules(slice_all(lora, strength, "--base_model", checkpoint))
     assert set(result) == set(modules)
@@ -113,9 +106,6 @@ def assert_on_the_way(
         error = (final_weight(result[name], weights[name]) - wanted).norm() / wanted.norm()
         assert error < 1e-5, name
     return result
-
-
-# ---- The weight that it makes --------------------------------------------------------------------
 
 
 F32 = torch.float32
@@ -217,21 +207,13 @@ def test_the_change_of_a_dora_in_16_bits_is_as_exact_as_its_type(
         assert error.norm() < PRECISE[dtype] * wanted.norm(), name
 
 
-@pytest.fixture
-def one(tmp_path: Path) -> tuple[Module, Path]:
-    """A DoRA of one layer in 64 bits, and the checkpoint that it was trained on."""
-    weights = random_weights([ATTENTION])
-    checkpoint = write_checkpoint(tmp_path / "xl.safetensors", weights)
-    return make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float64), checkpoint
-
-
-def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_path, one):
-    module, base = one
-    lora = write_modules(tmp_path / "a.safetensors", {ATTENTION: module})
-    options = ("--base_model", base)
-    [exact] = read_modules(slice_all(lora, 0.5, *options)).values()
+def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_path):
+    module = make_module(ATTENTION, BY_ROW, 2, 1.0, torch.float64)
+    lora, base = write_both(tmp_path, {ATTENTION: module}, random_weights([ATTENTION]))
+    [exact] = read_modules(slice_all(lora, 0.5, "--base_model", base)).values()
     assert exact["dora_scale"].dtype is torch.float64
-    [rounded] = read_modules(slice_all(lora, 0.5, *options, "--save_precision", "bf16")).values()
+    options = ("--base_model", base, "--save_precision", "bf16")
+    [rounded] = read_modules(slice_all(lora, 0.5, *options)).values()
     for suffix, number in exact.items():
         assert torch.equal(rounded[suffix], number.bfloat16())
 
