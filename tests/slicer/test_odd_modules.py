@@ -17,9 +17,10 @@ import pytest
 import torch
 from broken_files import survey
 from lora_files import CONTENT, STYLE, change, lora_module, write
+from lora_files import SHAPES as LAYERS
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from slicing import Slicer, stored
+from slicing import Slicer, cut, stored
 from torch import Tensor
 
 from blora.slicer.keys import SUFFIXES
@@ -29,10 +30,8 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
 UP, DOWN = "lora_up.weight", "lora_down.weight"
-F8, F8B, HALF, BF, F32, F64 = (
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32,
-    torch.float64,
-)  # fmt: skip
+F8, F8B, HALF, BF = torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16
+F32, F64 = torch.float32, torch.float64
 FLOATS = {HALF: "F16", BF: "BF16", F32: "F32", F64: "F64"}
 PRECISIONS = {"float": F32, "fp16": HALF, "bf16": BF}
 
@@ -59,18 +58,16 @@ def unknown(*suffixes: str, more: str = "") -> str:
     return no_strength(f"what {', '.join(f'{NAME}.{s}' for s in suffixes)}{more} does is unknown")
 
 
+TOO_LARGE = cannot_hold(UP, "F16")
 OFT = no_strength("it is OFT and a rotation cannot be multiplied")
-T_LORA = no_strength("it is T-LoRA and the factors it started from are not in it")
 DORA = no_strength(
     "it is DoRA and it needs the weights it was trained on",
     f"give the checkpoint as --base_model, or {USE_1}",
 )
-PARTS = ", ".join(f"{NAME}.{suffix}" for suffix in ("hada_w1_a", "lambda_layer", "lokr_w1"))
-PARTS = f"what {PARTS} does is unknown"
-OTHER_PARTS = no_strength(PARTS)
+OTHER_PARTS = unknown("hada_w1_a", "lambda_layer", "lokr_w1")
 NO_OTHER_ALPHA = (
-    f"{NAME} cannot take the alpha of the others, because {PARTS}: write separate files with "
-    "--not_combined"
+    f"{NAME} cannot take the alpha of the others, because what {NAME}.hada_w1_a, "
+    f"{NAME}.lambda_layer, {NAME}.lokr_w1 does is unknown: write separate files with --not_combined"
 )
 NO_FP32 = (
     f"the alpha of {NAME} is not a finite fp32 number: write separate files with --not_combined"
@@ -146,7 +143,11 @@ def of_type(dtype: torch.dtype, name: str, tensors: dict[str, Tensor] = PLAIN) -
     return Case(factors, stored_as(name), 640 if is_float else None, {"alpha"}, converted=is_float)
 
 
+EVERY_TYPE = (F64, BF, HALF, F8, F8B, torch.int8, torch.uint8, torch.int16, torch.int64)
 RANK_0 = {UP: numbers(1280, 0), DOWN: numbers(0, 1280)}
+NAN = numbers(value=math.nan)
+PARTS = {"hada_w1_a": numbers(1280, 2), "lokr_w1": numbers(1, 1), "lambda_layer": numbers(2)}
+LOKR_0 = {"lokr_w1": numbers(2, 2), "lokr_w2_a": numbers(640, 0), "lokr_w2_b": numbers(0, 640)}
 CASES: dict[str, Case] = {
     "rank 0": Case(RANK_0, {UP}),
     "rank 0 with alpha": Case(RANK_0 | {"alpha": numbers()}, {UP}),
@@ -157,16 +158,14 @@ CASES: dict[str, Case] = {
     "alpha 0": with_alpha(numbers(value=0), 640, {"alpha"}),
     "alpha -0": with_alpha(numbers(value=-0.0), 640, {"alpha"}),
     "alpha -1": with_alpha(numbers(value=-1), 320),
-    "alpha NaN": with_alpha(numbers(value=math.nan), None, NO_FP32),
+    "alpha NaN": with_alpha(NAN, None, NO_FP32),
     "alpha inf": with_alpha(numbers(value=math.inf), None, NO_FP32),
     "alpha tiny": with_alpha(torch.tensor(1e-45), 320 * 2**-149, NO_FACTOR),
-    "alpha huge": with_alpha(torch.tensor(3e38), 320 * 3e38, cannot_hold(UP, "F16")),
+    "alpha huge": with_alpha(torch.tensor(3e38), 320 * 3e38, TOO_LARGE),
     "alpha beyond fp32": with_alpha(torch.tensor(1e300, dtype=F64), 320 * 1e300, NO_FP32),
     **{f"alpha as {t}": with_alpha(numbers(dtype=t), 160) for t in (BF, F64, F8, F8B)},
     "alpha as int64": with_alpha(torch.tensor(2), 640),
-    "alpha as the largest int64": with_alpha(
-        torch.tensor(2**63 - 1), 320 * 2**63, cannot_hold(UP, "F16")
-    ),
+    "alpha as the largest int64": with_alpha(torch.tensor(2**63 - 1), 320 * 2**63, TOO_LARGE),
     "alpha as uint8": with_alpha(torch.tensor(2, dtype=torch.uint8), 640),
     "alpha as bool": with_alpha(torch.tensor(True), 320),
     "alpha as complex": with_alpha(torch.tensor(1 + 2j), None, NO_FP32),
@@ -179,12 +178,7 @@ CASES: dict[str, Case] = {
     },
     "F8_E4M3 up alone": of_type(F8, "F8_E4M3", {UP: PLAIN[UP]}),
     "all types": Case(
-        {
-            f"part{index}": numbers(3, dtype=dtype)
-            for index, dtype in enumerate(
-                (F64, BF, HALF, F8, F8B, torch.int8, torch.uint8, torch.int16, torch.int64)
-            )
-        },
+        {f"part{index}": numbers(3, dtype=dtype) for index, dtype in enumerate(EVERY_TYPE)},
         unknown("part8", "part0", "part1", more=" and 6 more"),
     ),
     **{f"NaN and inf in {dtype}": odd(dtype) for dtype in FLOATS},
@@ -198,33 +192,14 @@ CASES: dict[str, Case] = {
     "large fp64": large(1e100, F64),
     "the smallest fp32": large(1e-45, F32, 0.0),
     "DoRA of a vector": Case(PLAIN | {"dora_scale": numbers(1280)}, DORA, 640, {"alpha"}),
-    "a LoKr of rank 0": Case(
-        {
-            "lokr_w1": numbers(2, 2), "lokr_w2_a": numbers(640, 0), "lokr_w2_b": numbers(0, 640),
-            "alpha": numbers(),
-        },
-        {"lokr_w1"},
-    ),
+    "a LoKr of rank 0": Case(LOKR_0 | {"alpha": numbers()}, {"lokr_w1"}),
     "a bias alone": Case({"diff_b": numbers(1280)}, {"diff_b"}, 0.5 * 1280**0.5),
     "OFT without alpha": Case({"oft_blocks": numbers(640, 2, 2)}, OFT),
     "OFT with alpha NaN": Case(
-        {"oft_blocks": numbers(640, 2, 2), "alpha": numbers(value=math.nan)},
-        OFT,
-        not_finite=("alpha",),
-    ),
-    "T-LoRA": Case(
-        {
-            "q_layer.weight": numbers(2, 1280), "p_layer.weight": numbers(1280, 2),
-            "lambda_layer": numbers(1, 2),
-        },
-        T_LORA,
+        {"oft_blocks": numbers(640, 2, 2), "alpha": NAN}, OFT, not_finite=("alpha",)
     ),
     "a LoRA with parts of others": Case(
-        PLAIN
-        | {"hada_w1_a": numbers(1280, 2), "lokr_w1": numbers(1, 1), "lambda_layer": numbers(2)}
-        | {"alpha": numbers(value=4)},
-        OTHER_PARTS,
-        joined=NO_OTHER_ALPHA,
+        PLAIN | PARTS | {"alpha": numbers(value=4)}, OTHER_PARTS, joined=NO_OTHER_ALPHA
     ),
     "an unknown suffix": Case({"a.b.c": numbers(2)}, unknown("a.b.c")),
     "a suffix of escapes": Case({"\x1b[2J\n": numbers(2)}, unknown(r"\x1b[2J\n")),
@@ -239,6 +214,11 @@ WAYS = [
 
 def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{NAME}.{suffix}": t.contiguous().clone() for suffix, t in tensors.items()}
+
+
+def assert_same_numbers(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Of the same types, and not by their bits, as there are many NaN."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -301,10 +281,8 @@ def test_a_strange_module_is_multiplied_where_it_says_or_refused_with_its_senten
         if sentences:
             assert slicer.sentence in {text.format(lora=strange) for text in sentences}
         else:
-            # Not by their bits, as there are many NaN.
-            exact = {"rtol": 0, "atol": 0, "equal_nan": True}
             wanted = named(expected(case, float(strength), precision))
-            torch.testing.assert_close(load_file(slicer.output), wanted, **exact)
+            assert_same_numbers(load_file(slicer.output), wanted)
 
 
 def test_a_strange_module_is_shown_with_the_size_of_its_change(slicer, case, strange):
@@ -368,3 +346,113 @@ def test_a_module_by_chance_does_no_harm(slicer):
     chance = random.Random(0)
     cases = [(index, module_by_chance(chance)) for index in range(300)]
     assert sum(survey(slicer, cases).values()) == 600
+
+
+# ---- Rounding and overflow -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+def test_save_precision_rounds_as_torch_does(tmp_path, source, precision):
+    tensors = lora_module(NAME, dtype=source)
+    kept = load_file(cut(write(tmp_path / "a.safetensors", tensors), "--save_precision", precision))
+    assert_same_numbers(kept, {key: t.to(PRECISIONS[precision]) for key, t in tensors.items()})
+
+
+def below(number: float, dtype: torch.dtype = F32) -> float:
+    """The largest number of the type that is less."""
+    wide = torch.tensor(number, dtype=dtype)
+    return float(torch.nextafter(wide, torch.tensor(0, dtype=dtype)))
+
+
+# The smallest numbers that round to inf: half a last bit above the largest.
+L16, LB16, L32 = 65520.0, (2 - 2**-8) * 2.0**127, (2 - 2**-24) * 2.0**127
+LIMITS = [
+    # a number and a strength, the next that overflow, their type, the precision
+    ((below(L16), "1"), (L16, "1"), F32, "fp16"),
+    ((below(LB16), "1"), (LB16, "1"), F32, "bf16"),
+    ((below(L32, F64), "1"), (L32, "1"), F64, "float"),
+    ((below(L16 / 2), "2"), (L16 / 2, "2"), F32, "fp16"),
+    ((32752.0, "2"), (32768.0, "2"), HALF, None),
+    ((65504.0, "1.000244"), (65504.0, "1.00025"), HALF, None),  # 65519.98 and 65520.4
+    ((1.0, "65519.99"), (1.0, "65520"), HALF, None),
+    ((1.0, "3.396177e38"), (1.0, "3.3961775e38"), BF, None),
+    ((1.0, "3.4028234663852886e38"), (2.0, "3.4028234e38"), F32, None),
+]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("last", "over", "dtype", "precision"), LIMITS)
+def test_the_last_number_becomes_the_largest_of_the_type_and_the_next_is_refused(
+    slicer, sign, last, over, dtype, precision
+):
+    saved = PRECISIONS.get(precision, dtype)
+    lora = slicer.folder / "a.safetensors"
+    for (number, strength), overflows in ((last, False), (over, True)):
+        tensors = {key: value * 0 for key, value in lora_module(NAME, dtype=dtype).items()}
+        tensors[f"{NAME}.{UP}"][7, 1] = sign * number
+        write(lora, tensors)
+        way = ["--alphas", strength, *(["--save_precision", precision] if precision else [])]
+        assert slicer(lora, *way) == overflows
+        if overflows:
+            assert slicer.sentence == cannot_hold(UP, FLOATS[saved])
+        else:
+            kept = load_file(slicer.output)[f"{NAME}.{UP}"]
+            assert (kept.dtype, float(kept[7, 1])) == (saved, sign * torch.finfo(saved).max)
+
+
+# ---- fp8 -----------------------------------------------------------------------------------------
+
+
+def every_number(dtype: torch.dtype) -> Tensor:
+    """All 256 numbers of an 8-bit type, NaN and inf among them."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [F8, F8B], ids=str)
+def test_an_alpha_stored_as_fp8_is_the_number_that_torch_reads(slicer, dtype):
+    alphas = dict(zip(LAYERS, every_number(dtype), strict=False))
+    tensors = {f"{name}.alpha": alpha.clone() for name, alpha in alphas.items()}
+    lora = write(slicer.folder / "a.safetensors", tensors)
+    assert slicer(lora, "--inspect", "--json") == 0
+    [facts] = json.loads(slicer.out)
+    numbers = {name: float(alpha) for name, alpha in alphas.items()}
+    shown = {alpha for row in facts["blocks"] for alpha in row["alphas"]}
+    assert shown == {number for number in numbers.values() if math.isfinite(number)}
+    assert set(facts["not_finite"]) == {
+        f"{name}.alpha" for name, number in numbers.items() if not math.isfinite(number)
+    }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0, 0.3])
+@pytest.mark.parametrize("dtype", [F8, F8B], ids=str)
+def test_a_strength_and_a_precision_change_fp8_once(tmp_path, dtype, precision, strength):
+    numbers = every_number(dtype).repeat(10)
+    tensors = {UP: numbers.reshape(1280, 2), DOWN: numbers.reshape(2, 1280)}
+    tensors["alpha"] = torch.tensor(1.5).to(dtype)
+    lora = write(tmp_path / "a.safetensors", named(tensors))
+    kept = load_file(cut(lora, "--alphas", strength, "--save_precision", precision))
+    scaled = {s: t.float() * (strength if s == UP else 1) for s, t in tensors.items()}
+    wanted = {suffix: tensor.to(PRECISIONS[precision]) for suffix, tensor in scaled.items()}
+    assert_same_numbers(kept, named(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str)
+def test_a_type_whose_numbers_are_not_known_is_copied_and_refused_where_they_would_change(
+    slicer, dtype
+):
+    tensors = {key: tensor.to(dtype) for key, tensor in lora_module(NAME).items()}
+    lora = write(slicer.folder / "a.safetensors", tensors)
+    assert slicer(lora) == 0
+    assert stored(slicer.output) == stored(lora)
+    (name, *_), *_ = stored(lora).values()
+    assert slicer(lora, "--save_precision", "fp16") == 1
+    assert slicer.sentence == (
+        f"{NAME} is stored as {name}, which can be copied but not converted: leave out "
+        "--save_precision"
+    )
+    assert slicer(lora, "--save_precision", "fp16", "--alphas", "0.5") == 1
+    assert slicer.sentence == (
+        f"{NAME} is stored as {name}, which can be copied but not changed: {USE_1}"
+    )
