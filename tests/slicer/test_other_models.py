@@ -8,7 +8,7 @@ import pytest
 import torch
 from lora_files import CONTENT, LAYOUT, STYLE, TE2, blora_modules, lora_module, write
 from safetensors.torch import load_file
-from slicing import all_traits, stored
+from slicing import all_traits, everything, stored
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -39,28 +39,22 @@ def renamed(tensors: Tensors, alias: str) -> Tensors:
 def test_equal_copies_of_a_module_under_two_names_count_once(slicer, alias):
     lora = write(slicer.folder / "twice.safetensors", ONE | SECOND | renamed(ONE, alias))
     once = write(slicer.folder / "once.safetensors", ONE | SECOND)
-    everything = ("--traits", "all", "--traits_file", all_traits(slicer.folder))
-    for way in (everything, ("--alphas", "0.5")):
-        outputs = []
-        for source in (lora, once):
-            assert slicer(source, *way) == 0
-            outputs.append(stored(slicer.output))
-        assert outputs[0] == outputs[1]
+    for way in (everything(slicer.folder), ("--alphas", "0.5")):
+        assert slicer(lora, *way) == 0
+        found = stored(slicer.output)
+        assert slicer(once, *way) == 0
+        assert found == stored(slicer.output)
     assert slicer(lora, "--inspect", "--json") == 0
     [facts] = json.loads(slicer.out)
     assert facts["modules"] == 2
 
 
-def other_number(tensors: Tensors) -> Tensors:
-    """The same module with one number of its lora_up changed."""
-    up = tensors[f"{NAME}.lora_up.weight"].clone()
-    up[0, 0] += 1
-    return tensors | {f"{NAME}.lora_up.weight": up}
-
-
+UP = f"{NAME}.lora_up.weight"
+OTHER_UP = ONE[UP].clone()
+OTHER_UP[0, 0] += 1
 DIFFERENT = {
-    "one number": other_number(ONE),
-    "half of it": {f"{NAME}.lora_up.weight": ONE[f"{NAME}.lora_up.weight"]},
+    "one number": ONE | {UP: OTHER_UP},
+    "half of it": {UP: ONE[UP]},
     "another alpha": ONE | {f"{NAME}.alpha": torch.tensor(1.0)},
 }
 ROTATION = {f"{NAME}.oft_blocks": torch.ones(640, 2, 2), f"{NAME}.alpha": torch.tensor(0.0)}
@@ -106,11 +100,8 @@ SD_15 |= {f"up_blocks_{n}_attentions_{i}": 2560 // 2**n for n in range(1, 4) for
 
 def lora_of(name: str, outputs: int, inputs: int) -> Tensors:
     """A LoRA module of any model."""
-    return {
-        f"{name}.lora_down.weight": torch.ones(1, inputs).half(),
-        f"{name}.lora_up.weight": torch.ones(outputs, 1).half(),
-        f"{name}.alpha": torch.tensor(1.0).half(),
-    }
+    up, down = torch.ones(outputs, 1).half(), torch.ones(1, inputs).half()
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
 
 
 def sd_15(attentions: tuple[int, ...] = (1, 2), text: bool = True) -> Tensors:
@@ -127,59 +118,53 @@ def sd_15(attentions: tuple[int, ...] = (1, 2), text: bool = True) -> Tensors:
     return tensors
 
 
-SDXL = blora_modules(CONTENT, STYLE, LAYOUT)
-SDXL |= lora_module(TE2.format(0, "q"))
+TEXT, ROW = lora_module(TE2.format(0, "q")), torch.ones(1, 8)
+SDXL = blora_modules(CONTENT, STYLE, LAYOUT) | TEXT
 MID_BLOCK = {key: tensor for key, tensor in sd_15(text=False).items() if "mid_block" in key}
 VERSION, ARCHITECTURE = "ss_base_model_version", "modelspec.architecture"
 TEXT_ENCODER = "it has lora_te_, the one text encoder of Stable Diffusion 1 and 2"
 BLOCK = "it has down_blocks_0_attentions_0, a block that SDXL does not have"
-OTHER_VERSIONS = ["sd_v1", "sd_v2_v", "sd3.5-large", "SD_V1", "flux1", "Wan2.1", "hunyuan_video"]
-OTHER_VERSIONS += ["HiDream-I1"]
+NO_UNET = "it has {}, and nothing of SDXL's U-Net"
+# Keys of which a LoRA of SDXL's text encoders is another model's, by that model.
+OTHERS_KEYS = {
+    "Stable Diffusion 3": "lora_unet_joint_blocks_0_x.lora_A.weight",
+    "Flux": "lora_unet_double_blocks_0_img_attn_qkv.alpha",
+    "diffusers' Flux": "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+    "Flux without a prefix": "double_blocks.0.img_attn.qkv.lora_A.weight",
+    "LyCORIS' Flux": "lycoris_transformer_blocks_0_attn_to_q.lora_A.weight",
+    "a third encoder": "lora_te3_encoder_block_0.lora_A.weight",
+}
+# What the metadata of LoRAs of other models say.
+OTHERS_WORDS = {
+    VERSION: "sd_v1 sd_v2_v sd3.5-large SD_V1 flux1 Wan2.1 hunyuan_video HiDream-I1",
+    ARCHITECTURE: "flux-1-dev/lora",
+}
 # LoRAs of which a part, or all, would fit layers of SDXL: tensors, metadata, what gives them away.
-STRANGERS: dict[str, tuple[Tensors, dict[str, str] | None, str]] = {
+STRANGERS: dict[str, tuple[Tensors, dict[str, str], str]] = {
     "SD 1.5": (sd_15(), {VERSION: "sd_v1"}, f'its {VERSION} is "sd_v1"'),
-    "SD 1.5, no metadata": (sd_15(), None, TEXT_ENCODER),
-    "SD 1.5, no text encoder": (sd_15(text=False), None, BLOCK),
-    "SD 1.5, self-attention alone": (sd_15((1,), text=False), None, BLOCK),
-    "SD 1.5, self-attention and text": (sd_15((1,)), None, TEXT_ENCODER),
-    "a block that both have": (MID_BLOCK, None, "its attn2 has a text width of 768, not 2048"),
+    "SD 1.5, no metadata": (sd_15(), {}, TEXT_ENCODER),
+    "SD 1.5, no text encoder": (sd_15(text=False), {}, BLOCK),
+    "SD 1.5, self-attention alone": (sd_15((1,), text=False), {}, BLOCK),
+    "a block that both have": (MID_BLOCK, {}, "its attn2 has a text width of 768, not 2048"),
     "what fits both, but of stable-diffusion-v1": (
-        lora_module(NAME) | lora_module(OTHER),
+        ONE | SECOND,
         {ARCHITECTURE: "stable-diffusion-v1/lora"},
         f'its {ARCHITECTURE} is "stable-diffusion-v1/lora"',
     ),
-    "what fits, but of flux-1-dev": (
-        SDXL,
-        {ARCHITECTURE: "flux-1-dev/lora"},
-        f'its {ARCHITECTURE} is "flux-1-dev/lora"',
-    ),
-    "Flux": (
-        {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.ones(1)},
-        None,
-        "it has lora_unet_double_blocks_0_img_attn_qkv.alpha, and nothing of SDXL's U-Net",
-    ),
     "Control-LoRA": (
         SDXL | {"lora_controlnet": torch.zeros(1)},
-        None,
+        {},
         "it has lora_controlnet, which makes it a ControlNet",
     ),
     **{
-        f"{model}, of SDXL's text encoders": (
-            lora_module(TE2.format(0, "q")) | {f"{layer}.lora_A.weight": torch.ones(1, 8)},
-            None,
-            f"it has {layer}.lora_A.weight, and nothing of SDXL's U-Net",
-        )
-        for model, layer in {
-            "Stable Diffusion 3": "lora_unet_joint_blocks_0_x",
-            "diffusers' Flux": "transformer.single_transformer_blocks.0.attn.to_q",
-            "Flux without a prefix": "double_blocks.0.img_attn.qkv",
-            "LyCORIS' Flux": "lycoris_transformer_blocks_0_attn_to_q",
-            "a third encoder": "lora_te3_encoder_block_0",
-        }.items()
+        f"{model}, of SDXL's text encoders": (TEXT | {key: ROW}, {}, NO_UNET.format(key))
+        for model, key in OTHERS_KEYS.items()
     },
+    "Flux": ({OTHERS_KEYS["Flux"]: ROW}, {}, NO_UNET.format(OTHERS_KEYS["Flux"])),
     **{
-        f"what fits, but of {said}": (SDXL, {VERSION: said}, f'its {VERSION} is "{said}"')
-        for said in OTHER_VERSIONS
+        f"what fits, but of {said}": (SDXL, {entry: said}, f'its {entry} is "{said}"')
+        for entry, words in OTHERS_WORDS.items()
+        for said in words.split()
     },
 }
 # Layers of both models, of one shape in both.
@@ -196,47 +181,38 @@ def test_a_lora_of_another_model_is_refused_as_that_whatever_the_trait(
     slicer, tensors, metadata, sign
 ):
     lora = write(slicer.folder / "stranger.safetensors", tensors, metadata)
-    own = write(slicer.folder / "own.safetensors", SDXL, None)
+    own = write(slicer.folder / "own.safetensors", SDXL, {})
     traits_file = all_traits(slicer.folder, **SHARED)
-    runs = [
-        *((lora, "--traits", trait, "--alphas", a) for trait in SHARED for a in ("1", "0.5")),
-        (own, lora, "--traits", "content", "self_attention"),
-    ]
-    for run in runs:
+    runs = [*((lora, "--traits", trait) for trait in SHARED), (lora, "--alphas", "0.5")]
+    for run in (*runs, (own, lora, "--traits", "content", "self_attention")):
         assert slicer(*run, "--traits_file", traits_file) == 1
         # It is about the file: not that this trait is not in it, nor that one module does not fit.
         assert slicer.sentence == f"{lora} is a LoRA for a different model, not SDXL: {sign}"
 
 
 # What SDXL's own LoRAs say of their model, or what says nothing: version and architecture.
-OWN: dict[str, tuple[str | None, str | None]] = {
-    "nothing": (None, None),
-    "sd-scripts": ("sdxl_base_v1-0", None),
-    "sd-scripts of 0.9": ("sdxl_base_v0-9", None),
-    "SAI's standard": (None, "stable-diffusion-xl-v1-base/lora"),
-    "SAI's standard, LyCORIS": (None, "stable-diffusion-xl-v1-base/lycoris"),
-    "no LoRA's architecture": (None, "stable-diffusion-xl-v1-base"),
+OWN = [
+    (None, None),
+    ("sdxl_base_v1-0", None),
+    (None, "stable-diffusion-xl-v1-base/lora"),
     # which sd-scripts' merges write of any model
-    "a merge": ("sdxl_base_v1-0", "stable-diffusion-v1/lora"),
-    "a merge of sources without metadata": (None, "stable-diffusion-v1/lora"),
-    **{
-        f"a finetune's name: {said}": (said, None)
-        for said in ("Animagine 3.1", "wanderlust", "Sanami", "reflux_v2")
-    },
-    "the one entry says SDXL": ("sd_v1", "stable-diffusion-xl-v1-base/lora"),
-    "SDXL in capitals": ("SDXL 1.0, flux-like", None),
-    "SDXL Turbo": (None, "stable-diffusion-XL-turbo"),
-    "empty entries": ("", ""),
-    "None": ("None", None),
-}
+    ("sdxl_base_v1-0", "stable-diffusion-v1/lora"),
+    (None, "stable-diffusion-v1/lora"),
+    # a finetune's own name
+    *((name, None) for name in ("Animagine 3.1", "wanderlust", "Sanami", "reflux_v2")),
+    ("sd_v1", "stable-diffusion-xl-v1-base/lora"),
+    ("SDXL 1.0, flux-like", None),
+    (None, "stable-diffusion-XL-v1, flux-like"),
+    ("", ""),
+    ("None", None),
+]
 
 
-@pytest.mark.parametrize(("version", "architecture"), OWN.values(), ids=OWN)
+@pytest.mark.parametrize(("version", "architecture"), OWN)
 def test_a_lora_that_does_not_name_another_model_is_cut(slicer, version, architecture):
     entries = {VERSION: version, ARCHITECTURE: architecture}
     metadata = {name: value for name, value in entries.items() if value is not None}
-    lora = write(slicer.folder / "own.safetensors", SDXL, metadata or None)
-    assert slicer(lora) == 0
+    assert slicer(write(slicer.folder / "own.safetensors", SDXL, metadata)) == 0
     assert slicer.err == ""
     assert set(load_file(slicer.output)) == set(blora_modules(CONTENT))
 
@@ -244,8 +220,7 @@ def test_a_lora_that_does_not_name_another_model_is_cut(slicer, version, archite
 @pytest.mark.parametrize("layer", [TE2.format(0, "q"), *(CONTENT.format(0, 2, x) for x in "kv")])
 def test_a_merge_that_is_said_to_be_of_sd_1_is_cut_where_it_has_what_sdxl_alone_has(slicer, layer):
     merged = {ARCHITECTURE: "stable-diffusion-v1/lora"}
-    tensors = lora_module(layer) | lora_module(NAME)
-    assert slicer(write(slicer.folder / "a.safetensors", tensors, merged)) == 0
+    assert slicer(write(slicer.folder / "a.safetensors", ONE | lora_module(layer), merged)) == 0
 
 
 # ---- What is not part of a LoRA ------------------------------------------------------------------
