@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,32 +16,24 @@ from slicing import cut, everything
 from torch import Tensor
 
 TRANSFORMER = "transformer_blocks.0"
+# Blocks in kohya's sgm names by trait, the part of diffusers' pipeline that has them, and where.
 BLOCKS = {
-    "output_blocks_0_1": "up_blocks.0.attentions.0",
-    "output_blocks_1_1": "up_blocks.0.attentions.1",
-    "input_blocks_8_1": "down_blocks.2.attentions.1",
+    "content": ("lora_unet_output_blocks_0_1_", "unet", "up_blocks.0.attentions.0."),
+    "style": ("lora_unet_output_blocks_1_1_", "unet", "up_blocks.0.attentions.1."),
+    "layout": ("lora_unet_input_blocks_8_1_", "unet", "down_blocks.2.attentions.1."),
+    "clip_2_content": ("lora_te2_", "text_encoder_2", ""),
 }
+ATTENTION = [
+    f"{TRANSFORMER}.{attention}.to_{projection}"
+    for attention in ("attn1", "attn2")
+    for projection in ("q", "k", "v", "out.0")
+]
+TEXT = [f"text_model.encoder.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
 # Layers in kohya's sgm names, and where diffusers' pipeline has them.
 LAYERS = {
-    f"lora_unet_{block}_transformer_blocks_0_{attention}_{projection.replace('.', '_')}": (
-        "unet",
-        f"{theirs}.{TRANSFORMER}.{attention}.{projection}",
-    )
-    for block, theirs in BLOCKS.items()
-    for attention in ("attn1", "attn2")
-    for projection in ("to_q", "to_k", "to_v", "to_out.0")
-} | {
-    f"lora_te2_text_model_encoder_layers_0_self_attn_{projection}_proj": (
-        "text_encoder_2",
-        f"text_model.encoder.layers.0.self_attn.{projection}_proj",
-    )
-    for projection in ("q", "k", "v", "out")
-}
-TRAITS = {
-    "content": "lora_unet_output_blocks_0_1_",
-    "style": "lora_unet_output_blocks_1_1_",
-    "layout": "lora_unet_input_blocks_8_1_",
-    "clip_2_content": "lora_te2_text_model_encoder_layers_0_",
+    f"{ours}{layer.replace('.', '_')}": (part, f"{theirs}{layer}")
+    for ours, part, theirs in BLOCKS.values()
+    for layer in (ATTENTION if part == "unet" else TEXT)
 }
 
 
@@ -90,12 +81,8 @@ COMBINED = [
     {"content": (4, 1.0, 0.6, F32), "style": (8, 8.0, -0.5, F32)},
     {"content": (4, 0.3, 0.6, HALF), "style": (2, 1.0, 1.0, BF)},
     {"content": (4, 0.3, -0.5, F32), "clip_2_content": (2, 2.0, 0.6, F32)},
-    {
-        "content": (4, 1.0, 1.0, F32),
-        "style": (16, 8.0, 0.6, F32),
-        "layout": (2, None, -0.5, F32),
-        "clip_2_content": (3, 2.0, 1.0, F32),
-    },
+    {"content": (4, 1.0, 1.0, F32), "style": (16, 8.0, 0.6, F32)}
+    | {"layout": (2, None, -0.5, F32), "clip_2_content": (3, 2.0, 1.0, F32)},
 ]
 
 
@@ -109,7 +96,7 @@ def test_each_layer_changes_by_the_strength_times_its_source(pipeline, tmp_path,
         }
         loras.append(write(tmp_path / f"{trait}.safetensors", modules))
         for name, module in modules.items():
-            if name.startswith(TRAITS[trait]):
+            if name.startswith(BLOCKS[trait][0]):
                 rounding = {F32: 1e-5, HALF: 2**-10, BF: 2**-7}[dtype]
                 wanted[LAYERS[name]] = strength * weight_change(module), rounding
     output = cut(*loras, "--traits", *cuts, "--alphas", *(cut[2] for cut in cuts.values()))
@@ -123,11 +110,11 @@ def test_each_layer_changes_by_the_strength_times_its_source(pipeline, tmp_path,
 
 FULL_NAME = f"up_blocks.0.attentions.0.{TRANSFORMER}.attn1.to_q"
 PEFT_SETTINGS = [
-    {"r": 4, "lora_alpha": 2, "use_rslora": True},
-    {"r": 4, "lora_alpha": 8, "rank_pattern": {f"{TRANSFORMER}.attn2.to_k": 2}},
-    {"r": 4, "lora_alpha": 8, "alpha_pattern": {f"{TRANSFORMER}.attn1.to_q": 3, "to_out.0": 1}},
-    {"r": 4, "lora_alpha": 8, "alpha_pattern": {FULL_NAME: 3, "to_q": 2}},
-    {"r": 4, "lora_alpha": 8, "alpha_pattern": {r"up_blocks\..*\.attn[12]\.to_q": 3}},
+    {"use_rslora": True},
+    {"rank_pattern": {f"{TRANSFORMER}.attn2.to_k": 2}},
+    {"alpha_pattern": {f"{TRANSFORMER}.attn1.to_q": 3, "to_out.0": 1}},
+    {"alpha_pattern": {FULL_NAME: 3, "to_q": 2}},
+    {"alpha_pattern": {r"up_blocks\..*\.attn[12]\.to_q": 3}},
 ]
 
 
@@ -139,10 +126,10 @@ def save_with_diffusers(pipeline, folder: Path, settings: dict[str, object]) -> 
     saved = {}
     for component in ("unet", "text_encoder", "text_encoder_2"):
         model, of = getattr(pipeline, component), {"r": 2, "lora_alpha": 3}
-        targets: str | list[str] = ["q_proj", "out_proj"]
+        targets = r".*(q_proj|out_proj)"
         if component == "unet":
-            of, targets = settings, r".*attentions.1.transformer_blocks.0.attn[12].to_(q|k|out.0)"
-            targets += rf"|{re.escape(FULL_NAME)}"
+            of = {"r": 4, "lora_alpha": 8} | settings
+            targets = rf".*attentions.1.{TRANSFORMER}.attn[12].to_(q|k|out.0)|{FULL_NAME}"
         model.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False, **of))
         saved[f"{component}_lora_layers"] = get_peft_model_state_dict(model)
         saved[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
