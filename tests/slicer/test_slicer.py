@@ -14,9 +14,11 @@ import torch
 from kohya_folder import install
 from lora_files import CONTENT, LAYOUT, STYLE, TE2, blora_modules, lora_module, write
 from safetensors.torch import load_file
-from slicing import Stored, cut, modules, refused, slice_lora, stored
+from slicing import Stored, all_traits, cut, modules, refused, slice_lora, stored
 
 import blora
+
+NAME = CONTENT.format(0, 1, "q")
 
 
 @pytest.fixture
@@ -34,8 +36,6 @@ def tensors_of(path: Path, kept: set[str]) -> Stored:
     return {key: entry for key, entry in stored(path).items() if key.split(".")[0] in kept}
 
 
-# ---- What is kept --------------------------------------------------------------------------------
-
 KEPT = {
     "content": names(CONTENT),
     "style": names(STYLE),
@@ -48,9 +48,8 @@ KEPT = {
 def test_a_trait_keeps_the_modules_of_its_block_and_nothing_else(tmp_path, trait):
     tensors = blora_modules(CONTENT, STYLE, LAYOUT, alpha=0.3, dtype=torch.bfloat16)
     others = ["lora_unet_output_blocks_2_1_transformer_blocks_0_attn1_to_q"]
-    for block in ("output_blocks_0_1", "output_blocks_1_1", "input_blocks_8_1"):
-        for layer in ("transformer_blocks_0_ff_net_0_proj", "proj_in", "proj_out"):
-            others.append(f"lora_unet_{block}_{layer}")
+    for block in (CONTENT[:27], STYLE[:27], LAYOUT[:26]):
+        others += [f"{block}_{x}" for x in ("transformer_blocks_0_ff_net_0_proj", "proj_in")]
     others += [TE2.format(layer, "q") for layer in (0, 1, 10)]
     for name in (*others, TE2.format(0, "q").replace("te2", "te1")):
         tensors |= lora_module(name)
@@ -76,14 +75,11 @@ def test_a_traits_file_of_ones_own_says_what_is_kept(lora, tmp_path, traits, end
     assert stored(output) == tensors_of(lora, kept)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "shape"), [("diff", (1280, 1280)), ("diff_b", (1280,)), ("b_norm", (1280,))]
-)
-def test_a_change_that_is_added_beside_the_factors_is_multiplied_too(tmp_path, suffix, shape):
-    key = f"{(name := CONTENT.format(0, 1, 'q'))}.{suffix}"
-    tensors = lora_module(name, dtype=torch.float32) | {key: torch.ones(shape)}
-    output = cut(write(tmp_path / "added.safetensors", tensors), "--alphas", "0.5")
-    assert torch.equal(load_file(output)[key], torch.full(shape, 0.5))
+def test_every_change_that_is_added_beside_the_factors_is_multiplied_too(tmp_path):
+    added = {"diff": torch.ones(1280, 1280), "diff_b": torch.ones(1280), "b_norm": torch.ones(1280)}
+    tensors = lora_module(NAME) | {f"{NAME}.{suffix}": value for suffix, value in added.items()}
+    halves = load_file(cut(write(tmp_path / "added.safetensors", tensors), "--alphas", "0.5"))
+    assert all(torch.equal(halves[f"{NAME}.{s}"], 0.5 * value) for s, value in added.items())
 
 
 # ---- Several LoRAs, several traits ---------------------------------------------------------------
@@ -118,11 +114,7 @@ NOT_COMBINED = {
     # LoRAs, traits, and what the files hold
     "two traits": ("a", ["content", "style"], {"out_content": CONTENT, "out_style": STYLE}),
     "a trait whose name is no file name": ("a", ["a/b: c"], {"out_a_b_c": STYLE}),
-    "one trait of two LoRAs": (
-        "ab",
-        ["content", "content"],
-        {"out_content_a": CONTENT, "out_content_b": CONTENT},
-    ),
+    "one trait of two": ("ab", ["style"] * 2, {"out_style_a": STYLE, "out_style_b": STYLE}),
 }
 
 
@@ -130,18 +122,14 @@ NOT_COMBINED = {
 def test_not_combined_names_a_file_after_each_trait_and_where_it_must_its_lora(
     tmp_path, loras, traits, files
 ):
-    path = tmp_path / "traits.json"
-    starts = {"content": CONTENT[:27], "style": STYLE[:27], "a/b: c": STYLE[:27]}
-    path.write_text(json.dumps({name: {"whitelist": [start]} for name, start in starts.items()}))
+    own = {"content": CONTENT[:27], "style": STYLE[:27], "a/b: c": STYLE[:27]}
     paths = [tmp_path / f"{name}.safetensors" for name in loras]
     for lora in paths:
         write(lora, blora_modules(CONTENT, STYLE))
-    cut(*paths, "--traits", *traits, "--traits_file", path, "--not_combined")
+    traits_file = all_traits(tmp_path, **own)
+    cut(*paths, "--traits", *traits, "--traits_file", traits_file, "--not_combined")
     written = {path.stem: modules(path) for path in tmp_path.glob("out*")}
     assert written == {name: names(template) for name, template in files.items()}
-
-
-# ---- What is said --------------------------------------------------------------------------------
 
 
 def test_it_says_at_the_end_what_was_kept_and_with_debug_each_module_before(lora, capsys):
@@ -160,14 +148,11 @@ def test_it_says_at_the_end_what_was_kept_and_with_debug_each_module_before(lora
 
 # ---- Refusals: one sentence, exit 1, nothing written ---------------------------------------------
 
-NAME = CONTENT.format(0, 1, "q")
 FORM = 'is not of the form {"whitelist": ["..."], "blacklist": ["..."]}: correct it there'
 IS_INPUT = "is one of the inputs: change --output_path"
 REFUSALS = {
     # what follows "--loras one.safetensors", and the sentence
-    "--traits colour": (
-        'unknown trait "colour": choose one of content, style, layout, clip_2_content'
-    ),
+    "--traits odd": 'unknown trait "odd": choose one of content, style, layout, clip_2_content',
     "--traits layout": (
         'one.safetensors has no modules for the trait "layout": its blocks are output_blocks.0.1, '
         "output_blocks.1.1"
@@ -179,9 +164,7 @@ REFUSALS = {
     "--traits content content --not_combined": (
         "two slices would both be written to out_content_one.safetensors: cut them one by one"
     ),
-    "--loras base.safetensors": (
-        "base.safetensors is not an SDXL LoRA: it holds model.diffusion_model.out.2.bias"
-    ),
+    "--loras base.safetensors": "base.safetensors is not an SDXL LoRA: it holds out.2.bias",
     "--loras gone.safetensors": "no file at gone.safetensors: correct --loras",
     "--output_path one.safetensors": f"the output one.safetensors {IS_INPUT}",
     "--output_path link.safetensors": f"the output link.safetensors {IS_INPUT}",
@@ -193,19 +176,22 @@ REFUSALS = {
     ),
     "--output_path slice.pt": "the output slice.pt must end in .safetensors: change --output_path",
     "--output_path no/a.safetensors": "no folder no: create it, or change --output_path",
-    "--output_path is.safetensors": (
-        "the output is.safetensors is a folder: name a file in --output_path"
+    "--output_path i.safetensors": (
+        "the output i.safetensors is a folder: name a file in --output_path"
     ),
     "--traits_file no.json": "no traits file at no.json: copy blora_traits.json there",
-    "--traits_file [1].json": (
-        "[1].json holds no traits: its JSON must be an object of traits by name"
-    ),
+    "--traits_file 1.json": "1.json holds no traits: its JSON must be an object of traits by name",
     "--traits_file list.json": f'trait "content" in list.json {FORM}',
     "--traits_file text.json": f'trait "content" in text.json {FORM}',
-    "--traits_file {.json": (
-        "{.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
-        "column 2 (char 1)): correct it there"
+    "--traits_file x.json": (
+        "x.json is not valid JSON (Expecting value: line 1 column 1 (char 0)): correct it there"
     ),
+}
+TRAITS_FILES = {
+    "1.json": "[1]",
+    "list.json": '{"content": ["a"]}',
+    "text.json": '{"content": {"whitelist": "a"}}',
+    "x.json": "x",
 }
 
 
@@ -216,12 +202,10 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     one = write(Path("one.safetensors"), lora_module(NAME) | lora_module(STYLE.format(0, 1, "q")))
     os.link(one, "link.safetensors")
-    write(Path("base.safetensors"), {"model.diffusion_model.out.2.bias": torch.zeros(4)})
-    Path("is.safetensors").mkdir()
-    Path("[1].json").write_text("[1]")
-    Path("list.json").write_text('{"content": ["a"]}')
-    Path("text.json").write_text('{"content": {"whitelist": "a"}}')
-    Path("{.json").write_text("{")
+    write(Path("base.safetensors"), {"out.2.bias": torch.zeros(4)})
+    Path("i.safetensors").mkdir()
+    for name, text in TRAITS_FILES.items():
+        Path(name).write_text(text)
     before = {path: path.read_bytes() for path in (one, lora)}
     assert refused(capsys, one, *args.split()) == sentence
     assert {path: path.read_bytes() for path in before} == before
@@ -229,30 +213,26 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(
 
 # ---- Usage: exit 2 -------------------------------------------------------------------------------
 
-WRITING = {
-    option.split()[0]: f"--loras a --inspect {option}"
-    for option in (
-        "--traits style",
-        "--alphas 0.5",
-        "--output_path slice.safetensors",
-        "--debug",
-        "--not_combined",
-        "--save_precision fp16",
-        "--base_model sdxl.safetensors",
-        "--no_metadata",
-    )
-}
 NO_NUMBERS = ("nan", "inf", "-inf", "1e39", "-3.5e38", "x")
+WRITING = {
+    **dict.fromkeys(("--debug", "--not_combined", "--no_metadata"), ""),
+    **{"--traits": "style", "--alphas": "0.5", "--save_precision": "fp16"},
+    **dict.fromkeys(("--output_path", "--base_model"), "a.safetensors"),
+}
 USAGE = {
     "": "the following arguments are required: --loras",
     "--loras a --alphas 1 1": "--alphas: 2 values for 1 slice, leave some out",
     "--loras a --trait_file b": "unrecognized arguments: --trait_file b",
     "--loras a --json": "--json requires --inspect",
+    **{
+        f"--loras a --alphas {text}": f"argument --alphas: '{text}' is not a finite fp32 number"
+        for text in NO_NUMBERS
+    },
+    **{
+        f"--loras a --inspect {option} {value}": f"--inspect writes nothing: leave out {option}"
+        for option, value in WRITING.items()
+    },
 }
-for text in NO_NUMBERS:
-    USAGE[f"--loras a --alphas {text}"] = f"argument --alphas: '{text}' is not a finite fp32 number"
-for option, args in WRITING.items():
-    USAGE[args] = f"--inspect writes nothing: leave out {option}"
 
 
 @pytest.mark.parametrize(("args", "message"), USAGE.items(), ids=USAGE)
@@ -265,22 +245,15 @@ def test_a_command_line_mistake_exits_2(capsys, args, message):
     assert err.endswith(f"blora_slicer.py: error: {message}\n")
 
 
-def test_every_option_is_for_a_slice_or_goes_with_inspect(capsys):
-    with pytest.raises(SystemExit):
+def test_the_version_is_that_of_the_folder_and_every_option_is_for_a_slice_or_inspect(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        slice_lora("--version")
+    assert capsys.readouterr().out == f"blora_slicer.py {blora.VERSION}\n"
+    with pytest.raises(SystemExit, match=r"^0$"):
         slice_lora("--help")
     # Each has a sentence beside it or below it.
     options = set(re.findall(r"^  (--\w+)(?=.*(?:  |\n {10,})\w)", capsys.readouterr().out, re.M))
     assert options == {*WRITING, "--loras", "--traits_file", "--inspect", "--json", "--version"}
-
-
-# ---- As a program --------------------------------------------------------------------------------
-
-
-def test_the_version_is_that_of_the_blora_folder(capsys):
-    with pytest.raises(SystemExit) as stop:
-        slice_lora("--version")
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"blora_slicer.py {blora.VERSION}\n"
 
 
 class Words(list):
