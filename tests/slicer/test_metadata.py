@@ -25,53 +25,33 @@ def cut_metadata(*args: object) -> dict[str, str]:
         return file.metadata()
 
 
-def joined(
-    folder: Path,
-    first: dict[str, str],
-    second: dict[str, str],
-    names: tuple[str, str] = ("a", "b"),
-    **other: float,
-) -> dict[str, str]:
-    """The metadata of content at 1 of one file, of alpha 2, and style at 0.5 of another."""
-    loras = []
-    for place, name, template, metadata, options in zip(
-        "12", names, (CONTENT, STYLE), (first, second), ({"alpha": 2.0}, other), strict=True
-    ):
-        (folder / place).mkdir()
-        path = folder / place / f"{name}.safetensors"
-        loras.append(write(path, blora_modules(template, **options), metadata))
-    return cut_metadata(*loras, "--traits", "content", "style", "--alphas", "1", "0.5")
+def joined(first: Path, one: dict[str, str], second: Path, other: dict[str, str]) -> dict[str, str]:
+    """The metadata of content at 1 of one file and style at 0.5 of another."""
+    write(first, blora_modules(CONTENT), one)
+    write(second, blora_modules(STYLE), other)
+    return cut_metadata(first, second, "--traits", "content", "style", "--alphas", "1", "0.5")
 
 
-# ---- Of one source -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    return write(tmp_path / "parent.safetensors", blora_modules(CONTENT, STYLE, alpha=2.0))
-
-
-def test_the_sources_metadata_is_kept_and_the_slice_says_what_it_is(lora):
+def test_the_sources_metadata_is_kept_and_the_slice_says_what_it_is(tmp_path):
+    lora = write(tmp_path / "parent.safetensors", blora_modules(CONTENT, STYLE, alpha=2.0))
     metadata = cut_metadata(lora, "--traits", "content", "style", "--alphas", "0.5")
     date = metadata.pop("modelspec.date")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", date)
-    own = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-    kept = {key: value for key, value in METADATA.items() if key not in own}
+    own = ("sshs_model_hash", "sshs_legacy_hash")
+    stale = (*own, "modelspec.hash_sha256")
+    kept = {key: value for key, value in METADATA.items() if key not in stale}
+    comment = "content of parent.safetensors at 0.5, style of parent.safetensors at 1"
     new = {
-        "ss_output_name": "out",
-        "ss_network_dim": "2",
-        "ss_network_alpha": "2",
-        "ss_training_comment": (
-            "content of parent.safetensors at 0.5, style of parent.safetensors at 1"
-        ),
-        "modelspec.title": "out",
-        "modelspec.merged_from": "parent",
+        **{"ss_output_name": "out", "ss_network_dim": "2", "ss_network_alpha": "2"},
+        **{"modelspec.title": "out", "modelspec.merged_from": "parent"},
+        "ss_training_comment": comment,
     }
     assert {key: value for key, value in metadata.items() if key not in own} == kept | new
-    assert "modelspec.hash_sha256" not in metadata
 
 
-SDXL = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+ARCHITECTURE = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+SDXL = ARCHITECTURE | {"ss_base_model_version": "sdxl_base_v1-0"}
+OTHERS = {"format": "pt", "lora_adapter_metadata": "{}"}
 LYCORIS = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lycoris"}
 SEED = {"ss_seed": "1"}
 COMMENT, CUT = "ss_training_comment", "content of a.safetensors at 1"
@@ -79,15 +59,8 @@ SOURCES: dict[str, tuple[dict[str, str] | None, dict[str, str | None]]] = {
     # its metadata, and what those of a slice then have; None is nothing
     "a comment": ({COMMENT: "of my cat"}, {COMMENT: f"{CUT}; of my cat"}),
     "sd-scripts' word for no comment": ({COMMENT: "None"}, {COMMENT: CUT}),
-    "no metadata": (
-        None,
-        {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": "2", "ss_network_alpha": "1"}
-        | SDXL,
-    ),
-    "those of other programs": (
-        {"format": "pt", "lora_adapter_metadata": "{}"} | SEED,
-        {"format": None, "lora_adapter_metadata": None} | SEED,
-    ),
+    "no metadata": (None, {"ss_network_dim": "2", "ss_network_alpha": "1"} | SDXL),
+    "those of other programs": (OTHERS | SEED, dict.fromkeys(OTHERS) | SEED),
     "an architecture": (LYCORIS, LYCORIS),
 }
 
@@ -113,39 +86,32 @@ def test_the_longest_entries_go_where_the_header_would_pass_1_mib(tmp_path, caps
     assert err.startswith(start) and err.count("\n") == 1
 
 
-# ---- Of two --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("other", "dim", "alpha"),
-    [
-        ({"rank": 2, "alpha": 2.0}, "2", "2"),
-        ({"rank": 3, "alpha": 2.0}, "Dynamic", "2"),
-        # under one alpha, which is why it is not dynamic
-        ({"rank": 3, "alpha": 1.0}, "Dynamic", "1"),
-    ],
+    ("rank", "alpha", "dim", "told"),
+    # under one alpha in the file, which is why it is not dynamic
+    [(2, 2.0, "2", "2"), (3, 2.0, "Dynamic", "2"), (3, 1.0, "Dynamic", "1")],
 )
-def test_rank_and_alpha_are_true_or_dynamic(tmp_path, other, dim, alpha):
-    metadata = joined(tmp_path, METADATA, METADATA, **other)
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (dim, alpha)
+def test_rank_and_alpha_are_true_or_dynamic(tmp_path, rank, alpha, dim, told):
+    a = write(tmp_path / "a.safetensors", blora_modules(CONTENT, alpha=2.0))
+    b = write(tmp_path / "b.safetensors", blora_modules(STYLE, rank=rank, alpha=alpha))
+    metadata = cut_metadata(a, b, "--traits", "content", "style")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (dim, told)
 
 
 def test_what_two_sources_agree_on_is_kept_and_what_differs_is_said_for_each(tmp_path):
     shared = {"ss_base_model_version": "sdxl_base_v1-0", "ss_steps": "3000"}
-    a = {**shared, **SDXL, "ss_seed": "1", "ss_tag_frequency": '{"images": {"cat": 3}}'}
+    a = {**shared, **ARCHITECTURE, **SEED, "ss_tag_frequency": '{"images": {"cat": 3}}'}
     b = {**shared, "ss_seed": "2", "ss_tag_frequency": '{"images": {"ink": 4}}'}
-    metadata = joined(tmp_path, a, b)
+    metadata = joined(tmp_path / "a.safetensors", a, tmp_path / "b.safetensors", b)
     assert metadata["ss_steps"] == "3000"
     assert "ss_seed" not in metadata
-    assert metadata.items() > SDXL.items()  # though only one of them says it
+    assert metadata.items() > ARCHITECTURE.items()  # though only one of them says it
     assert json.loads(metadata["ss_blora_sources"]) == [
-        {"file": "a.safetensors", **SDXL, "ss_seed": "1"},
+        {"file": "a.safetensors", **ARCHITECTURE, **SEED},
         {"file": "b.safetensors", "ss_seed": "2"},
     ]
-    assert json.loads(metadata["ss_tag_frequency"]) == {
-        "a/images": {"cat": 3},
-        "b/images": {"ink": 4},
-    }
+    words = {"a/images": {"cat": 3}, "b/images": {"ink": 4}}
+    assert json.loads(metadata["ss_tag_frequency"]) == words
     assert metadata["modelspec.merged_from"] == "a, b"
     comment = "content of a.safetensors at 1, style of b.safetensors at 0.5"
     assert metadata["ss_training_comment"] == comment
@@ -154,11 +120,11 @@ def test_what_two_sources_agree_on_is_kept_and_what_differs_is_said_for_each(tmp
 def test_words_of_two_sources_of_one_name_under_one_folder_are_all_kept(tmp_path):
     """As trainers leave them: each training in a folder of its own, each LoRA by the same name."""
     cat, ink = ({"ss_tag_frequency": f'{{"images": {{"{word}": 3}}}}'} for word in ("cat", "ink"))
-    metadata = joined(tmp_path, cat, ink, ("last", "last"))
-    assert json.loads(metadata["ss_tag_frequency"]) == {
-        "last 1/images": {"cat": 3},
-        "last 2/images": {"ink": 3},
-    }
+    (tmp_path / "ink").mkdir()
+    own, other = (folder / "last.safetensors" for folder in (tmp_path, tmp_path / "ink"))
+    metadata = joined(own, cat, other, ink)
+    words = {"last 1/images": {"cat": 3}, "last 2/images": {"ink": 3}}
+    assert json.loads(metadata["ss_tag_frequency"]) == words
 
 
 # ---- Hashes and layout ---------------------------------------------------------------------------
@@ -242,25 +208,26 @@ PEFT = {
     ),
     "{}": 2.0,
     '{"a": null}': 2.0,
-    '{"unet.lora_alpha": null}': NO_NUMBER,
-    '{"unet.lora_alpha": []}': NO_NUMBER,
-    '{"unet.lora_alpha": NaN}': NO_NUMBER,
-    '{"unet.lora_alpha": 1e999}': NO_NUMBER,
-    '{"unet.lora_alpha": 1e39}': NO_NUMBER,
-    '{"unet.lora_alpha": 1' + "0" * 400 + "}": NO_NUMBER,
+    **{
+        f'{{"unet.lora_alpha": {value}}}': NO_NUMBER
+        for value in ("null", "[]", "NaN", "1e999", "1e39", "1" + "0" * 400)
+    },
     '{"unet.lora_alpha": "8"}': 8.0,
     '{"unet.lora_alpha": 0}': 0.0,
     '{"unet.lora_alpha": true}': 1.0,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": 4}': 4.0,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": [4]}': 4.0,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 8}}': 8.0,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_k|to_q": 8}}': 8.0,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q|x.to_k": 8}}': 8.0,
+    **{
+        f'{{"unet.lora_alpha": 4, "unet.alpha_pattern": {pattern}}}': alpha
+        for pattern, alpha in {
+            "4": 4.0,
+            "[4]": 4.0,
+            '{"": 8}': 4.0,
+            '{"to_q": 8}': 8.0,
+            '{"to_k|to_q": 8}': 8.0,
+            '{"to_q|x.to_k": 8}': 8.0,
+            **dict.fromkeys(('{"to_q": null}', '{"to_q": "x"}', '{"(": 8}'), NO_NUMBER),
+        }.items()
+    },
     '{"unet.lora_alpha": 4, "unet.r": null}': 4.0,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": null}}': NO_NUMBER,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": "x"}}': NO_NUMBER,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 8}}': NO_NUMBER,
-    '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"": 8}}': 4.0,
     '{"unet.lora_alpha": 4, "unet.use_rslora": "x"}': 4 * 2**0.5,
 }
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_files import CONTENT, STYLE, blora_modules, write
-from slicing import slice_lora
+from lora_files import CONTENT, blora_modules, write
+from slicing import LOOKS, slice_lora
 
 ESCAPE = "\x1b[31m"
 SHOWN = r"\x1b[31m"
@@ -27,18 +27,19 @@ def spoken(capsys: pytest.CaptureFixture[str], lora: Path, *options: object) -> 
     return out, err
 
 
-ODD_TRAIT = f"{ESCAPE}\n"
+ODD = f"{ESCAPE}\n"
+ALL, NONE = {"whitelist": ["lora_"]}, {"whitelist": ["nothing"]}
 TRAIT_NAMES = [
     # the trait of this name, options, and where its name is shown
-    ({"whitelist": ["lora_"]}, ["--traits", ODD_TRAIT], "out"),
-    ({"whitelist": ["lora_"]}, ["--traits", ODD_TRAIT, "--not_combined"], "out"),
-    ({"whitelist": ["lora_"]}, ["--traits", ODD_TRAIT, "--debug"], "err"),
-    ({"whitelist": ["lora_"]}, ["--traits", ODD_TRAIT, ODD_TRAIT], "err"),  # twice the modules
-    ({"whitelist": ["lora_"]}, ["--traits", f"not {ODD_TRAIT}"], "err"),
-    ({"whitelist": ["lora_"]}, ["--traits", "unknown"], "err"),
-    ({"whitelist": ["lora_"]}, ["--inspect"], "out"),
-    ({"whitelist": ["nothing"]}, ["--traits", ODD_TRAIT], "err"),
-    (1, ["--traits", ODD_TRAIT], "err"),
+    (ALL, ["--traits", ODD], "out"),
+    (ALL, ["--traits", ODD, "--not_combined"], "out"),
+    (ALL, ["--traits", ODD, "--debug"], "err"),
+    (ALL, ["--traits", ODD, ODD], "err"),  # twice the modules
+    (ALL, ["--traits", f"not {ODD}"], "err"),
+    (ALL, ["--traits", "unknown"], "err"),
+    (ALL, ["--inspect"], "out"),
+    (NONE, ["--traits", ODD], "err"),
+    (1, ["--traits", ODD], "err"),
 ]
 
 
@@ -46,14 +47,11 @@ TRAIT_NAMES = [
 def test_names_from_a_traits_file_cannot_drive_the_terminal(
     tmp_path, capsys, trait, options, stream
 ):
-    lora = write(tmp_path / "parent.safetensors", blora_modules(CONTENT, STYLE))
+    lora = write(tmp_path / "parent.safetensors", blora_modules(CONTENT))
     traits = tmp_path / "traits.json"
-    traits.write_text(json.dumps({ODD_TRAIT: trait}))
+    traits.write_text(json.dumps({ODD: trait}))
     out, err = spoken(capsys, lora, "--traits_file", traits, *options)
     assert rf"{SHOWN}\n" in {"out": out, "err": err}[stream]
-
-
-# ---- All texts, in all that is said --------------------------------------------------------------
 
 
 def hostile(**changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -62,7 +60,8 @@ def hostile(**changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
 
-ODD_SUFFIX = {f"odd{ESCAPE}": torch.zeros(1)}
+ONE = torch.ones(1)
+ODD_SUFFIX = {f"odd{ESCAPE}": ONE}
 NO_UP = {"lora_up.weight": None}
 MISFIT = {"lora_up.weight": torch.zeros(7, 2), "lora_down.weight": torch.zeros(2, 7)}
 TOO_LARGE = {"lora_up.weight": torch.full((1280, 2), 1e6)}
@@ -70,25 +69,20 @@ PEFT = {
     f"{PEFT_Q}.lora_B.weight": torch.zeros(1280, 2),
     f"{PEFT_Q}.lora_A.weight": torch.zeros(2, 1280),
 }
-TWO_NAMES = {
-    f"{PEFT_Q}.lora_B.weight": torch.zeros(1280, 2),
-    f"{CONTENT_Q.replace('output_blocks_0_1', 'up_blocks_0_attentions_0')}.odd{ESCAPE}": (
-        torch.ones(1)
-    ),
-}
+TWO_NAMES = {f"{PEFT_Q}.lora_B.weight": torch.zeros(1280, 2), f"{PEFT_Q}.odd{ESCAPE}": 2 * ONE}
 BAD_PATTERN = {"unet.lora_alpha": 1, "unet.alpha_pattern": {f"({ESCAPE}": 2}}
 SHOWN_METADATA = ("sd_model_name", "steps", "num_train_images", "training_comment", "output_name")
 TEXTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {
     # what a file holds, and its metadata
     "nothing odd": (hostile(), {}),
     "a suffix": (hostile(**ODD_SUFFIX), {}),
-    "a key of no layer": (hostile() | {f"odd{ESCAPE}.weight": torch.zeros(1)}, {}),
-    "nothing but a key of no layer": ({f"odd{ESCAPE}\n.weight": torch.zeros(1)}, {}),
+    "a key of no layer": (hostile() | {f"odd{ESCAPE}.weight": ONE}, {}),
+    "nothing but a key of no layer": ({f"odd{ESCAPE}\n.weight": ONE}, {}),
     "half a module": (hostile(**NO_UP, **ODD_SUFFIX), {}),
     "a module that does not fit": (hostile(**MISFIT, **ODD_SUFFIX), {}),
     "a DoRA": (hostile(dora_scale=torch.ones(1280, 1), **ODD_SUFFIX), {}),
     "numbers that overflow": (hostile(**TOO_LARGE), {}),
-    "a type of its own": (hostile(**{f"odd{ESCAPE}": torch.zeros(1, dtype=torch.int8)}), {}),
+    "a type of its own": (hostile(**{f"odd{ESCAPE}": ONE.char()}), {}),
     "two names of one module": (hostile(**ODD_SUFFIX) | TWO_NAMES, {}),
     "another model": (hostile(), {"ss_base_model_version": f"sd_v1{ESCAPE}"}),
     "another architecture": (hostile(), {"modelspec.architecture": f"flux-1-dev{ESCAPE}/lora"}),
@@ -102,9 +96,8 @@ TEXTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {
     "a pattern of PEFT's that is none": (PEFT, {"lora_adapter_metadata": json.dumps(BAD_PATTERN)}),
 }
 TEXT_WAYS = [
-    [], ["--debug"], ["--not_combined"], ["--alphas", "0.5"], ["--save_precision", "fp16"],
-    ["--inspect"], ["--inspect", "--json"], ["--traits", "style"],
-    ["--traits", "content", "content"],
+    *LOOKS, [], ["--debug"], ["--not_combined"], ["--alphas", "0.5"], ["--save_precision", "fp16"],
+    ["--traits", "style"], ["--traits", "content", "content"],
 ]  # fmt: skip
 
 
@@ -143,13 +136,9 @@ def test_no_path_reaches_the_terminal_unescaped_in_a_refusal(tmp_path, capsys, m
     Path(f"text{ESCAPE}").write_text(f"{{{ESCAPE * 10}")
     write(Path("a.safetensors"), hostile())
     Path(ESCAPE).mkdir()
-    settings = Path(ESCAPE, "adapter_config.json")
-    settings.write_text(f'{{"r": 2, "lora_alpha": "{ESCAPE}"')
-    peft = {f"base_model.model.{key.removeprefix('unet.')}": t for key, t in PEFT.items()}
-    write(settings.with_name("adapter_model.safetensors"), peft, None)
+    write(Path(ESCAPE, "adapter_model.safetensors"), PEFT, None)
+    Path(ESCAPE, "adapter_config.json").write_text(f'{{"r": 2, "lora_alpha": "{ESCAPE}"')
     lora, *options = args.split()
     out, err = spoken(capsys, Path(lora), *options)
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
+    assert (out, err[:7], err.count("\n")) == ("", "error: ", 1)
     assert SHOWN in err
