@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from exact_strength import both_traits, slice_all
-from lora_algebra import Module, alpha_over_rank, read_modules, weight_change
+from lora_algebra import Module, alpha_over_rank, read_modules, weight_change, with_alpha
 from lora_files import CONTENT, weight_shape
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, axis_lengths, make_module, write_modules
-from namings import with_alpha
 from slicing import all_traits, slice_lora, stored
 
 from blora.slicer import modules

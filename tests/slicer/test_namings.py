@@ -3,22 +3,103 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from exact_strength import slice_all
-from lora_algebra import Module
-from lora_files import CONTENT, lora_module, write
-from lora_forms import FORMS, REFUSED, write_modules
-from namings import LAYER_NAMINGS, MAGNITUDES, NAMINGS, SPELLINGS, in_kohyas_names, spread
+from lora_algebra import Module, with_alpha
+from lora_files import CONTENT, SDXL, lora_module, write
+from lora_forms import FORMS, REFUSED, Form, make_module, write_modules
 from safetensors.torch import save_file
 from slicing import stored
 from torch import Tensor
 
+from blora.sdxl import layers_by_module
 from blora.slicer.keys import read_key
 
 # ---- Every naming by every algorithm -------------------------------------------------------------
+
+# kohya's, LyCORIS' wrapper's, sd-scripts' OFT's, ComfyUI's, diffusers', PEFT's, SimpleTuner's, and
+# OneTrainer's clip_l and clip_g.
+PREFIXES = {
+    "unet": (
+        "lora_unet_", "lycoris_", "oft_unet_", "diffusion_model.", "unet.", "unet.unet.",
+        "base_model.model.", "unet.base_model.model.", "",
+    ),
+    "te1": ("lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer.", "clip_l."),
+    "te2": ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g."),
+}  # fmt: skip
+NORMS = ["input_blocks.4.1.transformer_blocks.0.norm1", "output_blocks.3.1.norm"]
+
+
+def kohya_name(network: str, layer: str) -> str:
+    """kohya's name of the module of a layer, such as lora_unet_input_blocks_4_1_proj_in."""
+    return f"lora_{network}_{layer.replace('.', '_')}"
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the keys of a file begin, what they call a layer, and what stands before the suffix."""
+
+    network: str
+    prefix: str
+    words: str  # sgm's or diffusers'; a text encoder has one name
+    dot: str  # or an underscore, in the layer's name
+    before: str  # a dot or an underscore, before the suffix
+
+    def layer(self, layer: str) -> str:
+        """A key without its suffix and what stands before that, of a layer in sgm's words."""
+        if self.words == "diffusers":
+            layer = layers_by_module()[kohya_name(self.network, layer)].diffusers
+        return self.prefix + layer.replace(".", self.dot)
+
+    def keys(self, modules: dict[str, Module]) -> dict[str, Tensor]:
+        """The tensors of modules, given by their layers' names, by the keys of a file."""
+        return {
+            f"{self.layer(layer)}{self.before}{suffix}": tensor
+            for layer, module in modules.items()
+            for suffix, tensor in module.items()
+        }
+
+    def __str__(self) -> str:
+        return f"{self.prefix}{self.words[:5]}{self.dot}layer{self.before}suffix"
+
+
+NAMINGS = [
+    Naming(network, prefix, words, dot, before)
+    for network, prefixes in PREFIXES.items()
+    for prefix, dot, before in product(prefixes, "._", "._")
+    for words in (("sgm", "diffusers") if network == "unet" else ("its own",))
+]
+
+
+def spread(forms: Mapping[object, Form], network: str, alpha: float | None) -> dict[str, Module]:
+    """Each form on a layer of its own, by its name: kinds in turn, of each the smallest layers."""
+    of_kind = {"norm": NORMS if network == "unet" else []}
+    for layer, (_, shape) in sorted(SDXL[network].items(), key=lambda item: prod(item[1][1])):
+        kernel = {(3, 3): "3x3", (1, 1): "1x1"}.get(tuple(shape[2:]))
+        kind = kernel or ("attention" if "attn" in layer else "linear")
+        of_kind.setdefault(kind, []).append(layer)
+    left = {kind: iter(layers) for kind, layers in of_kind.items() if layers}
+    modules = {}
+    for seed, form in enumerate(forms.values()):
+        kinds = [kind for kind in form.kinds if kind in left]
+        # BOFT's blocks of 10 do not go into the 768 of the first encoder.
+        if kinds and not (network == "te1" and "x" in "".join(form.axes.values())):
+            layer = next(left[kinds[seed % len(kinds)]])
+            name = kohya_name(network, layer)
+            modules[layer] = make_module(name, form, 2, alpha, torch.float16, seed)
+    return modules
+
+
+def in_kohyas_names(network: str, modules: dict[str, Module]) -> dict[str, Module]:
+    """Modules, given by their layers' names, as a slice at 1.0 should hold them."""
+    return {kohya_name(network, layer): with_alpha(m) for layer, m in modules.items()}
 
 
 def assert_comes_out(folder: Path, tensors: dict[str, Tensor], wanted: dict[str, Module]) -> None:
@@ -37,6 +118,26 @@ def test_every_algorithm_in_every_naming_comes_out_in_kohyas_names_to_the_byte(t
 
 
 # ---- Every spelling of LoRA and DoRA -------------------------------------------------------------
+
+# How programs spell the suffixes of a LoRA, with what stands before them: (up, down).
+SPELLINGS = {
+    "kohya": (".lora_up.weight", ".lora_down.weight"),
+    "PEFT": (".lora_B.weight", ".lora_A.weight"),
+    "PEFT, with the adapter": (".lora_B.default.weight", ".lora_A.default.weight"),
+    "the original B-LoRA": (".lora.up.weight", ".lora.down.weight"),
+    "old diffusers": (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
+    "attention processors": ("_lora.up.weight", "_lora.down.weight"),
+    "an underscore": ("_lora_up.weight", "_lora_down.weight"),
+}
+# One number for each row, without LyCORIS' further axes.
+MAGNITUDES = (
+    ".lora_magnitude_vector",
+    ".lora_magnitude_vector.weight",
+    ".lora_magnitude_vector.default.weight",
+    ".magnitude",
+)
+# Those that differ in the layer's name alone: a suffix has what stands before it in itself.
+LAYER_NAMINGS = [naming for naming in NAMINGS if naming.before == "."]
 
 
 @pytest.mark.parametrize("naming", LAYER_NAMINGS, ids=str)
@@ -109,7 +210,9 @@ KEYS = {
     **{
         f"lora_unet_{sgm}.alpha": [f"lora_unet_{diffusers}.alpha"]
         for sgm, diffusers in {
+            "input_blocks_1_0_emb_layers_1": "down_blocks_0_resnets_0_time_emb_proj",
             "input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv",
+            "input_blocks_4_0_skip_connection": "down_blocks_1_resnets_0_conv_shortcut",
             "input_blocks_5_1_proj_in": "down_blocks_1_attentions_1_proj_in",
             "input_blocks_8_0_in_layers_2": "down_blocks_2_resnets_1_conv1",
             "input_blocks_8_1_proj_in": "down_blocks_2_attentions_1_proj_in",
@@ -118,6 +221,7 @@ KEYS = {
             "output_blocks_1_1_proj_in": "up_blocks_0_attentions_1_proj_in",
             "output_blocks_4_1_proj_in": "up_blocks_1_attentions_1_proj_in",
             "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv",
+            "output_blocks_8_0_out_layers_3": "up_blocks_2_resnets_2_conv2",
             "label_emb_0_0": "add_embedding_linear_1",
             "out_2": "conv_out",
         }.items()

@@ -25,10 +25,9 @@ from exact_strength import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_algebra import bias_change, read_modules, weight_change
+from lora_algebra import bias_change, read_modules, weight_change, with_alpha
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, make_module, on_each_layer, write_modules
 from lycoris_files import SCALED, lycoris_change, lycoris_file, reload_lycoris
-from namings import with_alpha
 from slicing import everything, refused, slice_lora, stored
 from torch import Tensor
 

@@ -42,6 +42,17 @@ def alpha_over_rank(module: Module) -> float:
     return (float(module["alpha"]) or rank) / rank
 
 
+def with_alpha(module: Module) -> Module:
+    """The module as it comes out: one that has a rank and no alpha gets the rank as its alpha.
+
+    A LoKr of two whole factors has no rank. It gets 1: LyCORIS loads none without an alpha.
+    """
+    rank = 1 if {"lokr_w1", "lokr_w2"} <= module.keys() else rank_of(module)
+    if rank is None or "alpha" in module:
+        return module
+    return module | {"alpha": torch.tensor(float(rank))}
+
+
 def tucker(core: Tensor, out_factor: Tensor, in_factor: Tensor) -> Tensor:
     """A core [r, s, kernel] between factors [r, out] and [s, in]."""
     return torch.einsum("rs...,ro,si->oi...", core, out_factor, in_factor)
