@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_strength import both_traits, slice_all
+from exact_strength import both_traits
 from lora_algebra import Module, alpha_over_rank, read_modules, weight_change, with_alpha
 from lora_files import CONTENT, weight_shape
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, axis_lengths, make_module, write_modules
@@ -65,15 +65,8 @@ def assert_biases(result: Module, source: Module, strength: float) -> None:
         assert torch.equal(result[suffix], source[suffix])
 
 
-@pytest.mark.parametrize("strength", [0.5, -1.0, 0.0])
-def test_every_bias_beside_the_factors_takes_the_strength(tmp_path, strength):
-    source = with_biases(FIRST, 0.7, 1)
-    lora = write_modules(tmp_path / "in.safetensors", {FIRST: source})
-    assert_biases(read_modules(slice_all(lora, strength))[FIRST], source, strength)
-
-
-@pytest.mark.parametrize("strengths", [("1", "1"), ("0.5", "-1")], ids=" ".join)
-def test_what_alpha_multiplies_takes_the_ratio_of_a_common_alpha_and_diff_b_does_not(
+@pytest.mark.parametrize("strengths", [("1", "1"), ("0.5", "-1"), ("0", "1")], ids=" ".join)
+def test_every_bias_takes_the_strength_and_what_alpha_multiplies_the_ratio_of_a_common_alpha(
     tmp_path, output, strengths
 ):
     sources = {FIRST: with_biases(FIRST, 3.0, 1), SECOND: with_biases(SECOND, 0.7, 2)}

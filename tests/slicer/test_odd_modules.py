@@ -25,9 +25,6 @@ from torch import Tensor
 
 from blora.slicer.keys import SUFFIXES
 
-# A warning would be a line on stderr that tells the user nothing.
-pytestmark = pytest.mark.filterwarnings("error")
-
 NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
 UP, DOWN = "lora_up.weight", "lora_down.weight"
 F8, F8B, HALF, BF = torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16

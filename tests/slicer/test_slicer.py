@@ -164,7 +164,7 @@ REFUSALS = {
     "--traits content content --not_combined": (
         "two slices would both be written to out_content_one.safetensors: cut them one by one"
     ),
-    "--loras base.safetensors": "base.safetensors is not an SDXL LoRA: it holds out.2.bias",
+    "--loras base.safetensors": "base.safetensors is not an SDXL LoRA: it holds strange.bias",
     "--loras gone.safetensors": "no file at gone.safetensors: correct --loras",
     "--output_path one.safetensors": f"the output one.safetensors {IS_INPUT}",
     "--output_path link.safetensors": f"the output link.safetensors {IS_INPUT}",
@@ -202,7 +202,7 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     one = write(Path("one.safetensors"), lora_module(NAME) | lora_module(STYLE.format(0, 1, "q")))
     os.link(one, "link.safetensors")
-    write(Path("base.safetensors"), {"out.2.bias": torch.zeros(4)})
+    write(Path("base.safetensors"), {"strange.bias": torch.zeros(4)})
     Path("i.safetensors").mkdir()
     for name, text in TRAITS_FILES.items():
         Path(name).write_text(text)

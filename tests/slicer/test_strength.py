@@ -13,28 +13,38 @@ from pathlib import Path
 import lycoris_files
 import pytest
 import torch
-from exact_strength import (
-    DTYPES,
-    PROVE,
-    assert_scaled,
-    both_traits,
-    digits,
-    slice_all,
-    small_modules,
-    strengths,
-)
-from hypothesis import given
+from exact_strength import DTYPES, assert_scaled, both_traits, digits, slice_all
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_algebra import bias_change, read_modules, weight_change, with_alpha
+from lora_algebra import Module, bias_change, read_modules, weight_change, with_alpha
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, make_module, on_each_layer, write_modules
 from lycoris_files import SCALED, lycoris_change, lycoris_file, reload_lycoris
 from slicing import everything, refused, slice_lora, stored
 from torch import Tensor
 
-# ---- Strength times the change -------------------------------------------------------------------
+strengths = st.sampled_from([1.0, 0.0, -1.0, 0.5, 0.3, 1e-3]) | st.floats(-4, 4)
 
 
-@PROVE
+def modules_on(kind: str, name: str) -> st.SearchStrategy[Module]:
+    """Modules of any form that a layer of this kind can have."""
+    return st.builds(
+        make_module,
+        name=st.just(name),
+        form=st.sampled_from([form for form in FORMS.values() if kind in form.kinds]),
+        rank=st.sampled_from([1, 2, 5]),
+        alpha=st.sampled_from([None, 0.0, 0.3, 1.0, 2.0, 16.0]),
+        dtype=st.sampled_from(list(DTYPES)),
+        seed=st.integers(0, 9),
+    )
+
+
+def small_modules(layers: dict[str, str]) -> st.SearchStrategy[dict[str, Module]]:
+    """Modules on one or both layers of so few numbers that hundreds of changes take seconds."""
+    every = {layers[kind]: modules_on(kind, layers[kind]) for kind in ("3x3", "norm")}
+    return st.fixed_dictionaries({}, optional=every).filter(bool)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)  # the same examples on every run
 @given(
     first=small_modules(INPUT),
     second=small_modules(OUTPUT),
@@ -60,9 +70,6 @@ def test_the_change_of_the_slice_is_strength_times_the_change_of_the_source(
     )
     for name, source in (first | second).items():
         assert_scaled(name, result[name], source, strength if name in first else other)
-
-
-# ---- To the byte ---------------------------------------------------------------------------------
 
 
 def any_bits(shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:
@@ -104,17 +111,11 @@ def test_the_strength_sits_in_these_tensors_and_in_no_other(tmp_path, form, dtyp
 
 # ---- What cannot carry a strength ----------------------------------------------------------------
 
-ROTATION = "a rotation cannot be multiplied"
 ITS_WEIGHTS = "it needs the weights it was trained on"
 WHY = {
-    "OFT": ROTATION,
-    "OFT, rescaled": ROTATION,
-    "BOFT": ROTATION,
+    **dict.fromkeys(("OFT", "BOFT"), "a rotation cannot be multiplied"),
     "T-LoRA": "the factors it started from are not in it",
-    "DoRA": ITS_WEIGHTS,
-    "DoRA, by column": ITS_WEIGHTS,
-    "LoHa with DoRA": ITS_WEIGHTS,
-    "LoKr with DoRA": ITS_WEIGHTS,
+    **dict.fromkeys(("DoRA", "LoHa with DoRA", "LoKr with DoRA"), ITS_WEIGHTS),
 }
 
 
@@ -128,8 +129,8 @@ def test_what_cannot_carry_a_strength_is_refused_and_said_why(tmp_path, capsys, 
     traits = everything(tmp_path)
     for strength in ("0", "0.999"):
         assert refused(capsys, lora, *traits, "--alphas", strength) == (
-            f"cannot rescale {name} in {lora}, because it is {algorithm} and {WHY[kind]}: {base}"
-            "cut it at 1.0 and set the strength where the LoRA is used"
+            f"cannot rescale {name} in {lora}, because it is {algorithm} and {WHY[algorithm]}: "
+            f"{base}cut it at 1.0 and set the strength where the LoRA is used"
         )
 
 

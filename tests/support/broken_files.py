@@ -82,17 +82,11 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
     "an empty file": lambda path: path.write_bytes(b""),
     "a text": lambda path: path.write_text("404: Not Found\n"),
     "a page": lambda path: path.write_text("<!DOCTYPE html><html>" + "a" * 5000),
-    "a pointer of git lfs": lambda path: path.write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
-    ),
     "zeros": lambda path: path.write_bytes(b"\0" * 100_000),
     "ones": lambda path: path.write_bytes(b"\xff" * 100_000),
     "noise": lambda path: path.write_bytes(random.Random(0).randbytes(100_000)),
     "a zip": lambda path: path.write_bytes(b"PK\x05\x06" + b"\0" * 18),
     "a pickle": lambda path: torch.save(small_lora(), path),
-    "an old pickle": lambda path: torch.save(
-        small_lora(), path, _use_new_zipfile_serialization=False
-    ),
     "a folder": lambda path: path.mkdir(),
     "nothing": lambda path: None,
 }

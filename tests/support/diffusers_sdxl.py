@@ -27,18 +27,16 @@ def sdxl_unet_without_weights(depths: tuple[int, int, int] = (1, 2, 10)) -> UNet
         )
 
 
-def sdxl_unet_of_zeros(depths: tuple[int, int, int]) -> UNet2DConditionModel:
-    """A U-Net of SDXL's widths, each of whose weights is one zero seen in the weight's shape."""
+def sdxl_pipeline(depths: tuple[int, int, int]) -> StableDiffusionXLPipeline:
+    """SDXL's pipeline with few layers, each where SDXL has it and as wide.
+
+    Each weight of the U-Net is one zero seen in the weight's shape.
+    """
     unet = sdxl_unet_without_weights(depths)
     for name, weight in list(unet.named_parameters()):
         layer, _, own = name.rpartition(".")
         zeros = nn.Parameter(torch.zeros(()).expand(weight.shape))
         setattr(unet.get_submodule(layer), own, zeros)
-    return unet
-
-
-def sdxl_pipeline(depths: tuple[int, int, int]) -> StableDiffusionXLPipeline:
-    """SDXL's pipeline with few layers, each where SDXL has it and as wide."""
     configs = [
         CLIPTextConfig(
             hidden_size=width,
@@ -58,6 +56,6 @@ def sdxl_pipeline(depths: tuple[int, int, int]) -> StableDiffusionXLPipeline:
         text_encoder_2=CLIPTextModelWithProjection(configs[1]),
         tokenizer=None,
         tokenizer_2=None,
-        unet=sdxl_unet_of_zeros(depths),
+        unet=unet,
         scheduler=EulerDiscreteScheduler(),
     )

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
 from lora_algebra import Module, bias_change, weight_change
-from lora_forms import FORMS, SMALL, TRAITS, base_weight, make_module
+from lora_forms import FORMS, TRAITS, base_weight
 from slicing import all_traits, cut, everything
-from torch import Tensor
-
-# The same examples on every run.
-PROVE = settings(derandomize=True, deadline=None, max_examples=150)
 
 # The largest relative error of a stored number: half of its last bit, and where it is computed in
 # fp32 also the roundings of the strength and of the product.
@@ -34,11 +27,6 @@ def carriers(module: Module) -> set[str]:
     return (every - {"lokr_w1_a"} if "lokr_w1" in module else every) & set(module)
 
 
-def change_size(sizes: Module, change: Callable[[Module], Tensor], base: Tensor | None) -> Tensor:
-    """The change with nothing cancelled: what all numbers' errors together can amount to."""
-    return change(sizes) if base is None else weight_change(sizes, base.abs())
-
-
 def assert_scaled(name: str, result: Module, source: Module, strength: float) -> None:
     """The result's change is the strength times the source's, within the stored type's rounding."""
     scaled = carriers(source)
@@ -46,12 +34,14 @@ def assert_scaled(name: str, result: Module, source: Module, strength: float) ->
     sizes = {suffix: tensor.double().abs() for suffix, tensor in result.items()}
     tiny = sizes | {suffix: torch.full_like(sizes[suffix], SUBNORMAL) for suffix in scaled}
     base = base_weight(name) if {"on_input", "a1.weight"} & set(source) else None
-    for change in (lambda m: weight_change(m, base), bias_change):
-        before, after = change(source), change(result)
+    size = None if base is None else base.abs()
+    for change in (weight_change, lambda m, _: bias_change(m)):
+        before, after = change(source, base), change(result, base)
         if before is None:
             assert after is None
             continue
-        slack = unit * change_size(sizes, change, base) + change_size(tiny, change, base)
+        # With nothing cancelled: what all numbers' errors together can amount to.
+        slack = unit * change(sizes, size) + change(tiny, size)
         assert torch.all((after - strength * before).abs() <= slack + 1e-300)
 
 
@@ -68,25 +58,3 @@ def slice_all(lora: Path, strength: float, *options: object) -> Path:
 def both_traits(folder: Path) -> tuple[object, ...]:
     """The options to keep the layers of INPUT from one file and those of OUTPUT from another."""
     return ("--traits", *TRAITS, "--traits_file", all_traits(folder, **TRAITS))
-
-
-strengths = st.sampled_from([1.0, 0.0, -1.0, 0.5, 0.3, 1e-3]) | st.floats(-4, 4)
-
-
-def modules_on(kind: str, name: str) -> st.SearchStrategy[Module]:
-    """Modules of any form that a layer of this kind can have."""
-    return st.builds(
-        make_module,
-        name=st.just(name),
-        form=st.sampled_from([form for form in FORMS.values() if kind in form.kinds]),
-        rank=st.sampled_from([1, 2, 5]),
-        alpha=st.sampled_from([None, 0.0, 0.3, 1.0, 2.0, 16.0]),
-        dtype=st.sampled_from(list(DTYPES)),
-        seed=st.integers(0, 9),
-    )
-
-
-def small_modules(layers: dict[str, str]) -> st.SearchStrategy[dict[str, Module]]:
-    """Modules on the small ones of these layers, on one of them at least."""
-    every = {layers[kind]: modules_on(kind, layers[kind]) for kind in SMALL}
-    return st.fixed_dictionaries({}, optional=every).filter(bool)

@@ -31,7 +31,6 @@ OUTPUT = {
 TRAITS = {"input": "lora_unet_input_", "output": "lora_unet_out"}
 WEIGHTS = ("3x3", "1x1", "linear", "attention")
 CONVOLUTIONS, LINEAR = WEIGHTS[:2], WEIGHTS[2:]
-SMALL = ("3x3", "norm")  # so few numbers that hundreds of changes in float64 take seconds
 
 
 @dataclass(frozen=True)

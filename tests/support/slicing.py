@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,13 @@ Stored = dict[str, tuple[str, list[int], bytes]]
 
 
 def slice_lora(*args: object) -> int:
-    """Run the slicer with these arguments; its exit code."""
-    return blora_slicer.main([str(arg) for arg in args])
+    """Run the slicer with these arguments; its exit code.
+
+    A warning of Python's would be a line on stderr that tells the user nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return blora_slicer.main([str(arg) for arg in args])
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
