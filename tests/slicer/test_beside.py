@@ -32,11 +32,7 @@ def numbers(count: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture
 def everything(tmp_path: Path) -> tuple[object, ...]:
-    """The options to keep all of a file."""
     return ("--traits", "all", "--traits_file", all_traits(tmp_path, other=SECOND))
-
-
-# ---- Biases --------------------------------------------------------------------------------------
 
 
 def with_biases(name: str, alpha: float, seed: int) -> Module:
@@ -49,20 +45,6 @@ def with_biases(name: str, alpha: float, seed: int) -> Module:
         "bias_values": 10 * numbers(3, seed),
         "bias_size": torch.tensor([outputs, inputs], dtype=torch.int16),
     }
-
-
-def assert_biases(result: Module, source: Module, strength: float) -> None:
-    """Each part of the change is the strength times what it was."""
-    near = {"rtol": 1e-6, "atol": 1e-7}
-    torch.testing.assert_close(
-        weight_change(result), strength * weight_change(source), rtol=1e-5, atol=1e-5
-    )
-    torch.testing.assert_close(result["diff_b"], strength * source["diff_b"], **near)
-    for suffix in ("lora_up.bias", "bias_values"):
-        before, after = (alpha_over_rank(m) * m[suffix] for m in (source, result))
-        torch.testing.assert_close(after, strength * before, **near)
-    for suffix in ("bias_indices", "bias_size"):
-        assert torch.equal(result[suffix], source[suffix])
 
 
 @pytest.mark.parametrize("strengths", [("1", "1"), ("0.5", "-1"), ("0", "1")], ids=" ".join)
@@ -78,11 +60,17 @@ def test_every_bias_takes_the_strength_and_what_alpha_multiplies_the_ratio_of_a_
     assert slice_lora("--loras", *loras, *args) == 0
     result = read_modules(output)
     assert len({float(module["alpha"]) for module in result.values()}) == 1
-    for (name, source), strength in zip(sources.items(), strengths, strict=True):
-        assert_biases(result[name], source, float(strength))
-
-
-# ---- Tensors that nobody knows -------------------------------------------------------------------
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    exact = {"rtol": 1e-6, "atol": 1e-7}
+    for (name, before), strength in zip(sources.items(), map(float, strengths), strict=True):
+        after = result[name]
+        torch.testing.assert_close(weight_change(after), strength * weight_change(before), **near)
+        torch.testing.assert_close(after["diff_b"], strength * before["diff_b"], **exact)
+        for suffix in ("lora_up.bias", "bias_values"):
+            old, new = (alpha_over_rank(m) * m[suffix] for m in (before, after))
+            torch.testing.assert_close(new, strength * old, **exact)
+        for suffix in ("bias_indices", "bias_size"):
+            assert torch.equal(after[suffix], before[suffix])
 
 
 @pytest.mark.parametrize("form", EVERY)
@@ -103,8 +91,6 @@ def test_a_tensor_that_no_program_writes_is_copied_at_1_and_named_or_refused(
         assert slicer(lora, *everything, "--alphas", strength) == 1
         assert f", because what {name}.foo_bar does is unknown: " in slicer.sentence
 
-
-# ---- Half a module -------------------------------------------------------------------------------
 
 FACTORED = ["LoRA", "LoCon, tucker", "LoHa", "LoHa, tucker", "GLoRA", "T-LoRA", "DoRA"]
 FACTORED += [form for form in FORMS if form.startswith("LoKr")]
@@ -257,9 +243,6 @@ def test_what_does_not_fit_is_refused_by_its_shapes_where_it_is_kept_and_shown_b
         f"{FIRST} in {path} does not fit SDXL, where the layer's weight is [640, 640]: it has "
         "lora_down.weight [2, 320], lora_up.weight [320, 2]; use a LoRA that was trained on SDXL"
     )
-
-
-# ---- An alpha that nothing reads -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

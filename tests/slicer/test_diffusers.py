@@ -39,7 +39,6 @@ LAYERS = {
 
 @pytest.fixture(scope="module")
 def pipeline():
-    """SDXL's pipeline with few layers, each where SDXL has it and as wide."""
     from diffusers_sdxl import sdxl_pipeline
 
     torch.manual_seed(0)

@@ -52,7 +52,6 @@ KEYS = OPEN_CLIP | {
 
 
 def random_weights(names: list[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A weight for each of these layers."""
     noise = torch.Generator().manual_seed(3)
     shapes = {name: weight_shape(name) for name in names}
     return {n: (0.1 * torch.randn(shape, generator=noise)).to(dtype) for n, shape in shapes.items()}
@@ -89,7 +88,6 @@ def make_doras(form: Form, weights: dict[str, Tensor]) -> Modules:
 
 
 def write_both(folder: Path, modules: Modules, weights: dict[str, Tensor]) -> tuple[Path, Path]:
-    """A LoRA file of the modules and a checkpoint of the weights."""
     lora = write_modules(folder / "in.safetensors", modules)
     return lora, write_checkpoint(folder / "xl.safetensors", weights)
 
@@ -217,8 +215,6 @@ def test_a_precision_rounds_what_was_solved_and_not_what_it_is_solved_from(tmp_p
     for suffix, number in exact.items():
         assert torch.equal(rounded[suffix], number.bfloat16())
 
-
-# ---- Broken DoRAs and broken base models, in every combination ----------------------------------
 
 FIRST = INPUT["3x3"]  # the smallest of SDXL's layers: 4 to 320 channels, a kernel of 3 x 3
 SOUND = "sound"

@@ -33,7 +33,6 @@ def shown(capsys: pytest.CaptureFixture[str], *args: object) -> list[str]:
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *args: object) -> list[dict]:
-    """The facts of each file."""
     return json.loads("\n".join(shown(capsys, *args, "--json")))
 
 
@@ -106,9 +105,6 @@ def test_a_change_in_proportion_to_the_weight_has_no_size(tmp_path, capsys, name
     for row in facts["blocks"]:
         assert row["algorithm"] == name.split(",")[0]
         assert (row["change"], row["share"]) == (None, None)
-
-
-# ---- The table -----------------------------------------------------------------------------------
 
 
 def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
@@ -206,9 +202,6 @@ def test_it_says_which_programs_naming_a_file_has(tmp_path, capsys, naming, star
     assert facts["modules"] == (2 if "text" in start else 1)
 
 
-# ---- What stops a cut, or is left out ------------------------------------------------------------
-
-
 def test_all_that_a_slice_would_leave_out_or_refuse_is_named(tmp_path, capsys):
     half, whole, copied = (CONTENT.format(n, 1, "q") for n in range(3))
     tensors = lora_module(half) | lora_module(whole) | {f"{whole}.strange": torch.ones(1)}
@@ -233,8 +226,6 @@ def test_tensors_that_hold_nan_or_inf_are_named(tmp_path, capsys):
     assert inspected(capsys, lora)[0]["blocks"][0]["change"] is None
     assert shown(capsys, lora)[-1] == f"tensors with NaN or inf (1): {KOHYA}.lora_up.weight"
 
-
-# ---- What a file says of itself ------------------------------------------------------------------
 
 TAGS = {"a": {"sks": 3, "cat": 1}, "b": {"cat": 7}}
 KNOWN = {

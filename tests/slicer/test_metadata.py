@@ -20,7 +20,6 @@ from slicing import LOOKS, cut, stored
 
 
 def cut_metadata(*args: object) -> dict[str, str]:
-    """The metadata of a cut of these LoRAs with these options."""
     with safe_open(cut(*args), "np") as file:
         return file.metadata()
 
@@ -167,8 +166,6 @@ def test_the_file_is_laid_out_as_safetensors_lays_it_out(tmp_path):
     output = cut(write(tmp_path / "mixed.safetensors", mixed), "--no_metadata")
     assert output.read_bytes() == safetensors.torch.save(load_file(output))
 
-
-# ---- Metadata that is not what it should be ------------------------------------------------------
 
 NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
 DEEP, LONG = "[" * 100_000, '{"a":' * 100_000

@@ -242,9 +242,6 @@ def test_a_layer_has_sgms_name_with_and_without_the_number_of_an_output():
         assert read_key(f"{name}.lora_up.weight").naming == "kohya, sgm names"
 
 
-# ---- What is not known ---------------------------------------------------------------------------
-
-
 NOT_SDXLS = [
     "",
     "alpha",

@@ -305,8 +305,6 @@ def test_an_alpha_that_is_stored_wins_over_pefts_settings(tmp_path, alpha):
     assert module["alpha"].item() == alpha
 
 
-# ---- diffusers -----------------------------------------------------------------------------------
-
 ENCODER_QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
 ENCODERS = {
     f"{component}.{ENCODER_QUERY}": f"lora_{network}_{ENCODER_QUERY.replace('.', '_')}"
@@ -363,8 +361,8 @@ def test_half_of_what_lycoris_wrapper_saves_is_half_of_what_lycoris_computes(tmp
     for module in network.loras:
         name = names[module.lora_name]
         found = [weight_change(modules[name], bases[name]), bias_change(modules[name])]
-        ours = [change for change in found if change is not None]
-        for half, whole in zip(ours, lycoris_change(module), strict=True):
+        halves = [change for change in found if change is not None]
+        for half, whole in zip(halves, lycoris_change(module), strict=True):
             assert_near(half, 0.5 * whole.detach().double())
 
 

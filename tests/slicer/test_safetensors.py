@@ -141,7 +141,6 @@ HEADERS: dict[str, object] = {
     "two negative lengths": {PART: tensor(shape=[-1, -1])},
     "a shape of true": {PART: tensor(shape=[True])},
     "a shape that overflows": {PART: tensor(shape=[2**32, 2**32])},
-    "an overflow to nothing": {PART: tensor(), "a": tensor("F32", [2**40, 2**40, 0], [4, 4])},
     "a shape that overflows to fit": {PART: tensor(shape=[2**62, 4], offsets=[0, 0])},
     "an empty dtype": {PART: tensor("")},
     "a dtype in small letters": {PART: tensor("f32")},
@@ -166,12 +165,13 @@ def test_a_file_whose_header_is_wrong_is_refused(slicer, data):
     assert slicer.refuses(lora) == f"{lora} is not a whole safetensors file"
 
 
-@pytest.mark.parametrize("shape", [[0, 2**62], [0, 2**63], [0, 2**64], [2**31] * 500_000])
+# Some of which the safetensors library takes.
+@pytest.mark.parametrize("shape", [[0, 2**62], [0, 2**64], [2**40, 2**40, 0], [2**31] * 500_000])
 def test_a_shape_that_numpy_refuses_is_refused_at_once(slicer, shape):
-    header = {PART: tensor(), f"{NAME}.lokr_w1": tensor(shape=shape, offsets=[4, 4])}
+    header = {PART: tensor(), "a": tensor(shape=shape, offsets=[4, 4])}
     lora = write_bytes(slicer.folder / "shape.safetensors", raw(header, NUMBER))
     started = time.monotonic()
-    assert "is not a whole safetensors file" in slicer.refuses(lora)
+    assert slicer.refuses(lora) == f"{lora} is not a whole safetensors file"
     assert time.monotonic() - started < 5
 
 
@@ -242,9 +242,6 @@ def test_a_path_to_nothing_is_refused(slicer):
         slicer.refuses(path)
 
 
-# ---- Headers made up by hypothesis ---------------------------------------------------------------
-
-
 def library_types() -> list[str]:
     """Every type of the installed safetensors, which lists them where it refuses another."""
     with pytest.raises(SafetensorError) as refused:
@@ -298,24 +295,15 @@ def files(draw) -> bytes:
     header, size = draw(sound_headers())
     tokens = TOKEN.findall(json.dumps(header, ensure_ascii=draw(st.booleans())))
     for _ in range(draw(st.integers(0, 3))):
-        kind = draw(st.sampled_from(["other"] * 4 + ["any", "put in", "leave out", "spoil"]))
-        keyed = [at for at, sign in enumerate(tokens[1:]) if sign == ":"]
-        values = [at for at, token in enumerate(tokens) if token not in list("[]{}:,")]
-        if not keyed:
-            break
-        if kind == "spoil":
-            tokens.insert(draw(st.integers(0, len(tokens))), draw(others))
-        elif kind in ("other", "any"):  # a word for a word, a number for a number, or neither
-            at = draw(st.sampled_from(values))
+        kind = draw(st.sampled_from(["other"] * 4 + ["any", "put in", "leave out"]))
+        at = draw(st.integers(0, len(tokens) - 1))
+        if kind == "put in":
+            tokens.insert(at, draw(others))
+        elif kind == "leave out":
+            tokens[at] = ""
+        elif tokens[at] not in list("[]{}:,"):  # a word for a word, a number for a number, or any
             same = words.map(json.dumps) if tokens[at].startswith('"') else numbers.map(str)
             tokens[at] = draw(same if kind == "other" else others)
-        elif kind == "put in":
-            at = draw(st.sampled_from(keyed))
-            key, value = json.dumps(draw(words)), draw(words.map(json.dumps) | others)
-            tokens[at:at] = [key, ":", value, ","]
-        else:
-            at = draw(st.sampled_from(keyed))
-            del tokens[at : next((key for key in keyed if key > at), len(tokens) - 1)]
     text = " ".join(tokens).encode(errors="surrogateescape")
     length = len(text) + draw(st.sampled_from([0] * 9 + [1, -1]))
     size += draw(st.sampled_from([0] * 9 + [1, -1]))

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,6 @@ def names(*templates: str) -> set[str]:
 
 
 def tensors_of(path: Path, kept: set[str]) -> Stored:
-    """All tensors of these modules of a file."""
     return {key: entry for key, entry in stored(path).items() if key.split(".")[0] in kept}
 
 
@@ -211,8 +211,6 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(
     assert {path: path.read_bytes() for path in before} == before
 
 
-# ---- Usage: exit 2 -------------------------------------------------------------------------------
-
 NO_NUMBERS = ("nan", "inf", "-inf", "1e39", "-3.5e38", "x")
 WRITING = {
     **dict.fromkeys(("--debug", "--not_combined", "--no_metadata"), ""),
@@ -256,22 +254,13 @@ def test_the_version_is_that_of_the_folder_and_every_option_is_for_a_slice_or_in
     assert options == {*WRITING, "--loras", "--traits_file", "--inspect", "--json", "--version"}
 
 
-class Words(list):
-    """A stream that is no file, such as a window of an editor: it has write and flush alone."""
-
-    write = list.append
-
-    def flush(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("stream", [None, Words()], ids=["none", "no file"])
+@pytest.mark.parametrize("stream", [None, StringIO()], ids=["none", "no file"])
 def test_a_cut_works_where_stdout_and_stderr_are_no_files(lora, monkeypatch, stream):
     monkeypatch.setattr("sys.stdout", stream)  # None is what pythonw has
     monkeypatch.setattr("sys.stderr", stream)
     assert modules(cut(lora)) == names(CONTENT)
     assert slice_lora("--loras", lora.with_name("gone")) == 1
-    assert stream is None or "no file at" in "".join(stream)
+    assert stream is None or "no file at" in stream.getvalue()
 
 
 def test_it_runs_from_any_folder_with_the_traits_and_the_output_beside_the_script(lora, tmp_path):

@@ -109,8 +109,6 @@ def test_the_strength_sits_in_these_tensors_and_in_no_other(tmp_path, form, dtyp
             assert torch.equal(result[name][suffix], rounded_once)
 
 
-# ---- What cannot carry a strength ----------------------------------------------------------------
-
 ITS_WEIGHTS = "it needs the weights it was trained on"
 WHY = {
     **dict.fromkeys(("OFT", "BOFT"), "a rotation cannot be multiplied"),

@@ -50,7 +50,6 @@ def header_of(data: bytes) -> tuple[dict[str, object], bytes]:
 
 
 def tensor(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> dict:
-    """A tensor's entry in a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 

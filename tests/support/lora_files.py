@@ -83,7 +83,6 @@ def blora_modules(*templates: str, **options) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata=METADATA) -> Path:
-    """Save a LoRA file and hand its path back."""
     save_file(tensors, path, metadata)
     return path
 

@@ -59,25 +59,17 @@ def models() -> tuple[nn.Module, list[nn.Module]]:
 
 def base_weights() -> dict[str, Tensor]:
     """The weights of the models' layers by the names of LyCORIS' modules."""
-    unet, encoders = models()
-    layers = [("unet", unet, name) for name in UNET]
-    layers += [(f"te{i}", encoder, TEXT) for i, encoder in enumerate(encoders, start=1)]
-    return {
-        f"lora_{network}_{name.replace('.', '_')}": model.get_submodule(name).weight.detach()
-        for network, model, name in layers
-    }
+    loras = lycoris_network({"algo": "lora"}).loras
+    return {lora.lora_name: lora.org_module[0].weight.detach() for lora in loras}
 
 
 def lycoris_network(arguments: dict[str, object]) -> nn.Module:
     """LyCORIS' network as kohya makes it for a training, on the models."""
     from lycoris.kohya import create_network
 
-    options = dict(arguments)
-    rank = options.pop("rank", 2)
+    options = {"rank": 2, "warn_on_unmatched": False} | arguments
     unet, encoders = models()
-    network = create_network(
-        1.0, rank, 1.5, None, encoders, unet, warn_on_unmatched=False, **options
-    )
+    network = create_network(1.0, options.pop("rank"), 1.5, None, encoders, unet, **options)
     network.apply_to(encoders, unet, True, True)
     return network
 

@@ -79,12 +79,10 @@ def all_traits(folder: Path, **traits: str) -> Path:
 
 
 def everything(folder: Path) -> tuple[object, ...]:
-    """The options to keep all that a file holds."""
     return ("--traits", "all", "--traits_file", all_traits(folder))
 
 
 def finite(path: Path) -> bool:
-    """Whether a file holds neither NaN nor inf."""
     wide = (t if t.is_complex() else t.double() for t in load_file(path).values())
     return all(bool(torch.isfinite(t).all()) for t in wide)
 
