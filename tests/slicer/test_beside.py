@@ -165,9 +165,6 @@ def test_a_tucker_core_of_a_resized_file_is_warned_of(slicer, everything, form, 
     )
 
 
-# ---- Shapes that do not fit ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_module_fits_until_one_of_its_axes_is_longer(form):
     def fits(name: str, shapes: dict[str, tuple[int, ...]]) -> bool:

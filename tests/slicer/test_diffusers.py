@@ -47,10 +47,7 @@ def pipeline():
 
 @pytest.fixture(autouse=True)
 def no_warnings(caplog, monkeypatch) -> Iterator[None]:
-    """Neither diffusers nor PEFT warns of anything, such as keys that belong to no layer.
-
-    That a file has nothing for a part of the pipeline is said as well, and no fault.
-    """
+    """diffusers and PEFT warn of nothing but that a file has nothing for a part of the pipeline."""
     for name in ("diffusers", "peft"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     yield

@@ -9,18 +9,7 @@ import pytest
 import torch
 from lora_algebra import Module, bias_change, weight_change
 from lora_files import CONTENT, METADATA, STYLE, TE2, blora_modules, change, lora_module, write
-from lora_forms import (
-    FORMS,
-    INPUT,
-    LINEAR,
-    LOHA,
-    LORA,
-    REFUSED,
-    Form,
-    make_module,
-    on_each_layer,
-    write_modules,
-)
+from lora_forms import FORMS, INPUT, LINEAR, LOHA, LORA, REFUSED, Form, on_each_layer, write_modules
 from slicing import slice_lora
 
 
@@ -67,8 +56,6 @@ def test_each_block_has_a_row_for_each_trait_with_its_share_of_the_whole_change(
     assert facts["unplaced"] == ["strange"]
 
 
-# ---- The size of a change ------------------------------------------------------------------------
-
 BY_THE_WEIGHT = {
     name: form
     for name, form in (FORMS | REFUSED).items()
@@ -110,11 +97,12 @@ def test_a_change_in_proportion_to_the_weight_has_no_size(tmp_path, capsys, name
 def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
     ones = {"lora_up.weight": torch.ones(1280, 4), "lora_down.weight": torch.ones(4, 1280)}
     dora = {"dora_scale": torch.ones(1280, 1), "alpha": torch.tensor(0.5)}
-    none = make_module(STYLE.format(1, 1, "q"), FORMS["LoRA"], 8, 1.0, torch.float16)
+    zeros = torch.zeros(1280, 8).half()
+    none = {"lora_up.weight": zeros, "lora_down.weight": zeros.reshape(8, 1280)}
     modules = {
         CONTENT.format(0, 1, "q"): ones | {"alpha": torch.tensor(1.0)},
         STYLE.format(0, 1, "q"): ones | dora,
-        STYLE.format(1, 1, "q"): none | {"lora_up.weight": torch.zeros(1280, 8).half()},
+        STYLE.format(1, 1, "q"): none | {"alpha": torch.tensor(1.0)},
         INPUT["norm"]: {"w_norm": torch.zeros(640)},
         INPUT["attention"]: {"oft_blocks": torch.zeros(320, 2, 2).bfloat16()},
         "strange": {"weight": torch.ones(1)},
@@ -144,8 +132,6 @@ def test_a_lora_that_changes_nothing_has_no_shares(tmp_path, capsys):
     assert [(row["change"], row["share"]) for row in facts["blocks"]] == [(0, None)]
     assert shown(capsys, lora)[2].split()[-2:] == ["0", "-"]
 
-
-# ---- Whose naming it is --------------------------------------------------------------------------
 
 BLOCK = "transformer_blocks.0.attn1"
 BLOCK_0 = f"up_blocks.0.attentions.0.{BLOCK}"

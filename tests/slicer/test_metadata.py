@@ -126,9 +126,6 @@ def test_words_of_two_sources_of_one_name_under_one_folder_are_all_kept(tmp_path
     assert json.loads(metadata["ss_tag_frequency"]) == words
 
 
-# ---- Hashes and layout ---------------------------------------------------------------------------
-
-
 def kohya_hashes(path: Path) -> tuple[str, str]:
     """Both hashes as sd-scripts' precalculate_safetensors_hashes defines them."""
     with safe_open(path, "pt") as file:

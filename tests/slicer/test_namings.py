@@ -22,8 +22,6 @@ from torch import Tensor
 from blora.sdxl import layers_by_module
 from blora.slicer.keys import read_key
 
-# ---- Every naming by every algorithm -------------------------------------------------------------
-
 # kohya's, LyCORIS' wrapper's, sd-scripts' OFT's, ComfyUI's, diffusers', PEFT's, SimpleTuner's, and
 # OneTrainer's clip_l and clip_g.
 PREFIXES = {

@@ -72,9 +72,6 @@ NO_FACTOR = (
 )
 
 
-# ---- The table -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Case:
     """A module, and what is made of it."""

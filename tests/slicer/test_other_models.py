@@ -14,8 +14,6 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
 
-# ---- One module under two names ------------------------------------------------------------------
-
 PEFT = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 ALIAS = "lora_unet_up_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 ALIASES = {

@@ -82,8 +82,6 @@ def test_every_change_that_is_added_beside_the_factors_is_multiplied_too(tmp_pat
     assert all(torch.equal(halves[f"{NAME}.{s}"], 0.5 * value) for s, value in added.items())
 
 
-# ---- Several LoRAs, several traits ---------------------------------------------------------------
-
 PAIRS = [
     # LoRAs, traits, alphas, the cuts they make
     ("a", "", "", "a:content:1"),
@@ -145,8 +143,6 @@ def test_it_says_at_the_end_what_was_kept_and_with_debug_each_module_before(lora
     err = capsys.readouterr().err.splitlines()
     assert err == [f"content of {lora.name}: {name}" for name in sorted(names(CONTENT))]
 
-
-# ---- Refusals: one sentence, exit 1, nothing written ---------------------------------------------
 
 FORM = 'is not of the form {"whitelist": ["..."], "blacklist": ["..."]}: correct it there'
 IS_INPUT = "is one of the inputs: change --output_path"

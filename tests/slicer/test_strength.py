@@ -132,9 +132,6 @@ def test_what_cannot_carry_a_strength_is_refused_and_said_why(tmp_path, capsys, 
         )
 
 
-# ---- As LyCORIS has it ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("arguments", SCALED.values(), ids=SCALED)
 def test_lycoris_reloads_a_slice_of_its_own_file_as_strength_times_the_change(tmp_path, arguments):
     lora = lycoris_file(tmp_path / "in.safetensors", arguments, torch.float32)

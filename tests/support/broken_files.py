@@ -82,7 +82,6 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
     "a text": lambda path: path.write_text("404: Not Found\n"),
     "a page": lambda path: path.write_text("<!DOCTYPE html><html>" + "a" * 5000),
     "zeros": lambda path: path.write_bytes(b"\0" * 100_000),
-    "ones": lambda path: path.write_bytes(b"\xff" * 100_000),
     "noise": lambda path: path.write_bytes(random.Random(0).randbytes(100_000)),
     "a zip": lambda path: path.write_bytes(b"PK\x05\x06" + b"\0" * 18),
     "a pickle": lambda path: torch.save(small_lora(), path),

@@ -22,10 +22,7 @@ Stored = dict[str, tuple[str, list[int], bytes]]
 
 
 def slice_lora(*args: object) -> int:
-    """Run the slicer with these arguments; its exit code.
-
-    A warning of Python's would be a line on stderr that tells the user nothing.
-    """
+    """Run the slicer with these arguments, in which a warning is an error; its exit code."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return blora_slicer.main([str(arg) for arg in args])
@@ -104,9 +101,6 @@ def too_new(path: Path) -> bool:
     except SafetensorError as error:
         return "unknown variant" in str(error)
     return False
-
-
-# ---- What every run must keep to -----------------------------------------------------------------
 
 
 def fingerprint(path: Path) -> object:
