@@ -179,9 +179,8 @@ def test_lycoris_reads_the_interpolated_weight(tmp_path, lycoris_base, axes):
     source = reload_lycoris(lora, DORA[axes])
     result = reload_lycoris(slice_all(lora, 0.5, "--base_model", lycoris_base), DORA[axes])
     for name, module in source.items():
-        wanted = 0.5 * module.org_weight + 0.5 * module.get_merged_weight()[0]
-        found = result[name].get_merged_weight()[0]
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        old, new = (lora.get_merged_weight()[0] for lora in (module, result[name]))
+        torch.testing.assert_close(new, (module.org_weight + old) / 2, rtol=1e-5, atol=1e-6)
 
 
 # How far the change may be off, in parts of itself: about half of the last bit of the type.

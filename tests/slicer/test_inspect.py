@@ -45,8 +45,7 @@ def test_each_block_has_a_row_for_each_trait_with_its_share_of_the_whole_change(
     }
     row = rows["output_blocks.1.1", "style"]
     assert (row["algorithm"], row["ranks"], row["alphas"]) == ("LoRA", [3], [2.0])
-    size = sum(tensor.nbytes for tensor in style.values())
-    assert (row["dtype"], row["bytes"]) == ("F32", size)
+    assert (row["dtype"], row["bytes"]) == ("F32", sum(t.nbytes for t in style.values()))
     names = {key.split(".")[0] for key in blora_modules(CONTENT)}
     content = math.hypot(*(float(change(lora, name).norm()) for name in names))
     assert rows["output_blocks.0.1", "content"]["change"] == pytest.approx(content, rel=1e-5)
