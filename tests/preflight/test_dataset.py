@@ -21,7 +21,7 @@ from reports import reported
 from blora.preflight import folders, images
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
-from blora.preflight.images import ORIENTATION, Opened, broken_pictures, open_one, read_size
+from blora.preflight.images import ORIENTATION, Opened, broken_pictures, open_one
 from blora.preflight.preview import sections_of, trained_picture, write_preview
 from blora.preflight.report import Report
 from blora.sheet import Line, make_thumbnail
@@ -80,48 +80,47 @@ TOKENS = {"class_tokens": "A [v]"}
 INSTEAD = 'are trained as "A [v]", the class_tokens'
 MISSING = 'images in "dogs" have no .txt caption'
 RENAME = "not read: rename to .txt, or correct caption_extension"
-FIVE = "a.png b.png c.png d.png e.png"
 SEVERAL = {"a.txt": "a dog\n\nand a cat\n"}
 LONG = {number: {"a.txt": "dog " * number} for number in (75, 150, 225, 226)}
 CUT = 'captions are cut after 75 tokens, 1 in "dogs": a.png'
 SAID = {
-    f"1 of 2 {MISSING}: b.png": ("a.png b.png", DOG, {}),
-    f"5 of 5 {MISSING}: a.png, b.png, c.png and 2 more": (FIVE, {}, {}),
-    f"note: 1 of 2 {MISSING} and {INSTEAD}: b.png": ("a.png b.png", DOG, TOKENS),
-    f"2 of 2 {MISSING} and {INSTEAD}: a.caption, b.png.txt are {RENAME}": (
-        "a.png b.png",
-        {"a.caption": "a dog", "b.png.txt": "a cat"},
-        TOKENS,
+    f"1 of 2 {MISSING}: b.png": lambda: make_folder("a.png b.png"),
+    f"5 of 5 {MISSING}: a.png, b.png, c.png and 2 more": lambda: make_folder(
+        "a.png b.png c.png d.png e.png", {}
     ),
-    f"1 of 1 {MISSING} and are trained without one: a.TXT is {RENAME}": (
-        "a.png",
-        {"a.TXT": ""},
-        {},
+    f"note: 1 of 2 {MISSING} and {INSTEAD}: b.png": lambda: make_folder("a.png b.png", **TOKENS),
+    f"2 of 2 {MISSING} and {INSTEAD}: a.caption, b.png.txt are {RENAME}": lambda: make_folder(
+        "a.png b.png", {"a.caption": "a dog", "b.png.txt": "a cat"}, **TOKENS
+    ),
+    f"1 of 1 {MISSING} and are trained without one: a.TXT is {RENAME}": lambda: make_folder(
+        beside={"a.TXT": ""}
     ),
     'captions of several lines are trained with their first line alone, 1 in "dogs": a.txt: make '
-    "it one line, or set enable_wildcard = true, which draws a line at each step": (
-        "a.png b.png",
-        {**SEVERAL, "b.txt": "a cat\n \n\n"},
-        {},
+    "it one line, or set enable_wildcard = true, which draws a line at each step": lambda: (
+        make_folder("a.png b.png", {**SEVERAL, "b.txt": "a cat\n \n\n"})
     ),
     'captions that begin with an empty line are trained as empty, 1 in "dogs": a.txt: put the '
-    "words on the first line": ("a.png b.png", {"a.txt": "\na dog\n", "b.txt": "a cat"}, {}),
-    f"{CUT} (150): shorten them, or give --max_token_length=150": ("a.png", LONG[150], {}),
-    f"{CUT} (225): shorten them, or give --max_token_length=225": ("a.png", LONG[225], {}),
-    f"{CUT} (226): shorten them": ("a.png", LONG[226], {}),
+    "words on the first line": lambda: make_folder(
+        "a.png b.png", {"a.txt": "\na dog\n", "b.txt": "a cat"}
+    ),
+    **{
+        f"{CUT} ({tokens}): shorten them{remedy}": lambda n=tokens: make_folder(beside=LONG[n])
+        for tokens, remedy in {
+            150: ", or give --max_token_length=150",
+            225: ", or give --max_token_length=225",
+            226: "",
+        }.items()
+    },
     'caption_prefix and caption_suffix of "dogs" are not trained with '
-    "--cache_text_encoder_outputs: write them into the captions": (
-        "a.png",
-        DOG,
-        {"has_affix": True},
+    "--cache_text_encoder_outputs: write them into the captions": lambda: make_folder(
+        has_affix=True
     ),
 }
 
 
 @pytest.mark.parametrize("sentence", SAID)
 def test_captions_that_are_not_trained_are_named(sentence):
-    pictures, beside, settings = SAID[sentence]
-    assert said(make_folder(pictures, beside, **settings)) == [sentence]
+    assert said(SAID[sentence]()) == [sentence]
 
 
 # A bitmap begins with BM, and so may a text.
@@ -145,14 +144,11 @@ def test_a_folder_without_a_mistake_passes(case):
     assert said(make_folder(beside=beside, **settings)) == []
 
 
-@pytest.mark.parametrize(
-    ("beside", "settings", "change"),
-    [({}, {}, {"caption": "a dog"}), (DOG, {"has_affix": True}, {"prompt": "sks, a dog"})],
-)
-def test_a_caption_is_what_the_trainer_found_and_trains(beside, settings, change):
-    folder = make_folder(beside=beside, **settings)
-    [picture] = folder.pictures
-    assert said(replace(folder, pictures=(replace(picture, **change),))) == []
+def test_a_caption_is_what_the_trainer_found_and_trains():
+    found, trained = make_folder(path="found", beside={}), make_folder(has_affix=True)
+    for folder, change in ((found, {"caption": "a dog"}), (trained, {"prompt": "sks, a dog"})):
+        [picture] = folder.pictures
+        assert said(replace(folder, pictures=(replace(picture, **change),))) == []
 
 
 @pytest.mark.parametrize("most", range(5))
@@ -173,13 +169,12 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "remedy"), [(name, key) for key, names in LEFT_OUT.items() for name in names.split()]
-)
-def test_a_picture_that_is_left_out_for_its_ending_is_named(name, remedy):
-    folder = make_folder()
-    draw(f"dogs/{name}")
-    assert said(folder) == [f'left out of "dogs", unsupported file type: {name}: {remedy}']
+@pytest.mark.parametrize("remedy", LEFT_OUT)
+def test_a_picture_that_is_left_out_for_its_ending_is_named(remedy):
+    for name in LEFT_OUT[remedy].split():
+        folder, left_out = make_folder(), draw(f"dogs/{name}")
+        assert said(folder) == [f'left out of "dogs", unsupported file type: {name}: {remedy}']
+        left_out.unlink()
 
 
 def test_pictures_in_a_subfolder_are_named_unless_it_is_trained_itself():
@@ -251,12 +246,10 @@ def without_effect(given: dict[str, object], config: dict[str, object]) -> list[
 
 
 def test_an_option_that_the_config_overrides_is_named():
-    assert without_effect({"train_batch_size": 4, "seed": 0}, {"batch_size": 1}) == [
-        '--train_batch_size=4 has no effect, since "c.toml" has batch_size = 1: change it there'
-    ]
-    assert without_effect({"dataset_repeats": 4}, {"num_repeats": 1}) == [
-        '--dataset_repeats=4 has no effect, since "c.toml" has num_repeats = 1: change it there'
-    ]
+    for option, setting in (("train_batch_size", "batch_size"), ("dataset_repeats", "num_repeats")):
+        assert without_effect({option: 4, "seed": 0}, {setting: 1}) == [
+            f'--{option}=4 has no effect, since "c.toml" has {setting} = 1: change it there'
+        ]
     options = {"train_batch_size": 4, "resolution": (768, 512), "flip_aug": True}
     assert without_effect(options, {"batch_size": 1, "resolution": 1024, "flip_aug": False}) == [
         "--train_batch_size=4 and --resolution=768,512 and --flip_aug=true have no effect, since "
@@ -264,9 +257,8 @@ def test_an_option_that_the_config_overrides_is_named():
     ]
 
 
-@pytest.mark.parametrize(
-    ("given", "config"),
-    [
+def test_an_option_of_the_recipe_or_of_both_passes():
+    for given, config in (
         # what the recipe gives, and a config with a mind of its own
         ({"resolution": (1024, 1024)}, {"resolution": 768}),
         ({"enable_bucket": True}, {"enable_bucket": False}),
@@ -279,10 +271,8 @@ def test_an_option_that_the_config_overrides_is_named():
         ({"train_batch_size": 4}, {"resolution": 768}),
         ({"resolution": (768, 768)}, {"resolution": 768}),
         ({"resolution": "768"}, {"resolution": [768, 768]}),
-    ],
-)
-def test_an_option_of_the_recipe_or_of_both_passes(given, config):
-    assert without_effect(given, config) == []
+    ):
+        assert without_effect(given, config) == [], given
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -346,21 +336,20 @@ def test_more_than_three_are_summed_up():
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 @pytest.mark.parametrize("orientation", [None, *range(10)])
 def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
-    exif = Image.Exif()
+    path, exif = Path(f"b.{ending}"), Image.Exif()
     if orientation is not None:
         exif[ORIENTATION] = orientation
-    path = Path(f"b.{ending}")
     Image.new("RGB", (8, 4)).save(path, exif=exif)
-    size, read = read_size(path)
-    assert (size, read) == ((8, 4), 1 if orientation is None else orientation)
-    pictures = [Opened(path, BUCKET, size, read), Opened(path, BUCKET, size, read, error="cut")]
+    picture = opened(path, None)
+    assert picture.orientation == (1 if orientation is None else orientation)
     turned = (
         "photos are trained sideways, as the camera stored them, since sd-scripts does not turn "
         f"them by EXIF, 1 in all: b.{ending}: rotate them in an image editor and save"
     )
-    warned = reported(images.check_upright, pictures).warnings
+    broken = replace(picture, error="cut")
+    warned = reported(images.check_upright, [picture, broken]).warnings
     assert warned == [turned] * (orientation in range(2, 9))
-    assert reported(images.check_upright, pictures[1:]) == Report()
+    assert reported(images.check_upright, [broken]) == Report()
 
 
 def open_all(*openers: Mock, stream: io.StringIO | None = None) -> list[Opened]:
@@ -404,21 +393,18 @@ def test_a_wrong_size_that_is_taken_from_elsewhere_is_named(size, beside, leftov
     assert [": a.png (16x8, is 8x4): " in text for text in report.warnings] == [True] * is_named
 
 
-@pytest.mark.parametrize(
-    ("original", "latents", "age", "why"),
-    [
+def test_latents_of_another_picture_are_told_by_their_sizes_and_age():
+    for original, latents, age, why in (
         ((8, 4), (4, 2), 1, ""),
         ((8, 4), (4, 2), 0, ""),
         ((8, 4), (4, 2), -1, "older than the picture"),
         ((9, 4), (4, 2), 1, "of a picture of 9x4, not 8x4"),
         ((8, 4), (4, 3), 1, "of 24x32, not 16x32"),
-    ],
-)
-def test_latents_of_another_picture_are_told_by_their_sizes_and_age(original, latents, age, why):
-    np.savez("a.npz", original_size=np.array(original), latents=np.zeros((4, *latents)))
-    os.utime("a.png", (1000, 1000))
-    os.utime("a.npz", (1000 + age, 1000 + age))
-    assert images.why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32)) == why
+    ):
+        np.savez("a.npz", original_size=np.array(original), latents=np.zeros((4, *latents)))
+        os.utime("a.png", (1000, 1000))
+        os.utime("a.npz", (1000 + age, 1000 + age))
+        assert images.why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32)) == why
 
 
 @pytest.mark.parametrize(
@@ -472,14 +458,8 @@ def test_each_folder_is_drawn_as_it_is_trained_and_what_is_left_out_comes_last_a
     small = {"bucket": (64, 64)}
     reg = make_folder("surplus.png", path="reg", is_reg=True)
     reg = replace(reg, pictures=(replace(folder.pictures[0], **small),))
-    drawn = sections_of(
-        [folder, reg],
-        [
-            replace(seen, orientation=6),
-            replace(broken, error="it is cut"),
-            replace(seen, thumbnail=b"small", **small),
-        ],
-    )
+    opened = [replace(seen, orientation=6), replace(broken, error="it is cut")]
+    drawn = sections_of([folder, reg], [*opened, replace(seen, thumbnail=b"small", **small)])
     words, grey = Line("a dog"), make_thumbnail(Image.new("RGB", (8, 4)), 60_000)
     assert {
         section.title: [(p.name, p.thumbnail, p.is_out, *p.lines) for p in section.pictures]

@@ -28,6 +28,7 @@ import voluptuous
 from accelerate import Accelerator
 from accelerate.commands import launch
 from library import train_util  # the stand-in's
+from reports import reported
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -118,20 +119,22 @@ class ScheduleFree(torch.optim.SGD):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "option", "dtype", "expected"),
+    ("optimizer", "option", "expected"),
     [
-        (torch.optim.SGD, "", torch.float32, 0),
-        (torch.optim.AdamW, "", torch.float32, 2),  # and its count of steps, which is a number
-        (torch.optim.AdamW, "full_bf16", torch.bfloat16, 2),
-        (torch.optim.AdamW, "full_fp16", torch.float16, 2),
-        (torch.optim.Adafactor, "", torch.float32, 2 / 256),  # a row and a column of each matrix
-        (prodigyopt.Prodigy, "", torch.float32, 3.5),  # no p0 of zeros
-        (ScheduleFree, "", torch.float32, 1),
+        (torch.optim.SGD, "", 0),
+        (torch.optim.AdamW, "", 2),  # and its count of steps, which is a number
+        (torch.optim.AdamW, "full_bf16", 2),
+        (torch.optim.AdamW, "full_fp16", 2),
+        (torch.optim.Adafactor, "", 2 / 256),  # a row and a column of each matrix
+        (prodigyopt.Prodigy, "", 3.5),  # no p0 of zeros
+        (ScheduleFree, "", 1),
     ],
 )
-def test_state_is_counted_after_a_first_step(monkeypatch, optimizer, option, dtype, expected):
+def test_state_is_counted_after_a_first_step(monkeypatch, optimizer, option, expected):
+    dtypes = {"": torch.float32, "full_bf16": torch.bfloat16, "full_fp16": torch.float16}
+
     def get_optimizer(_args, parameters):
-        assert {parameter.dtype for parameter in parameters} == {dtype}
+        assert {parameter.dtype for parameter in parameters} == {dtypes[option]}
         return "", "", optimizer(parameters, lr=1e-3)
 
     monkeypatch.setattr(train_util, "get_optimizer", get_optimizer, raising=False)
@@ -288,10 +291,6 @@ def load_vae() -> None:
     raise KeyError("encoder.conv_in.weight")
 
 
-def load_target_model() -> None:
-    load_vae()
-
-
 def load_tokenizers() -> None:
     raise OSError("Can't load tokenizer for 'openai/clip-vit-large-patch14'.")
 
@@ -309,70 +308,49 @@ def replace_unet_modules() -> None:
 
 
 NO_VALUE = "--optimizer_args has {}: write each one as NAME=VALUE, without spaces"
-EPS = (
-    "--optimizer_type=prodigy refuses --optimizer_args a=b c=d, or its learning rate: correct them"
-)
-UNKNOWN = (
+BLOCK = Transformer2DModel()
+REFUSALS = {
     "--optimizer_type=prodigy does not take foo: give it --optimizer_args of its own, or "
-    "--optimizer_args left empty"
-)
-NO_MODULE = (
-    "the network has nothing to train by --network_args a=b c=d and "
-    "--network_dim=4: correct the names in the preset, or the rank"
-)
-NO_ALGO = "--network_args has algo=dora, which LyCORIS does not know: correct it"
-NO_PRESET = "LyCORIS cannot read the preset of --network_args a=b c=d: correct its path or its text"
-ODD_PRESET = (
-    "the preset of --network_args a=b c=d has keys that LyCORIS refuses: remove "
-    "them; dora_wd and the like are --network_args"
-)
-NOT_BUILT = "lycoris.kohya cannot build a network from --network_args a=b c=d: correct them"
-WORKERS = (
+    "--optimizer_args left empty": [(get_optimizer, ["foo=1"], MATRIX)],
+    NO_VALUE.format("decouple"): [(get_optimizer, ["decouple"])],
+    NO_VALUE.format("betas=(0.9,"): [(get_optimizer, ["betas=(0.9,", "0.99)"])],
+    NO_VALUE.format("betas=high"): [(get_optimizer, ["betas=high"])],
+    "--optimizer_type=prodigy refuses --optimizer_args a=b c=d, or its learning rate: correct "
+    "them": [(get_optimizer, ["eps=-1"], MATRIX), (state_per_byte,)],
+    "the network has nothing to train by --network_args a=b c=d and --network_dim=4: correct the "
+    "names in the preset, or the rank": [(get_optimizer, [])],
+    "--lr_scheduler=constant cannot be created: correct it": [(get_scheduler_fix, "cosin")],
+    "--network_args has algo=dora, which LyCORIS does not know: correct it": [
+        (partial(network, algo="dora"), BLOCK)
+    ],
+    "LyCORIS cannot read the preset of --network_args a=b c=d: correct its path or its text": [
+        (partial(network, preset="gone.toml"), BLOCK)
+    ],
+    "the preset of --network_args a=b c=d has keys that LyCORIS refuses: remove them; dora_wd and "
+    "the like are --network_args": [(partial(network, preset="odd.toml"), BLOCK)],
+    "lycoris.kohya cannot build a network from --network_args a=b c=d: correct them": [
+        (partial(network, conv_dim="x"), BLOCK)
+    ],
+    "--network_args has dora_wd: write each one as NAME=VALUE": [(train, ["a=x", "dora_wd"])],
     "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: remove "
-    "one of the two"
-)
-NOT_VALID = 'the dataset config "my/config.toml" is not valid for sd-scripts: correct it'
-NOT_READ = 'the dataset config "my/config.toml" cannot be read: correct it'
-TOKENIZERS = (
+    "one of the two": [(partial(DataLoader, num_workers=0, persistent_workers=True), [1])],
+    'the dataset config "my/config.toml" is not valid for sd-scripts: correct it': [
+        (voluptuous.Schema({}), {"foo": 1})
+    ],
+    'the dataset config "my/config.toml" cannot be read: correct it': [
+        (load_user_config, toml.loads),
+        (load_user_config, json.loads),
+    ],
+    'the caption "a" is empty: write its words, or delete it': [(read_caption, "a", b"")],
+    'the caption "a" is not UTF-8: save it as UTF-8': [(read_caption, "a", b"caf\xe9")],
+    "--vae=None cannot be loaded: correct it": [(load_vae,)],
     "SDXL's tokenizers are not on this machine and cannot be downloaded: connect to huggingface.co "
-    "once, or give their folder as --tokenizer_cache_dir"
-)
-LACKS = f"this Python ({sys.executable}) has no "
-LYCORIS = "lycoris: pip install lycoris_lora"
-NOT_FOUND = (
-    "Python does not find blora_network.py: copy it beside sdxl_train_network.py, or put its "
-    "folder on PYTHONPATH, as the launchers do"
-)
-ARGPARSE = "sd-scripts refuses the options: correct them (unrecognized arguments: --stepz=2)"
-NO_CONFIG = "--config_file a.toml cannot be read: correct its path or its text (a.toml not found.)"
-LAST_LINE = "the training would stop: fix the cause given (SystemExit: a.toml not found.)"
+    "once, or give their folder as --tokenizer_cache_dir": [(load_tokenizers,)],
+}
 
 
 @pytest.mark.parametrize(
-    ("sentence", "call"),
-    [
-        (UNKNOWN, (get_optimizer, ["foo=1"], MATRIX)),
-        (NO_VALUE.format("decouple"), (get_optimizer, ["decouple"])),
-        (NO_VALUE.format("betas=(0.9,"), (get_optimizer, ["betas=(0.9,", "0.99)"])),
-        (NO_VALUE.format("betas=high"), (get_optimizer, ["betas=high"])),
-        (EPS, (get_optimizer, ["eps=-1"], MATRIX)),
-        (EPS, (state_per_byte,)),
-        (NO_MODULE, (get_optimizer, [])),
-        ("--lr_scheduler=constant cannot be created: correct it", (get_scheduler_fix, "cosin")),
-        (NO_ALGO, (partial(network, algo="dora"), Transformer2DModel())),
-        (NO_PRESET, (partial(network, preset="gone.toml"), Transformer2DModel())),
-        (ODD_PRESET, (partial(network, preset="odd.toml"), Transformer2DModel())),
-        (NOT_BUILT, (partial(network, conv_dim="x"), Transformer2DModel())),
-        ("--network_args has dora_wd: write each one as NAME=VALUE", (train, ["a=x", "dora_wd"])),
-        (WORKERS, (partial(DataLoader, num_workers=0, persistent_workers=True), [1])),
-        (NOT_VALID, (voluptuous.Schema({}), {"foo": 1})),
-        (NOT_READ, (load_user_config, toml.loads)),
-        (NOT_READ, (load_user_config, json.loads)),
-        ('the caption "a" is empty: write its words, or delete it', (read_caption, "a", b"")),
-        ('the caption "a" is not UTF-8: save it as UTF-8', (read_caption, "a", b"caf\xe9")),
-        ("--vae=None cannot be loaded: correct it", (load_target_model,)),  # not the checkpoint
-        (TOKENIZERS, (load_tokenizers,)),
-    ],
+    ("sentence", "call"), [(said, call) for said, calls in REFUSALS.items() for call in calls]
 )
 def test_what_it_raises_is_told_by_its_setting(tmp_path, monkeypatch, capsys, sentence, call):
     monkeypatch.chdir(tmp_path)
@@ -384,18 +362,17 @@ def test_what_it_raises_is_told_by_its_setting(tmp_path, monkeypatch, capsys, se
     assert refusal(failure, ARGS, f"{printed}\nit\n") == f"{sentence} ({words})"
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("No data / 画像がありません", "No data"),
-        ("a path / with a slash", "a path / with a slash"),
-        ("two\n  lines", "two lines"),
-        ("x" * 400, "x" * 400),
-        ("x" * 401, "x" * 400 + "..."),
-    ],
-)
-def test_its_own_words_are_the_english_ones_on_one_line_of_readable_length(text, words):
-    assert own_words(ValueError(text)) == words
+OWN_WORDS = {
+    "No data / 画像がありません": "No data",
+    "a path / with a slash": "a path / with a slash",
+    "two\n  lines": "two lines",
+    "x" * 400: "x" * 400,
+    "x" * 401: "x" * 400 + "...",
+}
+
+
+def test_its_own_words_are_the_english_ones_on_one_line_of_readable_length():
+    assert {text: own_words(ValueError(text)) for text in OWN_WORDS} == OWN_WORDS
 
 
 def test_what_nobody_foresaw_and_variables_of_another_name_leave_its_own_words():
@@ -408,42 +385,40 @@ def test_what_nobody_foresaw_and_variables_of_another_name_leave_its_own_words()
         )
 
 
-@pytest.mark.parametrize(
-    ("failure", "module", "sentence"),
-    [
-        (raised(replace_unet_modules), "", f"{LACKS}no_such_package: pip install no_such_package"),
-        (ModuleNotFoundError(name="lycoris"), "lycoris.kohya", f"{LACKS}{LYCORIS}"),
-        (ModuleNotFoundError(name="blora_network"), "blora_network", NOT_FOUND),
-        (ModuleNotFoundError(name="a"), "a.b", "unknown --network_module=a.b: correct it"),
-        (ModuleNotFoundError(name="a.b"), "a.b", "unknown --network_module=a.b: correct it"),
-    ],
-)
-def test_a_package_that_is_missing_is_named(failure, module, sentence):
-    assert refusal(failure, Namespace(network_module=module), "") == sentence
+def test_a_package_that_is_missing_is_named():
+    lacks = f"this Python ({sys.executable}) has no "
+    unknown = "unknown --network_module=a.b: correct it"
+    for name, module, sentence in (
+        ("lycoris", "lycoris.kohya", f"{lacks}lycoris: pip install lycoris_lora"),
+        ("a", "a.b", unknown),
+        ("a.b", "a.b", unknown),
+        (
+            "blora_network",
+            "blora_network",
+            "Python does not find blora_network.py: copy it beside sdxl_train_network.py, or put "
+            "its folder on PYTHONPATH, as the launchers do",
+        ),
+    ):
+        failure = ModuleNotFoundError(name=name)
+        assert refusal(failure, Namespace(network_module=module), "") == sentence
+    hidden = raised(replace_unet_modules)
+    assert refusal(hidden, ARGS, "") == f"{lacks}no_such_package: pip install no_such_package"
 
 
-@pytest.mark.parametrize(
-    ("failure", "args", "printed", "sentence"),
-    [
-        (
-            SystemExit(2),
-            Namespace(),
-            "a\nb: error: unrecognized arguments: --stepz=2\nc\n",
-            ARGPARSE,
-        ),
-        (
-            raised(read_config_from_file, "a.toml"),
-            Namespace(),
-            "a\na.toml not found.\n",
-            NO_CONFIG,
-        ),
-        (SystemExit(1), ARGS, "a: error: an earlier one\na.toml not found.\n", LAST_LINE),
-        # As blora_network ends.
-        (SystemExit("error: with bypass_mode: remove it"), ARGS, "", "with bypass_mode: remove it"),
-    ],
-)
-def test_an_end_is_told_by_the_last_words(failure, args, printed, sentence):
-    assert refusal(failure, args, printed) == sentence
+def test_an_end_is_told_by_the_last_words():
+    words = "unrecognized arguments: --stepz=2"
+    assert refusal(SystemExit(2), Namespace(), f"a\nb: error: {words}\nc\n") == (
+        f"sd-scripts refuses the options: correct them ({words})"
+    )
+    not_found = raised(read_config_from_file, "a.toml")
+    assert refusal(not_found, Namespace(), "a\na.toml not found.\n") == (
+        "--config_file a.toml cannot be read: correct its path or its text (a.toml not found.)"
+    )
+    assert refusal(SystemExit(1), ARGS, "a: error: an earlier one\na.toml not found.\n") == (
+        "the training would stop: fix the cause given (SystemExit: a.toml not found.)"
+    )
+    # As blora_network ends.
+    assert refusal(SystemExit("error: with bypass_mode"), ARGS, "") == "with bypass_mode"
 
 
 def test_what_only_the_rehearsal_lacks_is_no_refusal():
@@ -470,22 +445,10 @@ num_machines: 1
 num_processes: {}
 use_cpu: true
 """
-LONE = ["launch", "--num_processes=2"]
-TWO = [*LONE, "--multi_gpu"]
-MEET = ["--num_machines=2", "--main_process_ip=10.0.0.1"]
+LONE = "launch --num_processes=2"
+TWO = f"{LONE} --multi_gpu"
+MEET = "--num_machines=2 --main_process_ip=10.0.0.1"
 WHERE = "accelerate's options (BLORA_ACCELERATE_ARGS in the launcher)"
-NO_CARD = (
-    "torch finds no graphics card, so the training would run on the processor: install torch with "
-    "CUDA"
-)
-ALL_CARDS = (
-    "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
-    f"pictures a step: for one, add --num_processes=1 to {WHERE}"
-)
-NOT_TOGETHER = (
-    "without --multi_gpu accelerate starts one process on each machine, and each trains a LoRA of "
-    f"its own: add it to {WHERE}"
-)
 
 
 @pytest.fixture
@@ -498,83 +461,85 @@ def no_cards(tmp_path, monkeypatch) -> None:
         Path(f"{number}.yaml").write_text(CONFIG.format(number))
 
 
-@pytest.mark.parametrize(
-    ("accelerate", "expected"),
-    [
-        ([], Started(is_chosen=False)),
-        (["launch"], Started(is_chosen=False)),
-        (["accelerate", "launch", "--mixed_precision=bf16"], Started(is_chosen=False)),
-        (["accelerate", "launch", "--multi_gpu", "--num_processes", "2"], Started(2)),
-        (["launch", "--multi_gpu"], Started()),  # as many as there are cards: none
-        (["launch", "--cpu", "--num_processes=1"], Started()),
-        (["launch", "--cpu", "--num_processes=2"], Started()),
-        (["launch", "--config_file", "1.yaml"], Started()),
-        ([*TWO, "--config_file=3.yaml"], Started(2)),
-        (["launch", "--config_file=3.yaml", "--multi_gpu"], Started(3)),
-        # Whatever number is asked for, accelerate starts one.
-        (LONE, Started(lacks_multi_gpu=True)),
-        (["launch", "--config_file=3.yaml"], Started(lacks_multi_gpu=True)),
-        ([*LONE, *MEET, "--main_process_port=29500"], Started(lacks_multi_gpu=True)),
-        # A rank means nothing where there is one machine.
-        ([*TWO, "--num_machines=1", "--machine_rank=1"], Started(2)),
-        # --num_processes is that of all machines.
-        ([*TWO, *MEET, "--machine_rank=0"], Started(2, 2)),
-        ([*TWO, *MEET, "--machine_rank=1"], Started(2, 2, 1)),
-        ([*TWO, *MEET, "--num_processes=5", "--machine_rank=1"], Started(4, 2, 1)),
-    ],
-)
-def test_accelerate_says_how_many_it_starts(no_cards, capsys, monkeypatch, accelerate, expected):
-    assert processes(accelerate, SCRIPT) == expected
+STARTED = {
+    "": Started(is_chosen=False),
+    "launch": Started(is_chosen=False),
+    "accelerate launch --mixed_precision=bf16": Started(is_chosen=False),
+    "accelerate launch --multi_gpu --num_processes 2": Started(2),
+    "launch --multi_gpu": Started(),  # as many as there are cards: none
+    "launch --cpu --num_processes=1": Started(),
+    "launch --cpu --num_processes=2": Started(),
+    "launch --config_file 1.yaml": Started(),
+    f"{TWO} --config_file=3.yaml": Started(2),
+    "launch --config_file=3.yaml --multi_gpu": Started(3),
+    # Whatever number is asked for, accelerate starts one.
+    LONE: Started(lacks_multi_gpu=True),
+    "launch --config_file=3.yaml": Started(lacks_multi_gpu=True),
+    f"{LONE} {MEET} --main_process_port=29500": Started(lacks_multi_gpu=True),
+    # A rank means nothing where there is one machine.
+    f"{TWO} --num_machines=1 --machine_rank=1": Started(2),
+    # --num_processes is that of all machines.
+    f"{TWO} {MEET} --machine_rank=0": Started(2, 2),
+    f"{TWO} {MEET} --machine_rank=1": Started(2, 2, 1),
+    f"{TWO} {MEET} --num_processes=5 --machine_rank=1": Started(4, 2, 1),
+}
+
+
+@pytest.mark.usefixtures("no_cards")
+@pytest.mark.parametrize("line", STARTED)
+def test_accelerate_says_how_many_it_starts(capsys, monkeypatch, line):
+    assert processes(line.split(), SCRIPT) == STARTED[line]
     assert capsys.readouterr() == ("", "")
     # Its own choice of a way to start them is the same.
     chosen = []
     for name in ("simple_launcher", "multi_gpu_launcher"):
         monkeypatch.setattr(launch, name, lambda args, name=name: chosen.append(name))
-    words = accelerate[accelerate.index("launch") + 1 :] if accelerate else []
+    words = line.rpartition("launch")[2].split()
     launch.launch_command(launch.launch_command_parser().parse_args([*words, SCRIPT]))
     assert chosen == ["multi_gpu_launcher" if "--multi_gpu" in words else "simple_launcher"]
-    assert expected.processes == 1 or chosen == ["multi_gpu_launcher"]
+    assert STARTED[line].processes == 1 or chosen == ["multi_gpu_launcher"]
 
 
-def test_accelerate_takes_all_cards_unless_a_number_is_chosen(no_cards, monkeypatch):
+@pytest.mark.usefixtures("no_cards")
+def test_accelerate_takes_all_cards_unless_a_number_is_chosen(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert processes(["launch"], SCRIPT) == Started(2, is_chosen=False)
-    assert processes(LONE, SCRIPT) == Started(2)
+    assert processes(LONE.split(), SCRIPT) == Started(2)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--num_processes=many"], "invalid int value: 'many'"),
-        (["--multi_gpu", "--num_processes=1"], "You need to use at least 2 processes to use `--m"),
-        (["--config_file=gone.yaml"], "gone.yaml"),
-    ],
-)
-def test_accelerates_refusals_are_errors_in_its_words(no_cards, capsys, options, words):
+REFUSED = {
+    "--num_processes=many": "invalid int value: 'many'",
+    "--multi_gpu --num_processes=1": "You need to use at least 2 processes to use `--m",
+    "--config_file=gone.yaml": "gone.yaml",
+}
+
+
+@pytest.mark.usefixtures("no_cards")
+@pytest.mark.parametrize("options", REFUSED)
+def test_accelerates_refusals_are_errors_in_its_words(capsys, options):
     with pytest.raises(BloraError) as raised:
-        processes(["launch", *options], SCRIPT)
+        processes(["launch", *options.split()], SCRIPT)
     start, told = str(raised.value).split(f": correct {WHERE} (")
     assert start == "accelerate refuses its options"
-    assert words in told
+    assert REFUSED[options] in told
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("check", "given", "warnings"),
-    [
-        (check_device, ("cpu", ["launch"]), [NO_CARD]),
-        (check_device, ("cpu", ["launch", "--cpu"]), []),
-        (check_device, ("cuda", ["launch"]), []),
-        (check_device, ("mps", []), []),
-        (check_processes, (Started(2, is_chosen=False),), [ALL_CARDS]),
-        (check_processes, (Started(lacks_multi_gpu=True),), [NOT_TOGETHER]),
-        (check_processes, (Started(),), []),
-        (check_processes, (Started(is_chosen=False),), []),
-        (check_processes, (Started(2),), []),
-    ],
-)
-def test_a_device_or_a_number_that_nobody_chose_is_a_warning(check, given, warnings):
-    report = Report()
-    check(*given, report)
-    assert report == Report(warnings=warnings)
+def test_a_device_or_a_number_that_nobody_chose_is_a_warning():
+    assert reported(check_device, "cpu", ["launch"]).warnings == [
+        "torch finds no graphics card, so the training would run on the processor: install torch "
+        "with CUDA"
+    ]
+    assert reported(check_processes, Started(2, is_chosen=False)).warnings == [
+        "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
+        f"pictures a step: for one, add --num_processes=1 to {WHERE}"
+    ]
+    assert reported(check_processes, Started(lacks_multi_gpu=True)).warnings == [
+        "without --multi_gpu accelerate starts one process on each machine, and each trains a LoRA "
+        f"of its own: add it to {WHERE}"
+    ]
+    for device in (("cpu", ["launch", "--cpu"]), ("cuda", ["launch"]), ("mps", [])):
+        assert reported(check_device, *device) == Report()
+    for started in (Started(), Started(is_chosen=False), Started(2)):
+        assert reported(check_processes, started) == Report()
