@@ -69,7 +69,6 @@ def planned(*given: str, machine: int | None = None, without: str = "", **more: 
         ("", "--network_alpha=1", {}, "rank 64, alpha 1: 28,180,480 parameters, 112.7 MB a file"),
         ("", "--save_precision=fp16", {}, "28,180,480 parameters, 56.4 MB a file"),
         ("", "--save_precision=bf16", {}, "28,180,480 parameters, 56.4 MB a file"),
-        ("", "--full_fp16", {}, "28,180,480 parameters, 56.4 MB a file"),
         ("", "--full_fp16 --save_precision=float", {}, "28,180,480 parameters, 112.7 MB a file"),
         ("", "", {"dora_wd": "True"}, "28,385,280 parameters, 113.5 MB"),  # 1280 a module more
         ("", "--dim_from_weights --network_weights=a.pt", {"rank": 8}, "as in a.pt: 3,522,560 "),
@@ -96,12 +95,7 @@ def planned(*given: str, machine: int | None = None, without: str = "", **more: 
         ("gradient_checkpointing", "--full_fp16", {}, "3.73 GB activations"),
         ("", "--output_dir=a/b", {}, f"saves 1 of 112.7 MB in {Path('a/b')} ("),
         # a state: the LoRA in 32 bits, and four times as much of the optimizer's
-        (
-            "",
-            "--save_every_n_steps=1000 --save_state",
-            {},
-            "4 of 112.7 MB and 4 states of 563.6 MB",
-        ),
+        ("", "--save_every_n_steps=999 --save_state", {}, "4 of 112.7 MB and 4 states of 563.6 MB"),
         ("", "--save_state_on_train_end", {}, "1 of 112.7 MB and 1 states of 563.6 MB in _out ("),
         ("", "--full_fp16 --save_state", {}, "1 of 56.4 MB and 1 states of 281.8 MB in _out ("),
     ],
@@ -140,30 +134,24 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize(("given", "batches", "processes"), LENGTHS)
-def test_a_training_is_so_long(given, batches, processes):
-    steps, epochs = LENGTHS[given, batches, processes]
-    assert length(options(*given.split()), batches, processes) == Length(steps, epochs)
+def test_a_training_is_so_long():
+    for (given, batches, processes), (steps, epochs) in LENGTHS.items():
+        found = length(options(*given.split()), batches, processes)
+        assert found == Length(steps, epochs), given
 
 
-@pytest.mark.parametrize(
-    ("duration", "batches", "started", "told"),
-    [
+def test_its_length_is_told_with_what_a_step_takes():
+    for duration, batches, started, told in (
         (Length(1, 1), [1], Started(), "1 step, 1 epoch, batch 1"),
         (Length(24, 2), [8, 1, 8], Started(), "24 steps, 2 epochs, batch 1/8"),
         (Length(24, 2), [4], Started(2), "24 steps, 2 epochs, batch 4 in each of 2 processes"),
-    ],
-)
-def test_its_length_is_told_with_what_a_step_takes(duration, batches, started, told):
-    report = reported(plan.plan_length, duration, batches, started, options())
-    assert report == Report(plan={"training": f"{told}, fp16 mixed precision"})
-
-
-@pytest.mark.parametrize("option", ["--max_train_steps=0", "--max_train_epochs=0"])
-def test_a_training_of_no_step_is_an_error(option):
-    args = options(option)
-    report = reported(plan.plan_length, length(args, 12, 1), [1], Started(), args)
-    assert report.errors == [f"{option} means zero steps: raise it"]
+    ):
+        report = reported(plan.plan_length, duration, batches, started, options())
+        assert report == Report(plan={"training": f"{told}, fp16 mixed precision"})
+    for option in ("--max_train_steps=0", "--max_train_epochs=0"):
+        args = options(option)
+        report = reported(plan.plan_length, length(args, 12, 1), [1], Started(), args)
+        assert report.errors == [f"{option} means zero steps: raise it"]
 
 
 def test_the_modules_are_those_of_the_network_that_was_built():
@@ -203,14 +191,11 @@ def test_from_a_gigabyte_on_a_size_is_told_in_gigabytes():
     assert [file_size(10**9 - 10**5), file_size(10**9)] == ["999.9 MB", "1.00 GB"]
 
 
-@pytest.mark.parametrize(
-    ("rank", "given", "at"),
-    [(640, [], None), (641, [], "at rank 641 "), (641, ["--dim_from_weights"], "")],
-)
-def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices(rank, given, at):
-    sentence = f"{at}the LoRA is larger than the matrix it changes in 120 of 160 modules"
-    notes = planned(f"--network_dim={rank}", *given, network=made(rank)).notes
-    assert notes == [sentence] * (at is not None)
+def test_above_rank_640_it_notes_that_the_lora_outgrows_its_matrices():
+    outgrown = "the LoRA is larger than the matrix it changes in 120 of 160 modules"
+    assert planned("--network_dim=640", network=made(640)).notes == []
+    assert planned("--network_dim=641", network=made(641)).notes == [f"at rank 641 {outgrown}"]
+    assert planned("--dim_from_weights", network=made(641)).notes == [outgrown]
 
 
 def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
@@ -225,16 +210,13 @@ def test_the_cards_memory_is_a_sum_of_parts():
     )
 
 
-@pytest.mark.parametrize(
-    ("pixels", "part"),
-    [
-        (2 * MEGAPIXEL, "1.99 GB activations"),
-        (MEGAPIXEL // 4, "248.2 MB activations"),
-        (0, "activations of unknown size"),  # of a dataset that does not tell its sizes
-    ],
-)
-def test_activations_grow_with_the_pixels_of_a_batch(pixels, part):
-    assert part in told_memory(options(), network(), PRODIGY, pixels)
+def test_activations_grow_with_the_pixels_of_a_batch():
+    for pixels, part in {
+        2 * MEGAPIXEL: "1.99 GB activations",
+        MEGAPIXEL // 4: "248.2 MB activations",
+        0: "activations of unknown size",  # of a dataset that does not tell its sizes
+    }.items():
+        assert part in told_memory(options(), network(), PRODIGY, pixels)
 
 
 def test_the_state_of_an_optimizer_that_was_not_counted_has_no_size():
@@ -259,10 +241,11 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize("given", SAVES)
-def test_so_many_files_and_states_are_there_before_the_last(given):
-    training, args = Length(3000, 250), options(*given.split())
-    assert (saves(training, args), saves(training, args, "_state")) == SAVES[given]
+def test_so_many_files_and_states_are_there_before_the_last():
+    training = Length(3000, 250)
+    for given, numbers in SAVES.items():
+        args = options(*given.split())
+        assert (saves(training, args), saves(training, args, "_state")) == numbers, given
 
 
 @pytest.fixture
@@ -292,13 +275,9 @@ def test_saves_that_do_not_fit_beside_those_they_replace_are_an_error(folder, na
 @pytest.mark.usefixtures("little_room")
 def test_the_first_of_several_machines_saves_and_the_others_need_no_room():
     first, second = (planned(machine=machine, network=made(640)) for machine in (0, 1))
-    assert (
-        first.plan["training"]
-        == second.plan["training"]
-        == (
-            "1500 steps, 250 epochs, batch 1/2 in each of 2 processes on 2 machines, "
-            "fp16 mixed precision"
-        )
+    assert first.plan["training"] == second.plan["training"]
+    assert second.plan["training"].startswith(
+        "1500 steps, 250 epochs, batch 1/2 in each of 2 processes on 2 machines, fp16 "
     )
     assert first.plan["saves"].startswith("1 of 1.13 GB in _out ")
     assert second.plan["saves"] == "only on the first machine (--machine_rank=0)"
@@ -337,17 +316,9 @@ SD_SCRIPTS_PRINTS = (
     "create LoRA for Text Encoder 1:\ncreate LoRA for Text Encoder 2:\n"
     "create LoRA for Text Encoder 1: 72 modules.\ncreate LoRA for Text Encoder 2: 192 modules.\n"
 )
-ALPHA = (
-    "--network_alpha={} with --network_dim={} makes the change {} times as strong: give both the "
-    "same, as BLORA_RANK does"
-)
 LEFT_OUT = (
     "note: {} modules of the text encoders are not trained because of --network_train_unet_only, "
     "as the recipes intend"
-)
-TOO_LOW = (
-    "--optimizer_type=Prodigy finds its own learning rate, and {} times that is far too low: give "
-    "--learning_rate=1"
 )
 TOO_HIGH = (
     "a learning rate of {} is far too high for --optimizer_type=AdamW: give --learning_rate=1e-4, "
@@ -364,33 +335,34 @@ SAID = {
     "are meant": [{"given": "--network_args preset=own.toml", "preset": (EVERYWHERE, "out.2$")}],
     "--network_module=networks.lora takes no preset and trains 160 modules: use lycoris.kohya or "
     "blora_network for a B-LoRA": [{"given": "--network_module=networks.lora"}],
-    ALPHA.format(64, 8, 8): [{"given": "--network_dim=8"}],
-    ALPHA.format(3, 2, 1.5): [{"given": "--network_dim=2 --network_alpha=3"}],
+    "--network_alpha=64 with --network_dim=8 makes the change 8 times as strong: give both the "
+    "same, as BLORA_RANK does": [{"given": "--network_dim=8"}],
+    "--network_alpha=3 with --network_dim=2 makes the change 1.5 times as strong: give both the "
+    "same, as BLORA_RANK does": [{"given": "--network_dim=2 --network_alpha=3"}],
     "with bypass_mode=True LyCORIS trains no DoRA, although dora_wd=True asks for it: remove one "
     "of the two from --network_args": [{"dora_wd": "True", "bypass_mode": "True"}],
     LEFT_OUT.format(176): [{"printed": LYCORIS_PRINTS}],
     LEFT_OUT.format(264): [{"printed": SD_SCRIPTS_PRINTS}],
-    TOO_LOW.format("0.1"): [{"optimizer": (Prodigy, 0.1)}],
-    TOO_LOW.format("0.0001"): [{"optimizer": (Prodigy, 1e-4)}],
-    TOO_HIGH.format("0.1"): [{"optimizer": (AdamW, 0.1)}],
-    TOO_HIGH.format("1"): [{"optimizer": (AdamW, 1.0)}],
+    **{
+        f"--optimizer_type=Prodigy finds its own learning rate, and {rate} times that is far too "
+        "low: give --learning_rate=1": [{"optimizer": (Prodigy, float(rate))}]
+        for rate in ("0.1", "0.0001")
+    },
+    **{TOO_HIGH.format(rate): [{"optimizer": (AdamW, float(rate))}] for rate in ("0.1", "1")},
     "": [
         {},
-        {"given": "--network_alpha=1"},
-        {"given": "--network_alpha=0"},  # LyCORIS takes the rank for it
+        {"given": "--network_alpha=1", "dora_wd": "True", "optimizer": (Prodigy, 0.11)},
+        # LyCORIS takes the rank for it
+        {"given": "--network_alpha=0", "bypass_mode": "True", "optimizer": (AdamW, 0.09)},
         {"given": "--dim_from_weights --network_args"},
         {"given": "--network_module=networks.lora --network_args"},
         {"given": "--network_args preset=own.toml", "preset": (EVERYWHERE,)},
         {"given": "--network_args preset=full", "preset": (EVERYWHERE, "out.2$")},
-        {"dora_wd": "True"},
-        {"bypass_mode": "True"},
         {"bypass_mode": "True", "algo": "dylora"},  # which knows no DoRA
         {"printed": "create LyCORIS for Text Encoder: 0 modules."},
         {"printed": "create LyCORIS for U-Net: 160 modules."},
         {"printed": LYCORIS_PRINTS, "trains_text": True},
         {"printed": LYCORIS_PRINTS, "without": "network_train_unet_only"},
-        {"optimizer": (Prodigy, 0.11)},
-        {"optimizer": (AdamW, 0.09)},
         {"optimizer": (Adafactor, None)},  # it finds its own
     ],
 }
@@ -416,13 +388,12 @@ def check(
     return reported(option_warnings.check_options, rehearsal)
 
 
-@pytest.mark.parametrize(
-    ("sentence", "case"), [(sentence, case) for sentence, cases in SAID.items() for case in cases]
-)
-def test_options_that_are_most_likely_mistakes_are_named(sentence, case):
-    report = check(**case)
-    found = [*report.warnings, *(f"note: {note}" for note in report.notes)]
-    assert found == ([sentence] if sentence else [])
+@pytest.mark.parametrize("sentence", SAID)
+def test_options_that_are_most_likely_mistakes_are_named(sentence):
+    for case in SAID[sentence]:
+        report = check(**case)
+        found = [*report.warnings, *(f"note: {note}" for note in report.notes)]
+        assert found == [sentence] * bool(sentence), case
 
 
 def test_lycoris_prints_how_many_modules_it_makes(caplog):

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kohya_folder import ROOT
+from reports import reported
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 import blora
@@ -30,7 +31,7 @@ from blora.preflight import images
 from blora.preflight.checkpoint import NOT_SET
 from blora.preflight.dataset import Epoch
 from blora.preflight.rehearsal import Rehearsal
-from blora.preflight.report import Report, attempt
+from blora.preflight.report import Report, attempt, print_report
 from blora.sheet import thumbnail_limit
 from blora_preflight import Training, main
 
@@ -77,9 +78,8 @@ def asked(capsys, *words: str) -> dict:
     """What a run says as JSON, alone; its exit code is 1 where it has an error."""
     code = main(["--json", *words])
     printed = capsys.readouterr()
-    assert printed.err == ""
     report = json.loads(printed.out)
-    assert printed.out == f"{json.dumps(report, indent=2)}\n"
+    assert (printed.out, printed.err) == (f"{json.dumps(report, indent=2)}\n", "")
     assert code == (1 if report["errors"] else 0)
     return report
 
@@ -98,20 +98,21 @@ def test_it_says_what_the_training_will_be_and_as_json_the_same(kohya, capsys):
 
 def test_errors_come_first_and_alone_and_escaped_before_any_rehearsal(capsys):
     assert main([SCRIPT, *LINE, *NO_SAMPLES, "--vae=gone\x1b[31m", "--resume=gone"]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert [line.partition(": correct ")[0] for line in printed.err.splitlines()] == [
-        r'error: no VAE at "gone\x1b[31m"',
-        'error: no saved state in "gone"',
-        'warning: no prompts at "gone", so no samples will be drawn',
-    ]
+    assert capsys.readouterr() == (
+        "",
+        'error: no VAE at "gone\\x1b[31m": correct --vae\n'
+        'error: no saved state in "gone": correct --resume\n'
+        'warning: no prompts at "gone", so no samples will be drawn: correct --sample_prompts\n',
+    )
 
 
-def test_a_warning_stops_nothing(capsys):
+def test_a_warning_stops_nothing_and_is_counted_at_the_end(capsys):
     assert main(["--no_rehearsal", SCRIPT, *LINE, *NO_SAMPLES]) == 0
     printed = capsys.readouterr()
-    assert printed.err.startswith("warning: ")
-    assert printed.out == f"This training:\n  base      {BASE}\n"
+    assert printed.err.startswith("warning: no prompts at ")
+    assert printed.out == f"This training:\n  base      {BASE}\n1 warning: see above\n"
+    print_report(Report(warnings=["it is odd"] * 2))
+    assert capsys.readouterr().out == "This training:\n2 warnings: see above\n"
 
 
 def test_a_name_that_the_terminals_encoding_lacks_is_escaped():
@@ -128,17 +129,9 @@ def test_an_output_that_is_no_text_stream_of_pythons_is_written_to_as_it_is(monk
     assert json.loads(sys.stdout.getvalue())["errors"] == []
 
 
-NO_SCRIPT = 'no training script at "{}": run this in a kohya sd-scripts or kohya_ss folder'
-NO_VAE = 'no VAE at "gone": correct --vae'
-NO_FILE = "--config_file a.toml cannot be read: correct its path or its text (a.toml not found.)"
-NO_NUMBER = "sd-scripts refuses the options: correct them (argument --seed: invalid int value: 'x')"
 LACKS = (
     f"this Python ({sys.executable}) has no {{}}: install kohya's requirements, or activate the "
     "environment that has them"
-)
-DOES_NOT_FIT = (
-    f"blora_preflight.py {blora.VERSION} cannot use the blora folder beside it (lost): copy the "
-    "whole bundle again"
 )
 NAMES = [*OPTIONS, "network_args", "network_module", "config_file", "resume", "vae", "output_nam"]
 NAMES += ["save_every_n_steps", "max_train_steps", "sample_prompts", "sample_at_first"]
@@ -149,16 +142,16 @@ WORDS |= st.builds("--{}={}".format, st.sampled_from(NAMES), VALUES) | VALUES
 
 
 @pytest.mark.parametrize(
-    "line",
+    "words",
     [
-        ["launch", "--num_processes=2"],
-        ["accelerate", "launch", "--num_processes", "2", "--mixed_precision", "bf16"],
-        ["/venv/bin/accelerate", "launch"],
-        [],
+        "launch --num_processes=2",
+        "accelerate launch --num_processes 2 --mixed_precision bf16",
+        "/venv/bin/accelerate launch",
+        "",
     ],
 )
-def test_the_words_before_the_script_are_accelerates(monkeypatch, line):
-    trainings = []
+def test_the_words_before_the_script_are_accelerates(monkeypatch, words):
+    trainings, line = [], words.split()
     monkeypatch.setattr(blora_preflight, "check", lambda it: trainings.append(it) or Report())
     assert main([*line, SCRIPT, *LINE]) == 0
     assert main(["--json", "--preview=a.html", *line, SCRIPT, *LINE]) == 0
@@ -168,41 +161,46 @@ def test_the_words_before_the_script_are_accelerates(monkeypatch, line):
     ]
 
 
-@pytest.mark.parametrize(
-    ("words", "errors"),
-    [
-        # What needs no parser is said before the trainer is imported.
-        (["launch", "--num_processes=2"], [NO_SCRIPT.format("launch")]),
-        (["gone.py", *LINE], [NO_SCRIPT.format("gone.py")]),
-        ([SCRIPT, "--pretrained_model_name_or_path=path/to/sd_xl_base_1.0.safetensors"], [NOT_SET]),
-        # The rest is read by its own parser, or from the GUI's config file.
-        ([SCRIPT, "--config_file", "gui.toml"], [NO_VAE]),
-        ([SCRIPT, "--config_file=gui", "--vae="], []),
-        ([SCRIPT, "--config_file=a"], [NO_FILE]),
-        ([SCRIPT, "--seed=x"], [NO_NUMBER]),
+def test_what_needs_no_parser_is_said_before_the_trainer_is_imported(capsys):
+    placeholder = "--pretrained_model_name_or_path=path/to/sd_xl_base_1.0.safetensors"
+    assert asked(capsys, SCRIPT, placeholder)["errors"] == [NOT_SET]
+    for words in (["launch", "--num_processes=2"], ["gone.py", *LINE]):
+        assert asked(capsys, *words)["errors"] == [
+            f'no training script at "{words[0]}": run this in a kohya sd-scripts or kohya_ss folder'
+        ]
+    assert "sdxl_train_network" not in sys.modules
+
+
+READ_BY_THE_TRAINER = {
+    "--config_file gui.toml": ['no VAE at "gone": correct --vae'],
+    "--config_file=gui --vae=": [],
+    "--config_file=a": [
+        "--config_file a.toml cannot be read: correct its path or its text (a.toml not found.)"
     ],
-)
-def test_the_trainer_itself_reads_the_options(capsys, words, errors):
+    "--seed=x": [
+        "sd-scripts refuses the options: correct them (argument --seed: invalid int value: 'x')"
+    ],
+}
+
+
+@pytest.mark.parametrize("line", READ_BY_THE_TRAINER)
+def test_the_trainer_itself_reads_the_options(capsys, line):
     options = OPTIONS | {"vae": "gone", "train_data_dir": "", "save_last_n_epochs": ""}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     Path("gui.toml").write_text("\n".join([*lines, "cache_latents = false"]), encoding="utf-8")
-    assert asked(capsys, *words)["errors"] == errors
-    is_early = words[0] != SCRIPT or errors == [NOT_SET]
-    assert ("sdxl_train_network" in sys.modules) == (not is_early)
+    assert asked(capsys, SCRIPT, *line.split())["errors"] == READ_BY_THE_TRAINER[line]
+    assert "sdxl_train_network" in sys.modules
 
 
-@pytest.mark.parametrize(
-    ("text", "folder", "why"),
-    [
-        (PARSES, "elsewhere", "is not part of sd-scripts"),
-        ("", "library", "is not a training script of sd-scripts"),
-    ],
-)
-def test_a_script_that_is_not_sd_scripts_own_is_not_asked(capsys, text, folder, why):
-    Path(SCRIPT).write_text(text)
-    Path("library").rename(folder)
-    notes = [f'"{SCRIPT}" {why}, so the training was not rehearsed']
-    assert asked(capsys, SCRIPT, *LINE) == asdict(Report(notes=notes))
+def test_a_script_that_is_not_sd_scripts_own_is_not_asked(capsys):
+    for script, why in (
+        ("plain.py", "is not a training script of sd-scripts"),
+        ("elsewhere/plain.py", "is not part of sd-scripts"),
+    ):
+        Path(script).parent.mkdir(exist_ok=True)
+        Path(script).write_text("")
+        notes = [f'"{Path(script)}" {why}, so the training was not rehearsed']
+        assert asked(capsys, script, *LINE) == asdict(Report(notes=notes))
 
 
 def test_a_package_that_the_trainer_lacks_is_an_error():
@@ -211,14 +209,18 @@ def test_a_package_that_the_trainer_lacks_is_an_error():
     assert json.loads(done.stdout)["errors"] == [LACKS.format("torch")]
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [("blora.preflight.images", DOES_NOT_FIT), ("numpy", LACKS.format("numpy"))],
-)
-def test_what_only_the_pictures_need_is_missed_in_a_sentence(capsys, monkeypatch, name, sentence):
-    lack = mock.Mock(side_effect=ModuleNotFoundError("lost", name=name))
-    monkeypatch.setattr(blora_preflight, "check_trainer", lack)
-    assert asked(capsys, SCRIPT, *LINE)["errors"] == [sentence]
+def test_what_only_the_pictures_need_is_missed_in_a_sentence(capsys, monkeypatch):
+    for name, sentence in (
+        ("numpy", LACKS.format("numpy")),
+        (
+            "blora.preflight.images",
+            f"blora_preflight.py {blora.VERSION} cannot use the blora folder beside it (lost): "
+            "copy the whole bundle again",
+        ),
+    ):
+        lack = mock.Mock(side_effect=ModuleNotFoundError("lost", name=name))
+        monkeypatch.setattr(blora_preflight, "check_trainer", lack)
+        assert asked(capsys, SCRIPT, *LINE)["errors"] == [sentence]
 
 
 def test_what_is_not_rehearsed_on_request_gets_no_note(kohya, capsys, monkeypatch):
@@ -257,42 +259,41 @@ def test_who_stops_it_sees_no_traceback(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-NO_PAGE = '--preview (BLORA_PREVIEW) writes a web page, not "a.jpg": end its name in .html'
-NO_SHEET = '"page.html" is not an earlier sheet: give --preview (BLORA_PREVIEW) another name'
-NO_PICTURES = "--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)"
+PREVIEWS = [
+    ([], "", None),
+    (["--preview", "sheet.html"], "", Path("sheet.html")),
+    (["--preview=~/sheet.html"], "", Path.home() / "sheet.html"),
+    ([], "other.html", Path("other.html")),
+    (["--preview=sheet.html"], "other.html", Path("sheet.html")),
+    ([], '"D:/my sheet.html" ', Path("D:/my sheet.html")),  # as cmd leaves it
+    ([], '""', Path()),  # set, to a launcher: so it is refused
+]
 
 
-@pytest.mark.parametrize(
-    ("words", "setting", "preview"),
-    [
-        ([], "", None),
-        (["--preview", "sheet.html"], "", Path("sheet.html")),
-        (["--preview=~/sheet.html"], "", Path.home() / "sheet.html"),
-        ([], "other.html", Path("other.html")),
-        (["--preview=sheet.html"], "other.html", Path("sheet.html")),
-        ([], '"D:/my sheet.html" ', Path("D:/my sheet.html")),  # as cmd leaves it
-        ([], '""', Path()),  # set, to a launcher: so it is refused
-    ],
-)
-def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch, words, setting, preview):
-    monkeypatch.setenv("BLORA_PREVIEW", setting)
-    assert blora_preflight.build_parser().parse_args([*words, SCRIPT]).preview == preview
+def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
+    for words, setting, preview in PREVIEWS:
+        monkeypatch.setenv("BLORA_PREVIEW", setting)
+        assert blora_preflight.build_parser().parse_args([*words, SCRIPT]).preview == preview
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--preview=a.jpg"], NO_PAGE),
-        (["--preview=page.html"], NO_SHEET),
-        (["--preview=a.html", "--no_rehearsal"], NO_PICTURES),
+        ("--preview=a.jpg", '{} writes a web page, not "a.jpg": end its name in .html'),
+        ("--preview=page.html", '"page.html" is not an earlier sheet: give {} another name'),
+        (
+            "--preview=a.html --no_rehearsal",
+            "--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)",
+        ),
     ],
 )
 def test_a_sheet_that_could_not_be_written_is_refused_before_anything_else(capsys, words, sentence):
     with pytest.raises(SystemExit, match=r"^2$"):
-        main([*words, "no such script.py"])
+        main([*words.split(), "no such script.py"])
     printed = capsys.readouterr()
+    refusal = sentence.format("--preview (BLORA_PREVIEW)")
     assert printed.out == ""
-    assert printed.err.splitlines()[-1] == f"blora_preflight.py: error: {sentence}"
+    assert printed.err.splitlines()[-1] == f"blora_preflight.py: error: {refusal}"
     assert Path("page.html").read_text() == "mine"
 
 
@@ -305,57 +306,55 @@ def test_where_the_trainer_makes_no_dataset_there_is_no_sheet_and_that_is_an_err
     assert not Path("sheet.html").exists()
 
 
-@pytest.mark.parametrize(
-    ("preview", "limit"), [(None, None), (Path("sheet.html"), thumbnail_limit)]
-)
-def test_thumbnails_are_drawn_for_a_preview_alone(monkeypatch, preview, limit):
+def test_thumbnails_are_drawn_for_a_preview_alone(monkeypatch):
     check_dataset = mock.Mock(return_value=images.Dataset(epoch=Epoch(1, 1, 1, 1, 64)))
     monkeypatch.setattr(images, "check_dataset", check_dataset)
     rehearsal, report = Rehearsal(), Report()
-    training = Training(Path(SCRIPT), [], [], preview=preview)
-    assert blora_preflight.check_pictures(training, rehearsal, report) == 64
-    check_dataset.assert_called_once_with(rehearsal, None, limit, report)
-    assert Path("sheet.html").exists() == bool(preview)
+    for preview, limit in ((None, None), (Path("sheet.html"), thumbnail_limit)):
+        training = Training(Path(SCRIPT), [], [], preview=preview)
+        assert blora_preflight.check_pictures(training, rehearsal, report) == 64
+        check_dataset.assert_called_with(rehearsal, None, limit, report)
+        assert Path("sheet.html").exists() == bool(preview)
 
 
-META = RuntimeError("Cannot copy out of meta tensor")
-NO_FURTHER = f"without weights the rehearsal goes no further than the network ({META})"
-STOPS = "the training would stop: fix the cause given (KeyError: 'it')"
-ENDS = "the trainer ends before its first step: remove the option that ends it early"
-
-
-@pytest.mark.parametrize(
-    ("rehearsal", "report"),
-    [
+def test_how_a_rehearsal_ended_is_one_sentence():
+    meta = RuntimeError("Cannot copy out of meta tensor")
+    for rehearsal, expected in (
         (Rehearsal(missing="it"), Report(notes=["it, so the training was not rehearsed"])),
-        (Rehearsal(failure=META), Report(notes=[NO_FURTHER])),
-        (Rehearsal(failure=KeyError("it")), Report([STOPS])),
-        (Rehearsal(args=Namespace()), Report([ENDS])),
+        (
+            Rehearsal(failure=meta),
+            Report(
+                notes=[f"without weights the rehearsal goes no further than the network ({meta})"]
+            ),
+        ),
+        (
+            Rehearsal(failure=KeyError("it")),
+            Report(["the training would stop: fix the cause given (KeyError: 'it')"]),
+        ),
+        (
+            Rehearsal(args=Namespace()),
+            Report(
+                ["the trainer ends before its first step: remove the option that ends it early"]
+            ),
+        ),
         (Rehearsal(args=Namespace(), ready=True), Report()),
-    ],
-)
-def test_how_a_rehearsal_ended_is_one_sentence(rehearsal, report):
-    concluded = Report()
-    blora_preflight.conclude(rehearsal, concluded)
-    assert concluded == report
+    ):
+        assert reported(blora_preflight.conclude, rehearsal) == expected
 
 
-@pytest.mark.parametrize(
-    ("deepspeed", "failure", "errors", "notes"),
-    [
+def test_state_is_counted_where_it_can_be(monkeypatch):
+    for deepspeed, failure, errors, notes in (
         (False, [], 0, 0),
         (False, [ValueError("a")], 1, 0),  # of --optimizer_args
         (False, [RuntimeError("a")], 0, 1),
         (True, [RuntimeError("a")], 0, 0),  # which has its own optimizer
-    ],
-)
-def test_state_is_counted_where_it_can_be(monkeypatch, deepspeed, failure, errors, notes):
-    count = mock.Mock(side_effect=[*failure, 2.0])
-    monkeypatch.setattr(blora_preflight, "state_per_byte", count)
-    rehearsal, report = Rehearsal(args=Namespace(deepspeed=deepspeed)), Report()
-    blora_preflight.count_state(rehearsal, report)
-    assert rehearsal.optimizer_state == (None if failure else 2.0)
-    assert (len(report.errors), len(report.notes)) == (errors, notes)
+    ):
+        count = mock.Mock(side_effect=[*failure, 2.0])
+        monkeypatch.setattr(blora_preflight, "state_per_byte", count)
+        rehearsal = Rehearsal(args=Namespace(deepspeed=deepspeed))
+        report = reported(blora_preflight.count_state, rehearsal)
+        assert rehearsal.optimizer_state == (None if failure else 2.0)
+        assert (len(report.errors), len(report.notes)) == (errors, notes)
 
 
 def test_what_cannot_be_asked_is_a_warning_with_the_place_and_without_a_culprit():
