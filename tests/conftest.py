@@ -63,12 +63,12 @@ def give_up(why: str) -> NoReturn:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A browser without a window; where there is none its tests are skipped, save in CI."""
-    from browser import NoBrowserError, open_browser  # here, as not every Python has selenium
+    from browser import open_browser  # here, as not every Python has selenium
 
     try:
         with open_browser() as opened:
             yield opened
-    except NoBrowserError as missing:
+    except FileNotFoundError as missing:
         give_up(str(missing))
 
 

@@ -12,11 +12,11 @@ from blora import sdxl
 from blora.slicer import keys
 
 
-@pytest.mark.parametrize("network", ["unet", "te1", "te2"])
-def test_matrices_and_convolutions_are_those_that_sd_scripts_builds(network):
-    layers = {name: layer.shape for name, layer in sdxl.sdxl_layers()[network].items()}
-    ours = {n: list(x) for n, x in layers.items() if x[1:] and not n.endswith("_embedding")}
-    assert ours == {name: shape for name, (_, shape) in SDXL[network].items()}
+def test_matrices_and_convolutions_are_those_that_sd_scripts_builds():
+    for network, layers in sdxl.sdxl_layers().items():
+        shapes = {name: list(layer.shape) for name, layer in layers.items()}
+        ours = {n: x for n, x in shapes.items() if x[1:] and not n.endswith("_embedding")}
+        assert ours == {name: shape for name, (_, shape) in SDXL[network].items()}
 
 
 def weights(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -30,14 +30,10 @@ def test_diffusers_names_and_all_shapes_norms_included_are_those_of_its_own_unet
     assert {x.diffusers: x.shape for x in layers} == weights(sdxl_unet_without_weights())
 
 
-@pytest.mark.parametrize(
-    ("network", "model", "prefix", "width", "depth"),
-    [
-        ("te1", CLIPTextModel, "text_encoder", 768, 12),
-        ("te2", CLIPTextModelWithProjection, "text_encoder_2", 1280, 32),
-    ],
-)
-def test_a_text_encoders_layers_are_those_of_transformers(network, model, prefix, width, depth):
+@pytest.mark.parametrize(("network", "width", "depth"), [("te1", 768, 12), ("te2", 1280, 32)])
+def test_a_text_encoders_layers_are_those_of_transformers(network, width, depth):
+    model = CLIPTextModel if network == "te1" else CLIPTextModelWithProjection
+    prefix = "text_encoder" if network == "te1" else "text_encoder_2"
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     with torch.device("meta"):
         theirs = weights(model(CLIPTextConfig(num_hidden_layers=depth, **sizes)))
@@ -55,62 +51,55 @@ def test_no_name_means_two_layers():
                 assert owners.setdefault(spelling, layer.name) == layer.name
 
 
-def test_every_layer_is_found_under_kohyas_name_in_both_namings():
+def test_every_layer_is_found_under_kohyas_names_and_those_with_dots():
     for module, layer in sdxl.layers_by_module().items():
         assert keys.find_layer(module).layer is layer
-        if layer.diffusers:
+        if layer.network == "unet":
             other = f"lora_unet_{layer.diffusers.replace('.', '_')}"
             assert keys.find_layer(other).layer is layer
-
-
-@pytest.mark.parametrize("prefix", ["", "unet.", "unet.unet.", "base_model.model."])
-def test_every_layer_of_the_unet_is_found_under_its_dotted_names(prefix):
-    for layer in sdxl.layers_by_module().values():
-        if layer.network == "unet":
-            for name in (layer.name, layer.diffusers):
-                found = keys.find_layer(prefix + name)
-                assert (found.layer, found.name) == (layer, name)
+            for prefix in ("", "unet.", "unet.unet.", "base_model.model."):
+                for name in (layer.name, layer.diffusers):
+                    found = keys.find_layer(prefix + name)
+                    assert (found.layer, found.name) == (layer, name)
 
 
 Q = "transformer_blocks_0_attn1_to_q"
-NO_LAYER = {
-    "a third transformer block of two": "lora_unet_input_blocks_4_1_transformer_blocks_2_ff_net_2",
-    "an eleventh of ten": "lora_unet_output_blocks_0_1_transformer_blocks_10_ff_net_2",
-    "a text encoder's layer too many": "lora_te2_text_model_encoder_layers_99_mlp_fc1",
-    "layer 12 of the first text encoder": "lora_te1_text_model_encoder_layers_12_mlp_fc1",
-    "a text encoder that is none": "lora_te1_text_model_foo",
-    "a letter too many": f"lora_unet_output_blocks_0_1_{Q}x",
-    "an escape": f"lora_unet_output_blocks_0_1_{Q}\x1b",
-    "a line break": f"lora_unet_output_blocks_0_1_{Q}\n",
-    "a container": "lora_unet_output_blocks_0_1",
-    "an attention as a whole": "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1",
-    "Stable Diffusion 1's text encoder": "lora_te_text_model_encoder_layers_0_mlp_fc1",
-    "Stable Diffusion 1's block": "lora_unet_down_blocks_0_attentions_0_proj_in",
-    "Flux": "lora_unet_double_blocks_0_img_attn_qkv",
-    "the VAE": "first_stage_model.decoder.conv_in",
-    "nothing": "",
-    "a prefix alone": "lora_unet_",
-}
 
 
 def test_a_name_that_sdxl_does_not_have_is_none():
-    found = {why: keys.find_layer(name) for why, name in NO_LAYER.items()}
-    assert found == dict.fromkeys(NO_LAYER)
-
-
-BLOCKS = {
-    "lora_unet_output_blocks_0_1_proj_in": "output_blocks.0.1",
-    "lora_unet_output_blocks_2_2_conv": "output_blocks.2.2",
-    "lora_unet_input_blocks_0_0": "input_blocks.0.0",
-    "lora_unet_input_blocks_3_0_op": "input_blocks.3.0",
-    "lora_unet_middle_block_1_norm": "middle_block.1",
-    "lora_unet_time_embed_2": "time_embed",
-    "lora_unet_label_emb_0_0": "label_emb",
-    "lora_unet_out_2": "out",
-    "lora_te1_text_model_final_layer_norm": "te1",
-    "lora_te2_text_projection": "te2",
-}
+    expected = {
+        "a third block of two": "lora_unet_input_blocks_4_1_transformer_blocks_2_ff_net_2",
+        "an eleventh of ten": "lora_unet_output_blocks_0_1_transformer_blocks_10_ff_net_2",
+        "a text encoder's layer too many": "lora_te2_text_model_encoder_layers_99_mlp_fc1",
+        "layer 12 of the first text encoder": "lora_te1_text_model_encoder_layers_12_mlp_fc1",
+        "a text encoder that is none": "lora_te1_text_model_foo",
+        "a letter too many": f"lora_unet_output_blocks_0_1_{Q}x",
+        "an escape": f"lora_unet_output_blocks_0_1_{Q}\x1b",
+        "a line break": f"lora_unet_output_blocks_0_1_{Q}\n",
+        "a container": "lora_unet_output_blocks_0_1",
+        "an attention as a whole": "lora_unet_output_blocks_0_1_transformer_blocks_0_attn1",
+        "Stable Diffusion 1's text encoder": "lora_te_text_model_encoder_layers_0_mlp_fc1",
+        "Stable Diffusion 1's block": "lora_unet_down_blocks_0_attentions_0_proj_in",
+        "Flux": "lora_unet_double_blocks_0_img_attn_qkv",
+        "the VAE": "first_stage_model.decoder.conv_in",
+        "nothing": "",
+        "a prefix alone": "lora_unet_",
+    }
+    found = {why: keys.find_layer(name) for why, name in expected.items()}
+    assert found == dict.fromkeys(expected)
 
 
 def test_a_module_lies_in_its_block():
-    assert {module: sdxl.block_of(module) for module in BLOCKS} == BLOCKS
+    expected = {
+        "lora_unet_output_blocks_0_1_proj_in": "output_blocks.0.1",
+        "lora_unet_output_blocks_2_2_conv": "output_blocks.2.2",
+        "lora_unet_input_blocks_0_0": "input_blocks.0.0",
+        "lora_unet_input_blocks_3_0_op": "input_blocks.3.0",
+        "lora_unet_middle_block_1_norm": "middle_block.1",
+        "lora_unet_time_embed_2": "time_embed",
+        "lora_unet_label_emb_0_0": "label_emb",
+        "lora_unet_out_2": "out",
+        "lora_te1_text_model_final_layer_norm": "te1",
+        "lora_te2_text_projection": "te2",
+    }
+    assert {module: sdxl.block_of(module) for module in expected} == expected

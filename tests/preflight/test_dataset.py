@@ -1,6 +1,4 @@
-"""A dataset: captions, folders and settings that do less than they seem to, pictures that cannot be
-opened, caches of other pictures, and what stands on the sheet of --preview.
-"""
+"""A dataset: captions, folders, pictures and caches that do less than they seem, and its sheet."""
 
 from __future__ import annotations
 
@@ -67,8 +65,7 @@ def make_folder(
 
 def said(*subsets: Folder) -> list[str]:
     """Warnings, then notes."""
-    report = Report()
-    check_captions(subsets, report)
+    report = reported(check_captions, subsets)
     folders.check_folders(subsets, report)
     assert not report.errors
     return [*report.warnings, *(f"note: {note}" for note in report.notes)]
@@ -123,25 +120,22 @@ def test_captions_that_are_not_trained_are_named(sentence):
     assert said(SAID[sentence]()) == [sentence]
 
 
-# A bitmap begins with BM, and so may a text.
-OTHERS = dict.fromkeys(["._a.png", ".hidden.gif", "a.npz", "notes.md", "Thumbs.db"], "BM")
-PASSED = {
-    "each picture has a caption": (DOG, {}),
-    "a caption of as many tokens as there may be": (LONG[75], {}),
-    "class_tokens alone, as in the paper": ({}, TOKENS),
-    "several lines, with wildcards": (SEVERAL, {"has_wildcards": True}),
-    "a metadata file, beside which nothing counts": (
-        {"a.caption": "a dog", "a.gif": "GIF8", "below/a.png": "GIF8"},
-        {"caption_extension": ""},
-    ),
-    "files that are no pictures": ({**DOG, **OTHERS, "readme": "text"}, {}),
-}
-
-
-@pytest.mark.parametrize("case", PASSED)
-def test_a_folder_without_a_mistake_passes(case):
-    beside, settings = PASSED[case]
-    assert said(make_folder(beside=beside, **settings)) == []
+def test_a_folder_without_a_mistake_passes():
+    expected = {
+        "as many tokens as there may be, beside files that are no pictures": {
+            # A bitmap begins with BM, and so may a text.
+            "beside": dict.fromkeys("._a.png .b.gif a.npz notes.md Thumbs.db".split(), "BM")
+            | {**LONG[75], "readme": "text"},
+        },
+        "class_tokens alone, as in the paper": {"beside": {}, **TOKENS},
+        "several lines, with wildcards": {"beside": SEVERAL, "has_wildcards": True},
+        "a metadata file, beside which nothing counts": {
+            "beside": {"a.caption": "a dog", "a.gif": "GIF8", "below/a.png": "GIF8"},
+            "caption_extension": "",
+        },
+    }
+    for number, (case, settings) in enumerate(expected.items()):
+        assert said(make_folder(path=f"{number}", **settings)) == [], case
 
 
 def test_a_caption_is_what_the_trainer_found_and_trains():
@@ -151,30 +145,29 @@ def test_a_caption_is_what_the_trainer_found_and_trains():
         assert said(replace(folder, pictures=(replace(picture, **change),))) == []
 
 
-@pytest.mark.parametrize("most", range(5))
-def test_a_caption_is_cut_at_the_last_letter_within_its_tokens(most):
+def test_a_caption_is_cut_at_the_last_letter_within_its_tokens():
     text = "one two three"
-    kept = letters_kept(text, lambda part: len(part.split()), most)
-    assert text[:kept].strip() == " ".join(text.split()[:most])
+    for most in range(5):
+        kept = letters_kept(text, lambda part: len(part.split()), most)
+        assert text[:kept].strip() == " ".join(text.split()[:most])
 
 
 # ---- Folders -------------------------------------------------------------------------------------
 
-LEFT_OUT = {
-    # of another kind, a phone, the web; without an ending, with one of its own
-    "save as .png or .jpg": "b.gif b.heic b.jfif b b.jpg_large",
-    "write the ending in lower case": "b.Png b.Jpg b.Jpeg b.Webp b.Bmp",
-    "pip install pillow-avif-plugin": "b.avif",
-    "pip install pillow-jxl-plugin": "b.jxl",
-}
 
-
-@pytest.mark.parametrize("remedy", LEFT_OUT)
-def test_a_picture_that_is_left_out_for_its_ending_is_named(remedy):
-    for name in LEFT_OUT[remedy].split():
-        folder, left_out = make_folder(), draw(f"dogs/{name}")
-        assert said(folder) == [f'left out of "dogs", unsupported file type: {name}: {remedy}']
-        left_out.unlink()
+def test_a_picture_that_is_left_out_for_its_ending_is_named():
+    folder = make_folder()
+    for remedy, names in {
+        # of another kind, a phone, the web; without an ending, with one of its own
+        "save as .png or .jpg": "b.gif b.heic b.jfif b b.jpg_large",
+        "write the ending in lower case": "b.Png b.Jpg b.Jpeg b.Webp b.Bmp",
+        "pip install pillow-avif-plugin": "b.avif",
+        "pip install pillow-jxl-plugin": "b.jxl",
+    }.items():
+        for left_out in map(draw, (f"dogs/{name}" for name in names.split())):
+            sentence = 'left out of "dogs", unsupported file type: {}: {}'
+            assert said(folder) == [sentence.format(left_out.name, remedy)]
+            left_out.unlink()
 
 
 def test_pictures_in_a_subfolder_are_named_unless_it_is_trained_itself():
@@ -234,10 +227,8 @@ def test_a_subset_has_what_the_outer_tables_say_unless_it_says_so_itself():
     general = {"num_repeats": 2, "flip_aug": True}
     config = {"general": general, "datasets": [{"num_repeats": 3, "subsets": subsets}]}
     outer = {"num_repeats": 3, "flip_aug": True, "subsets": subsets}
-    assert folders.config_subsets(config) == [
-        {**outer, "image_dir": "a"},
-        {**outer, "flip_aug": False},
-    ]
+    read = folders.config_subsets(config)
+    assert read == [{**outer, "image_dir": "a"}, {**outer, "flip_aug": False}]
 
 
 def without_effect(given: dict[str, object], config: dict[str, object]) -> list[str]:
@@ -292,36 +283,28 @@ def test_a_picture_is_opened_with_its_size_and_on_request_a_thumbnail():
     assert opened("a.png", array) == Opened(Path("a.png"), BUCKET, (8, 4))
     thumbnail = opened("a.png", array, limit=1000).thumbnail
     assert thumbnail == make_thumbnail(Image.new("RGB", (8, 8)), 1000)
+    gone = opened("gone.png", ValueError("a"))
+    assert (gone.size, gone.error) == ((0, 0), os.strerror(2))  # in the words of the system
 
 
-SMALL = AssertionError("image size is small / 画像サイズが小さい")
-RE_SAVE = "re-save or remove it"
-BUCKETS = "add --enable_bucket, or save it at the size of the resolution"
-
-
-@pytest.mark.parametrize(
-    ("error", "has_buckets", "text", "reason", "remedy"),
-    [
-        (SMALL, False, None, "image size is small, it is 8x4", BUCKETS),
-        (SMALL, True, None, "image size is small, it is 8x4", RE_SAVE),
-        (OSError("image file\nis cut"), False, None, "image file", RE_SAVE),
-        (ValueError(), False, None, "ValueError", RE_SAVE),
-        (PIL.UnidentifiedImageError(), True, None, "PIL cannot read it as a picture", RE_SAVE),
-        (SMALL, True, "\n<!DOCTYPE html>", "it is a web page, not a picture", RE_SAVE),
-        (ValueError(), True, "", "the file is empty", RE_SAVE),
-        (ValueError(), True, " \n", "the file is empty", RE_SAVE),
-    ],
-)
-def test_why_it_cannot_be_opened_is_told_with_the_remedy(error, has_buckets, text, reason, remedy):
-    if text is not None:
-        Path("a.png").write_text(text)
-    [sentence] = broken_pictures([opened("a.png", error, has_buckets)] * 2)
-    assert sentence == f'cannot open the picture "a.png" ({reason}): {remedy}'
-
-
-def test_a_picture_that_is_gone_is_told_in_the_words_of_the_system():
-    picture = opened("gone.png", ValueError("a"))
-    assert (picture.size, picture.error) == ((0, 0), os.strerror(2))
+def test_why_it_cannot_be_opened_is_told_with_the_remedy():
+    small = AssertionError("image size is small / 画像サイズが小さい")
+    re_save = "re-save or remove it"
+    buckets = "add --enable_bucket, or save it at the size of the resolution"
+    for error, has_buckets, text, reason, remedy in (
+        (small, False, None, "image size is small, it is 8x4", buckets),
+        (small, True, None, "image size is small, it is 8x4", re_save),
+        (OSError("image file\nis cut"), False, None, "image file", re_save),
+        (ValueError(), False, None, "ValueError", re_save),
+        (PIL.UnidentifiedImageError(), True, None, "PIL cannot read it as a picture", re_save),
+        (small, True, "\n<!DOCTYPE html>", "it is a web page, not a picture", re_save),
+        (ValueError(), True, "", "the file is empty", re_save),
+        (ValueError(), True, " \n", "the file is empty", re_save),
+    ):
+        if text is not None:
+            Path("a.png").write_text(text)
+        [sentence] = broken_pictures([opened("a.png", error, has_buckets)] * 2)
+        assert sentence == f'cannot open the picture "a.png" ({reason}): {remedy}'
 
 
 def test_more_than_three_are_summed_up():
@@ -366,31 +349,29 @@ def test_a_bar_shows_where_it_takes_more_than_a_second(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("error", [TypeError, AttributeError])
-def test_a_call_that_fits_no_picture_is_an_error_of_the_call(error):
-    call, broken = Mock(side_effect=error("one argument more")), Mock(side_effect=KeyError)
-    assert [picture.is_api_mismatch for picture in open_all(call, broken)] == [True, False]
-    with pytest.raises(TypeError, match=r"^one argument more$"):
-        open_all(call, call)
+def test_a_call_that_fits_no_picture_is_an_error_of_the_call():
+    for error in (TypeError, AttributeError):
+        call, broken = Mock(side_effect=error("one argument more")), Mock(side_effect=KeyError)
+        assert [picture.is_api_mismatch for picture in open_all(call, broken)] == [True, False]
+        with pytest.raises(TypeError, match=r"^one argument more$"):
+            open_all(call, call)
     assert open_all() == []
 
 
-@pytest.mark.parametrize(
-    ("size", "beside", "leftover", "is_named"),
-    [
-        ((16, 8), "a_0016x0008_sdxl.npz", (), True),
-        ((16, 8), "metadata_cache.json", (), True),
-        ((8, 4), "a_0016x0008_sdxl.npz", (), False),
+def test_a_wrong_size_that_is_taken_from_elsewhere_is_named():
+    path = Path("dogs/a.png")
+    for size, beside, leftover, is_named in (
         ((16, 8), "b_0016x0008_sdxl.npz", (), False),
-        ((16, 8), "a_0016x0008_sdxl.npz", {Path("dogs/a.png")}, False),  # its cache is trained
-    ],
-)
-def test_a_wrong_size_that_is_taken_from_elsewhere_is_named(size, beside, leftover, is_named):
-    folder = make_folder(beside={beside: ""})
-    picture = replace(folder.pictures[0], size=size)
-    found = [opened("dogs/a.png", None)]
-    report = reported(images.check_sizes, [replace(folder, pictures=(picture,))], found, leftover)
-    assert [": a.png (16x8, is 8x4): " in text for text in report.warnings] == [True] * is_named
+        ((8, 4), "a_0016x0008_sdxl.npz", (), False),
+        ((16, 8), "a_0016x0008_sdxl.npz", (), True),
+        ((16, 8), "a_0016x0008_sdxl.npz", {path}, False),  # its cache is trained
+        ((16, 8), "metadata_cache.json", (), True),
+    ):
+        folder = make_folder(beside={beside: ""})
+        dogs = replace(folder, pictures=(replace(folder.pictures[0], size=size),))
+        report = reported(images.check_sizes, [dogs], [opened(path, None)], leftover)
+        assert [": a.png (16x8, is 8x4): " in text for text in report.warnings] == [True] * is_named
+        Path("dogs", beside).unlink()
 
 
 def test_latents_of_another_picture_are_told_by_their_sizes_and_age():
@@ -407,16 +388,15 @@ def test_latents_of_another_picture_are_told_by_their_sizes_and_age():
         assert images.why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32)) == why
 
 
-@pytest.mark.parametrize(
-    ("extension", "age", "is_named"),
-    [(".txt", -1, True), (".txt", 0, False), (".caption", -1, False), ("", -1, False)],
-)
-def test_outputs_that_are_older_than_the_caption_are_named(extension, age, is_named):
-    folder = make_folder(beside={**DOG, "a_te_outputs.npz": ""}, caption_extension=extension)
+def test_outputs_that_are_older_than_the_caption_are_named():
+    folder = make_folder(beside={**DOG, "a_te_outputs.npz": ""})
     os.utime("dogs/a.txt", (1000, 1000))
-    os.utime("dogs/a_te_outputs.npz", (1000 + age, 1000 + age))
-    warnings = reported(images.check_cached_captions, [folder]).warnings
-    assert [" 1 in all: a_te_outputs.npz: " in text for text in warnings] == [True] * is_named
+    for extension, age in ((".txt", -1), (".txt", 0), (".caption", -1), ("", -1)):
+        os.utime("dogs/a_te_outputs.npz", (1000 + age, 1000 + age))
+        read = replace(folder, caption_extension=extension)
+        warnings = reported(images.check_cached_captions, [read]).warnings
+        is_named = (extension, age) == (".txt", -1)
+        assert [" 1 in all: a_te_outputs.npz: " in text for text in warnings] == [True] * is_named
 
 
 # ---- The sheet of --preview ----------------------------------------------------------------------
@@ -432,22 +412,19 @@ def dogs() -> tuple[Folder, list[Opened]]:
     return folder, [Opened(p.path, BUCKET, p.size, thumbnail=THUMBNAIL) for p in folder.pictures]
 
 
-@pytest.mark.parametrize(
-    ("trained", "file", "lines"),
-    [
+def test_below_a_picture_what_is_cut_off_its_caption_is_struck_out(dogs):
+    folder, [seen, _] = dogs
+    for trained, file, lines in (
         ({"size": BUCKET}, "", [Line("512x512", "detail"), Line("a dog")]),
         ({"repeats": 3}, "", [Line("512x512 of 8x4, x3", "detail"), Line("a dog")]),
         ({"prompt": "a dog and a cat"}, "", [SIZE, Line("a dog", cut=" and a cat")]),
         ({}, "a dog\nand a cat\n", [SIZE, Line("a dog"), Line("", cut="and a cat")]),
         ({"prompt": "doghouse", "kept": 3}, "", [SIZE, Line("dog", cut="house")]),
         ({"prompt": "", "kept": 0}, "\na dog", [SIZE, NO_WORDS, Line("", cut="a dog")]),
-    ],
-)
-def test_below_a_picture_what_is_cut_off_its_caption_is_struck_out(dogs, trained, file, lines):
-    folder, [seen, _] = dogs
-    Path("dogs/0.txt").write_text(file)
-    picture = trained_picture(replace(folder.pictures[0], **trained), folder, seen)
-    assert list(picture.lines) == lines
+    ):
+        Path("dogs/0.txt").write_text(file)
+        picture = trained_picture(replace(folder.pictures[0], **trained), folder, seen)
+        assert list(picture.lines) == lines
 
 
 def test_each_folder_is_drawn_as_it_is_trained_and_what_is_left_out_comes_last_and_grey(dogs):
@@ -459,20 +436,23 @@ def test_each_folder_is_drawn_as_it_is_trained_and_what_is_left_out_comes_last_a
     reg = make_folder("surplus.png", path="reg", is_reg=True)
     reg = replace(reg, pictures=(replace(folder.pictures[0], **small),))
     opened = [replace(seen, orientation=6), replace(broken, error="it is cut")]
-    drawn = sections_of([folder, reg], [*opened, replace(seen, thumbnail=b"small", **small)])
-    words, grey = Line("a dog"), make_thumbnail(Image.new("RGB", (8, 4)), 60_000)
-    assert {
+    drawn = {
         section.title: [(p.name, p.thumbnail, p.is_out, *p.lines) for p in section.pictures]
-        for section in drawn
-    } == {
+        for section in sections_of([folder, reg], [*opened, replace(seen, thumbnail=b"0", **small)])
+    }
+    words, grey = Line("a dog"), make_thumbnail(Image.new("RGB", (8, 4)), 60_000)
+    left_out = {
+        "1.png": (grey, "it is cut"),
+        "z.gif": (grey, ".gif is not read"),
+        "z.heic": (None, ".heic is not read"),
+        "validation.png": (grey, "kept for validation"),
+        "surplus.png": (grey, "surplus regularization image"),
+    }
+    assert drawn == {
         "dogs": [("0.png", THUMBNAIL, False, SIZE, Line("stored turned (EXIF)", "alarm"), words)],
-        "reg (is_reg)": [("0.png", b"small", False, Line("64x64 of 8x4", "detail"), words)],
+        "reg (is_reg)": [("0.png", b"0", False, Line("64x64 of 8x4", "detail"), words)],
         "Left out": [
-            ("1.png", grey, True, Line("it is cut", "alarm")),
-            ("z.gif", grey, True, Line(".gif is not read", "alarm")),
-            ("z.heic", None, True, Line(".heic is not read", "alarm")),
-            ("validation.png", grey, True, Line("kept for validation", "alarm")),
-            ("surplus.png", grey, True, Line("surplus regularization image", "alarm")),
+            (name, image, True, Line(why, "alarm")) for name, (image, why) in left_out.items()
         ],
     }
 
@@ -496,10 +476,5 @@ def test_the_report_says_whether_all_pictures_are_on_the_sheet(dogs):
             ]
         )
         assert sheet.read_text(encoding="utf-8").count("a dog") == number
-
-
-def test_a_sheet_that_cannot_be_written_is_an_error(dogs):
-    folder, opened = dogs
-    report = reported(write_preview, Path("gone/sheet.html"), [folder], opened)
-    assert report == Report(errors=report.errors[:1])
-    assert report.errors[0].startswith(f"cannot write {Path('gone/sheet.html')} (")
+    [error] = reported(write_preview, Path("gone/sheet.html"), [folder], opened).errors
+    assert error.startswith(f"cannot write {Path('gone/sheet.html')} (")

@@ -120,9 +120,9 @@ def test_all_errors_come_at_once():
     assert check(" ".join(ONE_OF_EACH_CHECK)).errors == [*ONE_OF_EACH_CHECK.values()]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_what_is_there_or_not_looked_for_here_passes_without_a_word():
+    before = sorted(Path().rglob("*"))
+    for line in (
         "",
         "--output_dir=new/a --logging_dir=logs --vae=file --log_tracker_config=file",
         "--vae=folder --base_weights file folder/inside",
@@ -147,12 +147,8 @@ def test_all_errors_come_at_once():
         # Names.
         *(f"--output_name='{name}'" for name in ("hero 1", "ヒーロー", "v1.5", "com10", "a.con")),
         f"--output_name={'x' * 230}",
-    ],
-    ids=str,
-)
-def test_what_is_there_or_not_looked_for_here_passes_without_a_word(line):
-    before = sorted(Path().rglob("*"))
-    assert check(line) == Report(plan=ANY)
+    ):
+        assert check(line) == Report(plan=ANY), line
     assert sorted(Path().rglob("*")) == before  # no folder is made
 
 
@@ -171,15 +167,11 @@ def test_an_option_that_a_release_does_not_have_is_a_warning_and_the_other_check
     assert warning.startswith("could not check all options (AttributeError: 'Namespace' object has")
 
 
-def test_a_state_may_lie_in_the_home_folder(kohya, monkeypatch):
+def test_a_state_may_lie_in_the_home_folder_and_need_not_say_its_step(kohya, monkeypatch):
     monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(kohya))
-    assert check("--resume=~/state") == Report(plan=ANY)
-
-
-def test_a_state_that_does_not_say_its_step_passes():
     for text in ("", "{}", "[]", '{"current_step": null}'):
         put("state/train_state.json", text)
-        assert check("--resume=state") == Report(plan=ANY), text
+        assert check("--resume=~/state") == Report(plan=ANY), text
 
 
 # ---- The checkpoint ------------------------------------------------------------------------------
@@ -191,20 +183,16 @@ NO_VAE = (
     "one that has it"
 )
 OTHER_MODELS = {
-    "a LoRA": [
-        "lora_unet_out_2.alpha",
-        "unet.conv_in.lora_A.weight",
-        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
-        "base_model.model.conv_in.lora_A.weight",
-    ],
-    "an SDXL refiner": ["conditioner.embedders.0.model.ln_final.weight"],
-    "an SD 1.x checkpoint": ["cond_stage_model.transformer.text_model.final_layer_norm.weight"],
-    "an SD 2.x checkpoint": ["cond_stage_model.model.ln_final.weight"],
-    "a Flux checkpoint": [f"{start}double_blocks.0.img_attn.qkv.weight" for start in ("", UNET)],
-    "an SD3 checkpoint": [f"{start}joint_blocks.0.x_block.attn.qkv.weight" for start in ("", UNET)],
-    "a diffusers U-Net": ["down_blocks.0.resnets.0.conv1.weight"],
-    "a VAE": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
-    "something else": ["anything"],
+    "a LoRA": "lora_unet_out_2.alpha unet.conv_in.lora_A.weight base_model.model.out.lora_A.weight "
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+    "an SDXL refiner": "conditioner.embedders.0.model.ln_final.weight",
+    "an SD 1.x checkpoint": "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    "an SD 2.x checkpoint": "cond_stage_model.model.ln_final.weight",
+    "a Flux checkpoint": f"double_blocks.0.img_attn.qkv.weight {UNET}double_blocks.0.img_mod.lin",
+    "an SD3 checkpoint": f"joint_blocks.0.x_block.attn.qkv.weight {UNET}joint_blocks.0.x_block.mlp",
+    "a diffusers U-Net": "down_blocks.0.resnets.0.conv1.weight",
+    "a VAE": "decoder.conv_in.weight encoder.conv_in.weight",
+    "something else": "anything",
 }
 BY_ITS_NAME = (
     '"{}" is a safetensors file, which sd-scripts recognizes by its name alone: give one whose '
@@ -235,29 +223,30 @@ def test_a_v_prediction_model_without_its_option_is_a_warning():
     assert check(f"{BASE}=b.safetensors --v_parameterization") == Report(plan=plan)
 
 
-REFUSED_MODELS = {
-    NO_VAE.format("b.safetensors"): [without(VAE)],
-    '"b.safetensors" is an inpainting model, whose U-Net takes 9 channels, not SDXL\'s 4: give a '
-    "checkpoint of SDXL itself": [SDXL | {CONV_IN: (320, 9, 3, 3)}],
-    '"b.safetensors" is a model of its own, whose U-Net takes 8 channels, not SDXL\'s 4: give a '
-    "checkpoint of SDXL itself": [SDXL | {CONV_IN: (320, 8, 3, 3)}],
+OTHER_UNET = (
+    '"b.safetensors" is {}, whose U-Net takes {} channels, not SDXL\'s 4: give a checkpoint of '
+    "SDXL itself"
+)
+FEW_BLOCKS = (
     '"b.safetensors" is a distilled model, as SSD-1B and Segmind Vega are: its U-Net has 30 of '
-    "SDXL's 70 transformer blocks: give a checkpoint of SDXL itself": [
-        {name: shape for name, shape in SDXL.items() if not re.search(DISTILLED, name)}
-    ],
-    **{
-        f'"b.safetensors" is {kind}, not an SDXL checkpoint: give the one to train on': [
-            {key: (1,)} for key in keys
-        ]
+    "SDXL's 70 transformer blocks: give a checkpoint of SDXL itself"
+)
+REFUSED_MODELS = [
+    (NO_VAE.format("b.safetensors"), without(VAE)),
+    (OTHER_UNET.format("an inpainting model", 9), SDXL | {CONV_IN: (320, 9, 3, 3)}),
+    (OTHER_UNET.format("a model of its own", 8), SDXL | {CONV_IN: (320, 8, 3, 3)}),
+    (FEW_BLOCKS, {n: shape for n, shape in SDXL.items() if not re.search(DISTILLED, n)}),
+    *(
+        (f'"b.safetensors" is {kind}, not an SDXL checkpoint: give the one to train on', {k: (1,)})
         for kind, keys in OTHER_MODELS.items()
-    },
-}
+        for k in keys.split()
+    ),
+]
 
 
-@pytest.mark.parametrize("sentence", REFUSED_MODELS)
-def test_a_model_that_sd_scripts_cannot_train_is_named_in_the_error(sentence):
-    for shapes in REFUSED_MODELS[sentence]:
-        assert of_shapes(shapes) == Report([sentence], plan={"base": "b.safetensors"})
+@pytest.mark.parametrize(("sentence", "shapes"), REFUSED_MODELS)
+def test_a_model_that_sd_scripts_cannot_train_is_named_in_the_error(sentence, shapes):
+    assert of_shapes(shapes) == Report([sentence], plan={"base": "b.safetensors"})
 
 
 def test_a_file_that_is_not_whole_is_an_error():
@@ -284,11 +273,10 @@ def test_a_name_that_is_no_file_is_a_mistake_or_one_of_the_hub():
 
 def test_a_folder_is_a_diffusers_model_if_it_says_so_itself():
     put("model/a")
-    error = (
+    assert check(f"{BASE}=model").errors == [
         '"model" is a folder without a model_index.json, so it is not a diffusers model: give the '
         ".safetensors file itself"
-    )
-    assert check(f"{BASE}=model") == Report([error], plan={"base": "model"})
+    ]
     put("model/model_index.json")
     note = '"model" is a folder, taken for a diffusers model and not checked'
     assert check(f"{BASE}=model") == Report(notes=[note], plan={"base": "model"})
@@ -311,42 +299,36 @@ def test_a_file_of_another_name_is_told_by_its_first_bytes():
         assert check(f"{BASE}=old.ckpt") == Report(errors, [], notes, {"base": "old.ckpt"})
 
 
-@pytest.mark.parametrize(
-    ("link", "target", "sentence"),
-    [
+ELSEWHERE = (
+    '"models/x.safetensors" is a link to "real.safetensors", which sd-scripts looks for in the '
+    'working folder: give "{}/models/real.safetensors" itself'
+)
+
+
+def test_a_link_is_followed_as_sd_scripts_follows_it(kohya):
+    Path("models").mkdir()
+    for name in ("b.safetensors", "B.SAFETENSORS", "31e35c80", "models/real.safetensors"):
+        write_checkpoint(Path(name), SDXL)
+    Path("models/novae.safetensors").touch()
+    write_checkpoint(Path("novae.safetensors"), without(VAE))
+    for link, target, sentence in (
         ("models/x.safetensors", "{}/b.safetensors", None),
         ("x.safetensors", "B.SAFETENSORS", None),  # the same ending
         ("x.safetensors", "gone.safetensors", NO_CHECKPOINT.format("x.safetensors")),
         # As the hub's cache has its files: under a hash.
         ("models/x.safetensors", "{}/31e35c80", BY_ITS_NAME.format("{}/31e35c80")),
         # A relative one is looked for in the working folder.
-        (
-            "models/x.safetensors",
-            "real.safetensors",
-            '"models/x.safetensors" is a link to "real.safetensors", which sd-scripts looks for in '
-            'the working folder: give "{}/models/real.safetensors" itself',
-        ),
+        ("models/x.safetensors", "real.safetensors", ELSEWHERE),
         ("models/x.safetensors", "novae.safetensors", NO_VAE.format("novae.safetensors")),
-    ],
-)
-def test_a_link_is_followed_as_sd_scripts_follows_it(kohya, link, target, sentence):
-    Path("models").mkdir()
-    for name in ("b.safetensors", "B.SAFETENSORS", "31e35c80", "models/real.safetensors"):
-        write_checkpoint(Path(name), SDXL)
-    Path("models/novae.safetensors").touch()
-    write_checkpoint(Path("novae.safetensors"), without(VAE))
-    Path(link).symlink_to(target.format(kohya))
-    errors = [sentence.format(kohya)] if sentence else []
-    base = link if sentence else f"{link} (SDXL, 6.94 GB)"
-    assert check(f"{BASE}={quote(link)}") == Report(errors, plan={"base": base})
+    ):
+        Path(link).unlink(missing_ok=True)
+        Path(link).symlink_to(target.format(kohya))
+        errors = [sentence.format(kohya)] if sentence else []
+        base = link if sentence else f"{link} (SDXL, 6.94 GB)"
+        assert check(f"{BASE}={quote(link)}") == Report(errors, plan={"base": base})
 
 
 # ---- The prompts of samples ----------------------------------------------------------------------
-
-COMMENT = (
-    'a comment in "p.txt" will be drawn as a prompt: # has to be the first character of the line, '
-    "without a space or a byte order mark before it"
-)
 
 
 def test_the_sample_prompts_pass_and_are_three():
@@ -354,9 +336,8 @@ def test_the_sample_prompts_pass_and_are_three():
     assert starts == [r"A \[v\] on a beach", r"A lighthouse in \[v\] style", "A lighthouse"]
 
 
-@pytest.mark.parametrize(
-    ("ending", "text", "why"),
-    [
+def test_prompts_that_sd_scripts_cannot_read_are_an_error():
+    for ending, text, why in (
         ("toml", "", "KeyError: 'prompt')"),
         ("toml", "prompt = 1", "TypeError: "),
         ("toml", "[prompt]", "KeyError: 'subset')"),
@@ -369,75 +350,73 @@ def test_the_sample_prompts_pass_and_are_three():
         ("txt", "a café", "UnicodeDecodeError: "),
         ("md", "a dog", "ValueError: its name ends in none of .txt, .toml, .json)"),
         ("TXT", "a dog", "ValueError: its name ends in none of .txt, .toml, .json)"),
-    ],
-)
-def test_prompts_that_sd_scripts_cannot_read_are_an_error(ending, text, why):
-    path = Path(f"p.{ending}")
-    path.write_bytes(text.encode("cp1252"))
-    [error] = check(f"--sample_at_first --sample_prompts={path}").errors
-    assert error.startswith(
-        f'sd-scripts cannot read the prompts in "{path}", which ends the training at the first '
-        f"sample: write them as in blora_prompts.txt ({why}"
-    )
-    assert error.endswith(")")
+    ):
+        path = Path(f"p.{ending}")
+        path.write_bytes(text.encode("cp1252"))
+        [error] = check(f"--sample_at_first --sample_prompts={path}").errors
+        assert error.startswith(
+            f'sd-scripts cannot read the prompts in "{path}", which ends the training at the first '
+            f"sample: write them as in blora_prompts.txt ({why}"
+        )
+        assert error.endswith(")")
 
 
 def test_prompts_that_are_none_or_drawn_otherwise_are_a_warning():
-    none = 'no prompt in "{}", so no samples will be drawn: add one'
     gone = 'no prompts at "gone.md", so no samples will be drawn: correct --sample_prompts'
-    for name, text, sentence in (
-        ("gone.md", None, gone),  # with which sd-scripts goes on
-        ("p.txt", "# a comment\n\n", none),
-        *(("p.json", empty, none) for empty in ("[]", "{}", '""')),
-        *(("p.txt", f"{start}# a comment\na dog", COMMENT) for start in (" ", "\t", "\ufeff")),
+    assert check("--sample_at_first --sample_prompts=gone.md").warnings == [gone]  # it goes on
+    for ending, text in (
+        ("txt", "# a comment\n\n"),
+        ("json", "[]"),
+        ("json", "{}"),
+        ("json", '""'),
     ):
-        if text is not None:
-            put(name, text)
-        report = check(f"--sample_at_first --sample_prompts={name}")
-        assert report == Report(warnings=[sentence.format(name)], plan=ANY)
+        put(f"p.{ending}", text)
+        none = f'no prompt in "p.{ending}", so no samples will be drawn: add one'
+        assert check(f"--sample_at_first --sample_prompts=p.{ending}").warnings == [none]
+    for start in (" ", "\t", "\ufeff"):
+        put("p.txt", f"{start}# a comment\na dog")
+        assert check("--sample_at_first --sample_prompts=p.txt") == Report(
+            warnings=[
+                'a comment in "p.txt" will be drawn as a prompt: # has to be the first character '
+                "of the line, without a space or a byte order mark before it"
+            ],
+            plan=ANY,
+        )
 
 
 # ---- The dataset config --------------------------------------------------------------------------
 
 PROJECT, OTHER = "_in/lora/sdxl/hero/images", "_in/lora/sdxl/villain/images"
-GONE, FILE, FOLDER = ({"image_dir": name} for name in ("gone", "file", "folder"))
 DETOUR = f"{PROJECT}/../../../../../{OTHER}"
 
 
 def test_missing_folders_are_errors_unless_there_are_others():
+    gone, file, folder = ({"image_dir": name} for name in ("gone", "file", "folder"))
     sentence = f'no folder of images at "{{}}": correct image_dir in "{CONFIG}"'
     for subsets, missing, missed in (
-        ([GONE, FILE, GONE], ["gone", "file"], []),
-        ([GONE, FOLDER], [], ["gone"]),
-        ([GONE, {"metadata_file": "meta.json"}], [], ["gone"]),
-        ([FOLDER], [], []),
+        ([gone, file, gone], ["gone", "file"], []),
+        ([gone, folder], [], ["gone"]),
+        ([gone, {"metadata_file": "meta.json"}], [], ["gone"]),
+        ([folder], [], []),
     ):
         report = reported(check_missing, subsets, Path(CONFIG))
-        assert report.errors == [sentence.format(folder) for folder in missing]
-        assert report.warnings == [sentence.format(folder) for folder in missed]
+        assert report.errors == [sentence.format(name) for name in missing]
+        assert report.warnings == [sentence.format(name) for name in missed]
 
 
-@pytest.mark.parametrize(
-    ("folders", "is_other"),
-    [
-        ([OTHER], True),
-        ([DETOUR], True),
-        ([f"{OTHER}/.."], True),
-        ([OTHER, PROJECT], False),
-        # Shared ones beside the projects, above them, elsewhere, and by a link.
-        (["_in/lora/sdxl/shared"], False),
-        (["_in/lora/shared"], False),
-        (["shared"], False),
-        pytest.param(["_in/lora/sdxl/hero/link"], False, marks=POSIX),
-    ],
-)
-def test_pictures_of_another_project_alone_are_noticed(kohya, folders, is_other):
+def test_pictures_of_another_project_alone_are_noticed(kohya):
     put("_in/lora/sdxl/villain/config.toml")
     Path(OTHER).mkdir()
-    if "link" in folders[0]:
-        Path("_in/lora/sdxl/hero/link").symlink_to(kohya / OTHER)
-    for written in (folders, [str(Path(folder).absolute()) for folder in folders]):
-        assert other_project(written, Path(CONFIG)) == (written[0] if is_other else None)
+    link = Path("_in/lora/sdxl/hero/link")
+    if os.name != "nt":
+        link.symlink_to(kohya / OTHER)
+    others = [OTHER], [DETOUR], [f"{OTHER}/.."]
+    # Shared ones beside the projects, above them, elsewhere, and by a link.
+    shared = ["_in/lora/sdxl/shared"], ["_in/lora/shared"], ["shared"], [str(link)]
+    for folders in (*others, [OTHER, PROJECT], *shared):
+        for written in (folders, [str(Path(folder).absolute()) for folder in folders]):
+            other = written[0] if folders in others else None
+            assert other_project(written, Path(CONFIG)) == other
 
 
 # ---- The output ----------------------------------------------------------------------------------
@@ -481,8 +460,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(kohya):
 
 def test_a_name_that_is_a_path_is_an_error():
     """As BLORA_NAME=chars/hero gives it."""
-    line = "--output_dir=_out/chars/hero_1 --output_name=chars/hero_1"
-    folder = Path("_out/chars/hero_1/chars")
+    line, folder = "--output_dir=_out --output_name=chars/hero_1", Path("_out/chars")
     assert check(line).errors == [
         f'--output_name "chars/hero_1" is a path, and the folder "{folder}" does not exist: '
         f"{BLORA_NAME}"
@@ -493,51 +471,41 @@ def test_a_name_that_is_a_path_is_an_error():
 
 @POSIX
 def test_a_name_that_is_too_long_for_its_saves_is_an_error():
-    for name, shown in {
-        "x" * 231: "x" * 231,
-        "ä" * 116: "ä" * 116,
-        "x" * 255: "x" * 20 + "...",
-    }.items():
+    for name in ("x" * 231, "ä" * 116, "x" * 255):
+        shown = name if len(name) < 255 else "x" * 20 + "..."
         [error] = check(f"--output_name={name}").errors
         assert error == f'--output_name "{shown}" is too long for a file: {BLORA_NAME}'
 
 
-NOT_ON_WINDOWS = {
-    "a:b": "with : in its name",
-    "what?": "with ? in its name",
-    'say "hi"': 'with " in its name',
-    "a<b>|*": "with * < > | in its name",
-    "a\nb": "with \n in its name",
-    "CON": "of this name",
-    "nul.1": "of this name",
-    "com1 ": "of this name",
-    **({} if os.name == "nt" else {"a\\b": "with \\ in its name"}),  # a path on Windows
-}
-
-
 def test_a_name_that_windows_refuses_is_an_error_there_and_a_warning_elsewhere():
     kind = "errors" if os.name == "nt" else "warnings"
-    for name, why in NOT_ON_WINDOWS.items():
+    for name, why in {
+        "a:b": "with : in its name",
+        "what?": "with ? in its name",
+        'say "hi"': 'with " in its name',
+        "a<b>|*": "with * < > | in its name",
+        "a\nb": "with \n in its name",
+        "CON": "of this name",
+        "nul.1": "of this name",
+        "com1 ": "of this name",
+        **({} if os.name == "nt" else {"a\\b": "with \\ in its name"}),  # a path on Windows
+    }.items():
         sentence = f'--output_name "{name}": Windows cannot save a file {why}: {BLORA_NAME}'
         assert check(f"--output_name={quote(name)}") == Report(**{kind: [sentence]}, plan=ANY)
 
 
-OVERWRITTEN = {
-    "": "hero_1.safetensors",
-    "--output_name=": "last.safetensors",
-    "--save_model_as=ckpt": "hero_1.ckpt",
-    "--output_name=hero_2": None,
-    "--save_model_as=pt": None,
-}
-
-
-@pytest.mark.parametrize("line", OVERWRITTEN)
-def test_an_earlier_lora_that_will_be_written_over_is_a_warning(line):
+def test_an_earlier_lora_that_will_be_written_over_is_a_warning():
     for earlier in ("hero_1.safetensors", "last.safetensors", "hero_1.ckpt"):
         put(f"_out/hero_1/{earlier}")
-    name = OVERWRITTEN[line]
-    sentence = (
-        f'"{Path("_out/hero_1", str(name))}" exists and will be overwritten: give another '
-        "--output_name (BLORA_REVISION in the launcher), or move it away"
-    )
-    assert check(line) == Report(warnings=[sentence] if name else [], plan=ANY)
+    for line, name in {
+        "": "hero_1.safetensors",
+        "--output_name=": "last.safetensors",
+        "--save_model_as=ckpt": "hero_1.ckpt",
+        "--output_name=hero_2": None,
+        "--save_model_as=pt": None,
+    }.items():
+        sentence = (
+            f'"{Path("_out/hero_1", str(name))}" exists and will be overwritten: give another '
+            "--output_name (BLORA_REVISION in the launcher), or move it away"
+        )
+        assert check(line) == Report(warnings=[sentence] * bool(name), plan=ANY)

@@ -1,7 +1,6 @@
 """The plan of a training, and warnings on options that the trainer would take without a word.
 
-Networks, optimizers and accelerate are the real ones, on SDXL's names and shapes; the options have
-sd-scripts' defaults. Only the graphics cards are not there.
+All is real, on SDXL's names and shapes with sd-scripts' defaults, but the graphics cards.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from diffusers_sdxl import sdxl_unet_without_weights
 from lycoris_releases import LYCORIS
-from preset_modules import CONTENT, STYLE, block_modules, text_encoder_modules
 from prodigyopt import Prodigy
 from rehearsed_networks import CONTENT_STYLE, made, network, options, told_memory
 from reports import reported
@@ -82,7 +80,6 @@ def planned(*given: str, machine: int | None = None, without: str = "", **more: 
         ("", "", {"preset": ("out.2$",)}, " 0.0 MB activations"),
         ("", "--mixed_precision=no", {}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
         ("", "--mixed_precision=no", {}, "activations of unknown size"),
-        ("", "--mixed_precision=no", {}, "training 3000 steps, 250 epochs, batch 1/2, no mixed "),
         ("", "--fp8_base_unet", {}, "2.57 GB U-Net in 8 bits, 1.64 GB text encoders, "),
         ("", "--fp8_base", {}, "2.57 GB U-Net in 8 bits, 817.7 MB text encoders, "),
         ("", "--cache_text_encoder_outputs", {}, "5.13 GB U-Net in 16 bits, 112.7 MB LoRA, "),
@@ -116,26 +113,20 @@ def test_a_plan_has_a_line_for_each():
     assert re.fullmatch(r"1 of 112.7 MB in _out \([\d.]+ [GM]B free\)", report.plan["saves"])
     assert len(report.modules) == 160
     assert report.errors == report.warnings == report.notes == []
-
-
-def test_of_a_network_that_is_wrapped_the_length_is_told_alone():
-    assert list(planned().plan) == ["training"]
-
-
-LENGTHS = {
-    ("", 12, 1): (1600, 134),
-    ("--max_train_steps=3000", 12, 1): (3000, 250),
-    ("--max_train_steps=10", 12, 1): (10, 1),
-    ("--max_train_epochs=2 --max_train_steps=5", 12, 1): (24, 2),
-    ("--max_train_epochs=2 --gradient_accumulation_steps=5", 12, 1): (6, 2),
-    ("--max_train_epochs=2", 13, 2): (14, 2),
-    ("--max_train_epochs=2 --gradient_accumulation_steps=4", 13, 2): (4, 2),
-    ("--max_train_epochs=2", 0, 1): (2, 2),
-}
+    assert list(planned().plan) == ["training"]  # of a network that is wrapped
 
 
 def test_a_training_is_so_long():
-    for (given, batches, processes), (steps, epochs) in LENGTHS.items():
+    for (given, batches, processes), (steps, epochs) in {
+        ("", 12, 1): (1600, 134),
+        ("--max_train_steps=3000", 12, 1): (3000, 250),
+        ("--max_train_steps=10", 12, 1): (10, 1),
+        ("--max_train_epochs=2 --max_train_steps=5", 12, 1): (24, 2),
+        ("--max_train_epochs=2 --gradient_accumulation_steps=5", 12, 1): (6, 2),
+        ("--max_train_epochs=2", 13, 2): (14, 2),
+        ("--max_train_epochs=2 --gradient_accumulation_steps=4", 13, 2): (4, 2),
+        ("--max_train_epochs=2", 0, 1): (2, 2),
+    }.items():
         found = length(options(*given.split()), batches, processes)
         assert found == Length(steps, epochs), given
 
@@ -154,28 +145,15 @@ def test_its_length_is_told_with_what_a_step_takes():
         assert report.errors == [f"{option} means zero steps: raise it"]
 
 
-def test_the_modules_are_those_of_the_network_that_was_built():
-    unet = block_modules(CONTENT) | block_modules(STYLE)
-    with_text = network(trains_text=True)
-    assert network().modules.keys() == unet
-    assert with_text.modules.keys() == unet | text_encoder_modules("all")
-    assert with_text.blocks == network().blocks == {"output_blocks.0.1", "output_blocks.1.1"}
-    assert with_text.parameters == (440_320 + 401_408) * 64
-    assert (network().trains_text, with_text.trains_text) == (False, True)
-
-
-MODULES = {
-    "160: 80 content (output_blocks.0.1), 80 style (output_blocks.1.1)": CONTENT_STYLE,
-    "240: 80 layout (input_blocks.8.1), 80 content (output_blocks.0.1), "
-    "80 style (output_blocks.1.1)": "blora_content_layout_style",
-    "2: 1 in input_blocks.0.0, 1 in out": ("input_blocks.0.0$", "out.2$"),
-    "71 in 12 blocks": (".*attn1.to_q$", "out.2$"),
-}
-
-
-@pytest.mark.parametrize("told", MODULES)
-def test_modules_are_told_by_trait_and_block(told):
-    assert planned(network=made(preset=MODULES[told])).plan["modules"] == told
+def test_modules_are_told_by_trait_and_block():
+    for told, preset in {
+        "160: 80 content (output_blocks.0.1), 80 style (output_blocks.1.1)": CONTENT_STYLE,
+        "240: 80 layout (input_blocks.8.1), 80 content (output_blocks.0.1), "
+        "80 style (output_blocks.1.1)": "blora_content_layout_style",
+        "2: 1 in input_blocks.0.0, 1 in out": ("input_blocks.0.0$", "out.2$"),
+        "71 in 12 blocks": (".*attn1.to_q$", "out.2$"),
+    }.items():
+        assert planned(network=made(preset=preset)).plan["modules"] == told
 
 
 def test_a_broken_traits_file_is_a_warning_and_modules_are_told_without_it(monkeypatch, folder):
@@ -208,42 +186,34 @@ def test_the_cards_memory_is_a_sum_of_parts():
         "LoRA, 112.7 MB gradients, 450.9 MB prodigy state, 993.0 MB activations "
         "(without --gradient_checkpointing, which is BLORA_SAVE_MEMORY=0: 2.80 GB more)"
     )
-
-
-def test_activations_grow_with_the_pixels_of_a_batch():
-    for pixels, part in {
-        2 * MEGAPIXEL: "1.99 GB activations",
-        MEGAPIXEL // 4: "248.2 MB activations",
-        0: "activations of unknown size",  # of a dataset that does not tell its sizes
-    }.items():
-        assert part in told_memory(options(), network(), PRODIGY, pixels)
-
-
-def test_the_state_of_an_optimizer_that_was_not_counted_has_no_size():
-    told = told_memory(options("--optimizer_type=Came"), network(), None)
-    assert told.split(" gradients, ")[1].startswith("993.0 MB activations, Came state of unknown")
+    without = told_memory(options("--optimizer_type=Came"), network(), None)
+    assert without.split(" gradients, ")[1].startswith("993.0 MB activations, Came state of unkno")
     assert " AdamW state" in told_memory(options(without="optimizer_type"), network(), 2.0)
 
 
-SAVES = {
-    "--save_every_n_steps=1000": (3, 3),  # the last step's is one of its own
-    "--save_every_n_steps=100 --save_last_n_steps=1000": (11, 11),
-    "--save_every_n_steps=1000 --save_last_n_steps=9000": (3, 3),
-    "--save_every_n_epochs=125": (1, 1),  # not the last epoch
-    "--save_every_n_epochs=100 --save_last_n_epochs=9": (2, 2),
-    "--save_every_n_epochs=1 --save_last_n_epochs=2": (2, 2),
-    "--save_every_n_steps=1000 --save_every_n_epochs=100": (5, 5),
-    "--save_n_epoch_ratio=5": (4, 4),
-    "--save_n_epoch_ratio=999": (249, 249),
-    "--save_every_n_epochs=1 --save_last_n_epochs_state=3": (249, 3),
-    "--save_every_n_epochs=1 --save_last_n_epochs=2 --save_last_n_epochs_state=3": (2, 3),
-    "--save_every_n_steps=100 --save_last_n_steps_state=200": (30, 3),
-}
+def test_activations_grow_with_the_pixels_of_a_batch():
+    for pixels, size in {2 * MEGAPIXEL: "1.99 GB", MEGAPIXEL // 4: "248.2 MB"}.items():
+        assert f"{size} activations" in told_memory(options(), network(), PRODIGY, pixels)
+    # Of a dataset that does not tell its sizes.
+    assert "activations of unknown size" in told_memory(options(), network(), PRODIGY, 0)
 
 
 def test_so_many_files_and_states_are_there_before_the_last():
     training = Length(3000, 250)
-    for given, numbers in SAVES.items():
+    for given, numbers in {
+        "--save_every_n_steps=1000": (3, 3),  # the last step's is one of its own
+        "--save_every_n_steps=100 --save_last_n_steps=1000": (11, 11),
+        "--save_every_n_steps=1000 --save_last_n_steps=9000": (3, 3),
+        "--save_every_n_epochs=125": (1, 1),  # not the last epoch
+        "--save_every_n_epochs=100 --save_last_n_epochs=9": (2, 2),
+        "--save_every_n_epochs=1 --save_last_n_epochs=2": (2, 2),
+        "--save_every_n_steps=1000 --save_every_n_epochs=100": (5, 5),
+        "--save_n_epoch_ratio=5": (4, 4),
+        "--save_n_epoch_ratio=999": (249, 249),
+        "--save_every_n_epochs=1 --save_last_n_epochs_state=3": (249, 3),
+        "--save_every_n_epochs=1 --save_last_n_epochs=2 --save_last_n_epochs_state=3": (2, 3),
+        "--save_every_n_steps=100 --save_last_n_steps_state=200": (30, 3),
+    }.items():
         args = options(*given.split())
         assert (saves(training, args), saves(training, args, "_state")) == numbers, given
 
@@ -256,15 +226,14 @@ def little_room(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("little_room")
-@pytest.mark.parametrize("name", ["hero_1", "cat[1]"])
-def test_saves_that_do_not_fit_beside_those_they_replace_are_an_error(folder, name):
-    given = f"--output_name={name}", "--save_every_n_steps=1000", "--save_precision=fp16"
+def test_saves_that_do_not_fit_beside_those_they_replace_are_an_error(folder):
+    given = "--output_name=cat[1]", "--save_every_n_steps=1000", "--save_precision=fp16"
     sentence = (
         'do not fit into the 200.0 MB free at "{}": free some space, or raise --save_every_n_steps'
     )
     assert planned(*given, network=made()).errors == [f"4 of 56.4 MB {sentence.format(folder)}"]
     Path("_out").mkdir()
-    with Path(f"_out/{name}-step00001000.safetensors").open("wb") as file:
+    with Path("_out/cat[1]-step00001000.safetensors").open("wb") as file:
         file.truncate(56_000_000)
     assert planned(*given, network=made()).errors == []
     assert planned(*given, "--save_state", network=made()).errors == [
@@ -284,27 +253,20 @@ def test_the_first_of_several_machines_saves_and_the_others_need_no_room():
     assert (len(first.errors), len(second.errors)) == (1, 0)
 
 
-CACHED = "--cache_text_encoder_outputs"
-SAVE_MEMORY = (
-    "set BLORA_SAVE_MEMORY to 1, or add --gradient_checkpointing, or lower batch_size or resolution"
-)
-
-
-@pytest.mark.parametrize(
-    ("cards", "rank", "given", "without", "told"),
-    [
-        ([10240], 64, [], "", None),
-        ([4096, 24576], 1024, [], "", None),  # the larger of two cards
-        ([12288], 1024, [], "", ["12.88", "18.58", f"lower BLORA_RANK, or add {CACHED}"]),
-        ([4096], 64, [CACHED], "", ["4.29", "6.80", "use a larger card"]),
-        ([6144], 64, [CACHED], "gradient_checkpointing", ["6.44", "9.60", SAVE_MEMORY]),
-    ],
-)
-def test_a_card_that_is_too_small_is_a_warning(monkeypatch, cards, rank, given, without, told):
-    put_cards(monkeypatch, *cards)
-    report = planned(f"--network_dim={rank}", *given, without=without, network=made(rank))
+def test_a_card_that_is_too_small_is_a_warning(monkeypatch):
+    cached, checkpointed = "--cache_text_encoder_outputs", "gradient_checkpointing"
+    save = f"set BLORA_SAVE_MEMORY to 1, or add --{checkpointed}, or lower batch_size or resolution"
     sentence = "the card has {} GB of memory, and this training takes at least {} GB (computed): {}"
-    assert report.warnings == ([sentence.format(*told)] if told else [])
+    for cards, rank, given, without, told in (
+        ([10240], 64, [], "", []),
+        ([4096, 24576], 1024, [], "", []),  # the larger of two cards
+        ([12288], 1024, [], "", [("12.88", "18.58", f"lower BLORA_RANK, or add {cached}")]),
+        ([4096], 64, [cached], "", [("4.29", "6.80", "use a larger card")]),
+        ([6144], 64, [cached], checkpointed, [("6.44", "9.60", save)]),
+    ):
+        put_cards(monkeypatch, *cards)
+        report = planned(f"--network_dim={rank}", *given, without=without, network=made(rank))
+        assert report.warnings == [sentence.format(*words) for words in told]
 
 
 # ---- Warnings on options -------------------------------------------------------------------------
@@ -411,18 +373,14 @@ def test_without_a_network_the_rate_is_looked_at_that_a_warm_up_from_zero_hides(
     assert reported(option_warnings.check_options, rehearsal).warnings == [TOO_HIGH.format("1")]
 
 
-def test_the_tested_lycoris_releases_are_the_tested_ones():
+def test_a_lycoris_that_is_not_tested_is_a_note(monkeypatch, tmp_path):
     assert list(option_warnings.LYCORIS_TESTED) == LYCORIS
-
-
-@pytest.mark.parametrize("version", ["1.0", "unknown"])
-def test_a_lycoris_that_is_not_tested_is_a_note(monkeypatch, tmp_path, version):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    if version != "unknown":
-        info = tmp_path / f"lycoris_lora-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Name: lycoris_lora\nVersion: {version}\n")
-    tested = ", ".join(option_warnings.LYCORIS_TESTED)
-    sentence = f"LyCORIS {version} was not tested with this bundle; {tested} were"
-    assert check().notes == [sentence]
-    assert check("--network_module=networks.lora --network_args").notes == []
+    for version in ("unknown", "1.0"):
+        assert check().notes == [
+            f"LyCORIS {version} was not tested with this bundle; {', '.join(LYCORIS)} were"
+        ]
+        assert check("--network_module=networks.lora --network_args").notes == []
+        info = tmp_path / "lycoris_lora-1.0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Name: lycoris_lora\nVersion: 1.0\n")

@@ -1,7 +1,6 @@
 """blora_preflight.py as a program: its command line, what it prints, and in which order it asks.
 
-The script of these tests reads sd-scripts' options and trains nothing, so nothing is rehearsed:
-test_real_kohya.py and test_real_cases.py rehearse.
+The script reads sd-scripts' options and trains nothing; test_real_*.py rehearse.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -36,8 +36,10 @@ from blora.sheet import thumbnail_limit
 from blora_preflight import Training, main
 
 SCRIPT = "sdxl_train_network.py"
-PARSES = "from sdxl_train_network_options import build_parser as setup_parser\n"
-PRINTS = "import sys\nprint('it')\nprint('it', file=sys.stderr)\n"
+PARSES = (
+    "import sys\nfrom sdxl_train_network_options import build_parser as setup_parser\n"
+    "print('it')\nprint('it', file=sys.stderr)\n"
+)
 OPTIONS = {
     "pretrained_model_name_or_path": "sdxl.safetensors",
     "dataset_config": "config.toml",
@@ -62,7 +64,7 @@ def kohya(tmp_path, monkeypatch) -> Path:
     shutil.copytree(ROOT / "tests/standin/library", "library")
     shutil.copy(ROOT / "tests/standin/sdxl_train_network_options.py", ".")
     shutil.copy(ROOT / "tests/data/sdxl_train_network_options.json", ".")
-    Path(SCRIPT).write_text(PARSES + PRINTS)
+    Path(SCRIPT).write_text(PARSES)
     write_checkpoint(Path("sdxl.safetensors"), sdxl_shapes())
     Path("images").mkdir()
     Path("page.html").write_text("mine")
@@ -115,24 +117,17 @@ def test_a_warning_stops_nothing_and_is_counted_at_the_end(capsys):
     assert capsys.readouterr().out == "This training:\n2 warnings: see above\n"
 
 
-def test_a_name_that_the_terminals_encoding_lacks_is_escaped():
+def test_any_output_is_written_to_as_far_as_it_can(monkeypatch):
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = run(PROGRAM, SCRIPT, *LINE, "--vae=gone_ü", env=env)
     assert (done.returncode, done.stdout) == (1, "")
     assert r'"gone_\xfc"' in done.stderr
-
-
-def test_an_output_that_is_no_text_stream_of_pythons_is_written_to_as_it_is(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # no text stream of Python's
     monkeypatch.setattr(sys, "stderr", None)
     assert main(["--json", SCRIPT, *LINE]) == 0
     assert json.loads(sys.stdout.getvalue())["errors"] == []
 
 
-LACKS = (
-    f"this Python ({sys.executable}) has no {{}}: install kohya's requirements, or activate the "
-    "environment that has them"
-)
 NAMES = [*OPTIONS, "network_args", "network_module", "config_file", "resume", "vae", "output_nam"]
 NAMES += ["save_every_n_steps", "max_train_steps", "sample_prompts", "sample_at_first"]
 VALUES = st.sampled_from(["", "0", "-1", "nan", "1e999", "config.toml", "images", "lycoris.kohya"])
@@ -141,24 +136,17 @@ WORDS = st.builds("--{}".format, st.sampled_from(NAMES))
 WORDS |= st.builds("--{}={}".format, st.sampled_from(NAMES), VALUES) | VALUES
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "launch --num_processes=2",
-        "accelerate launch --num_processes 2 --mixed_precision bf16",
-        "/venv/bin/accelerate launch",
-        "",
-    ],
-)
-def test_the_words_before_the_script_are_accelerates(monkeypatch, words):
-    trainings, line = [], words.split()
+def test_the_words_before_the_script_are_accelerates(monkeypatch):
+    trainings = []
     monkeypatch.setattr(blora_preflight, "check", lambda it: trainings.append(it) or Report())
-    assert main([*line, SCRIPT, *LINE]) == 0
-    assert main(["--json", "--preview=a.html", *line, SCRIPT, *LINE]) == 0
-    assert trainings == [
-        Training(Path(SCRIPT), LINE, line, terminal=sys.stderr),
-        Training(Path(SCRIPT), LINE, line, preview=Path("a.html")),  # no progress beside JSON
-    ]
+    for words in ("", "launch --num_processes=2", "/venv/bin/accelerate launch --num_processes 2"):
+        line = words.split()
+        assert main([*line, SCRIPT, *LINE]) == 0
+        assert main(["--json", "--preview=a.html", *line, SCRIPT, *LINE]) == 0
+        assert trainings[-2:] == [
+            Training(Path(SCRIPT), LINE, line, terminal=sys.stderr),
+            Training(Path(SCRIPT), LINE, line, preview=Path("a.html")),  # no progress beside JSON
+        ]
 
 
 def test_what_needs_no_parser_is_said_before_the_trainer_is_imported(capsys):
@@ -171,56 +159,47 @@ def test_what_needs_no_parser_is_said_before_the_trainer_is_imported(capsys):
     assert "sdxl_train_network" not in sys.modules
 
 
-READ_BY_THE_TRAINER = {
-    "--config_file gui.toml": ['no VAE at "gone": correct --vae'],
-    "--config_file=gui --vae=": [],
-    "--config_file=a": [
-        "--config_file a.toml cannot be read: correct its path or its text (a.toml not found.)"
-    ],
-    "--seed=x": [
-        "sd-scripts refuses the options: correct them (argument --seed: invalid int value: 'x')"
-    ],
-}
-
-
-@pytest.mark.parametrize("line", READ_BY_THE_TRAINER)
-def test_the_trainer_itself_reads_the_options(capsys, line):
+def test_the_trainer_itself_reads_the_options(capsys):
     options = OPTIONS | {"vae": "gone", "train_data_dir": "", "save_last_n_epochs": ""}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     Path("gui.toml").write_text("\n".join([*lines, "cache_latents = false"]), encoding="utf-8")
-    assert asked(capsys, SCRIPT, *line.split())["errors"] == READ_BY_THE_TRAINER[line]
+    for line, sentence in {
+        "--config_file gui.toml": 'no VAE at "gone": correct --vae',
+        "--config_file=gui --vae=": None,
+        "--config_file=a": "--config_file a.toml cannot be read: correct its path or its text "
+        "(a.toml not found.)",
+        "--seed=x": "sd-scripts refuses the options: correct them (argument --seed: invalid int "
+        "value: 'x')",
+    }.items():
+        assert asked(capsys, SCRIPT, *line.split())["errors"] == [sentence] * bool(sentence)
     assert "sdxl_train_network" in sys.modules
 
 
 def test_a_script_that_is_not_sd_scripts_own_is_not_asked(capsys):
-    for script, why in (
-        ("plain.py", "is not a training script of sd-scripts"),
-        ("elsewhere/plain.py", "is not part of sd-scripts"),
-    ):
-        Path(script).parent.mkdir(exist_ok=True)
-        Path(script).write_text("")
-        notes = [f'"{Path(script)}" {why}, so the training was not rehearsed']
-        assert asked(capsys, script, *LINE) == asdict(Report(notes=notes))
+    Path("elsewhere").mkdir()
+    for script, what in (("plain.py", "a training script"), ("elsewhere/plain.py", "part")):
+        Path(script).touch()
+        note = f'"{Path(script)}" is not {what} of sd-scripts, so the training was not rehearsed'
+        assert asked(capsys, script, *LINE) == asdict(Report(notes=[note]))
 
 
-def test_a_package_that_the_trainer_lacks_is_an_error():
-    Path(SCRIPT).write_text("import torch\n")
-    done = run("-S", PROGRAM, "--json", SCRIPT, *LINE)
-    assert json.loads(done.stdout)["errors"] == [LACKS.format("torch")]
-
-
-def test_what_only_the_pictures_need_is_missed_in_a_sentence(capsys, monkeypatch):
-    for name, sentence in (
-        ("numpy", LACKS.format("numpy")),
-        (
-            "blora.preflight.images",
-            f"blora_preflight.py {blora.VERSION} cannot use the blora folder beside it (lost): "
-            "copy the whole bundle again",
-        ),
-    ):
+def test_what_cannot_be_imported_is_an_error(capsys, monkeypatch):
+    lacks = (
+        f"this Python ({sys.executable}) has no {{}}: install kohya's requirements, or activate "
+        "the environment that has them"
+    )
+    does_not_fit = (
+        f"blora_preflight.py {blora.VERSION} cannot use the blora folder beside it (lost): copy "
+        "the whole bundle again"
+    )
+    # What only the pictures need is missed late.
+    for name, sentence in {"blora.sheet": does_not_fit, "numpy": lacks.format("numpy")}.items():
         lack = mock.Mock(side_effect=ModuleNotFoundError("lost", name=name))
         monkeypatch.setattr(blora_preflight, "check_trainer", lack)
         assert asked(capsys, SCRIPT, *LINE)["errors"] == [sentence]
+    Path(SCRIPT).write_text("import torch\n")
+    done = run("-S", PROGRAM, "--json", SCRIPT, *LINE)
+    assert json.loads(done.stdout)["errors"] == [lacks.format("torch")]
 
 
 def test_what_is_not_rehearsed_on_request_gets_no_note(kohya, capsys, monkeypatch):
@@ -231,12 +210,6 @@ def test_what_is_not_rehearsed_on_request_gets_no_note(kohya, capsys, monkeypatc
         assert asked(capsys, SCRIPT, *LINE)["notes"] == notes
         assert main([SCRIPT, *LINE]) == 0
         assert capsys.readouterr().err == (ANNOUNCED if notes else "")
-
-
-def test_it_has_a_version(capsys):
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"blora_preflight.py {blora.VERSION}\n"
 
 
 def test_files_that_version_1_left_behind_are_a_note(kohya, monkeypatch, capsys):
@@ -253,47 +226,42 @@ def test_odd_command_lines_are_told_in_sentences(capsys, line):
     assert json.loads(capsys.readouterr().out).keys() == Report().__dict__.keys()
 
 
-def test_who_stops_it_sees_no_traceback(capsys, monkeypatch):
+def test_it_has_a_version_and_who_stops_it_sees_no_traceback(capsys, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"blora_preflight.py {blora.VERSION}\n"
     monkeypatch.setattr(blora_preflight, "check_files", mock.Mock(side_effect=KeyboardInterrupt))
     assert main(["--json", SCRIPT, *LINE]) == 130
     assert capsys.readouterr().out == ""
 
 
-PREVIEWS = [
-    ([], "", None),
-    (["--preview", "sheet.html"], "", Path("sheet.html")),
-    (["--preview=~/sheet.html"], "", Path.home() / "sheet.html"),
-    ([], "other.html", Path("other.html")),
-    (["--preview=sheet.html"], "other.html", Path("sheet.html")),
-    ([], '"D:/my sheet.html" ', Path("D:/my sheet.html")),  # as cmd leaves it
-    ([], '""', Path()),  # set, to a launcher: so it is refused
-]
-
-
 def test_a_preview_is_asked_for_by_option_or_setting(monkeypatch):
-    for words, setting, preview in PREVIEWS:
+    for words, setting, preview in (
+        ([], "", None),
+        (["--preview", "sheet.html"], "", Path("sheet.html")),
+        (["--preview=~/sheet.html"], "", Path.home() / "sheet.html"),
+        ([], "other.html", Path("other.html")),
+        (["--preview=sheet.html"], "other.html", Path("sheet.html")),
+        ([], '"D:/my sheet.html" ', Path("D:/my sheet.html")),  # as cmd leaves it
+        ([], '""', Path()),  # set, to a launcher: so it is refused
+    ):
         monkeypatch.setenv("BLORA_PREVIEW", setting)
         assert blora_preflight.build_parser().parse_args([*words, SCRIPT]).preview == preview
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ("--preview=a.jpg", '{} writes a web page, not "a.jpg": end its name in .html'),
-        ("--preview=page.html", '"page.html" is not an earlier sheet: give {} another name'),
-        (
-            "--preview=a.html --no_rehearsal",
-            "--preview requires the rehearsal: remove --no_rehearsal (BLORA_REHEARSAL=0)",
-        ),
-    ],
-)
-def test_a_sheet_that_could_not_be_written_is_refused_before_anything_else(capsys, words, sentence):
-    with pytest.raises(SystemExit, match=r"^2$"):
-        main([*words.split(), "no such script.py"])
-    printed = capsys.readouterr()
-    refusal = sentence.format("--preview (BLORA_PREVIEW)")
-    assert printed.out == ""
-    assert printed.err.splitlines()[-1] == f"blora_preflight.py: error: {refusal}"
+def test_a_sheet_that_could_not_be_written_is_refused_before_anything_else(capsys):
+    for words, sentence in {
+        "--preview=a.jpg": '{} writes a web page, not "a.jpg": end its name in .html',
+        "--preview=page.html": '"page.html" is not an earlier sheet: give {} another name',
+        "--preview=a.html --no_rehearsal": "--preview requires the rehearsal: remove "
+        "--no_rehearsal (BLORA_REHEARSAL=0)",
+    }.items():
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main([*words.split(), "no such script.py"])
+        printed = capsys.readouterr()
+        refusal = sentence.format("--preview (BLORA_PREVIEW)")
+        assert printed.out == ""
+        assert printed.err.splitlines()[-1] == f"blora_preflight.py: error: {refusal}"
     assert Path("page.html").read_text() == "mine"
 
 
@@ -318,28 +286,19 @@ def test_thumbnails_are_drawn_for_a_preview_alone(monkeypatch):
 
 
 def test_how_a_rehearsal_ended_is_one_sentence():
+    concluded = partial(reported, blora_preflight.conclude)
     meta = RuntimeError("Cannot copy out of meta tensor")
-    for rehearsal, expected in (
-        (Rehearsal(missing="it"), Report(notes=["it, so the training was not rehearsed"])),
-        (
-            Rehearsal(failure=meta),
-            Report(
-                notes=[f"without weights the rehearsal goes no further than the network ({meta})"]
-            ),
-        ),
-        (
-            Rehearsal(failure=KeyError("it")),
-            Report(["the training would stop: fix the cause given (KeyError: 'it')"]),
-        ),
-        (
-            Rehearsal(args=Namespace()),
-            Report(
-                ["the trainer ends before its first step: remove the option that ends it early"]
-            ),
-        ),
-        (Rehearsal(args=Namespace(), ready=True), Report()),
-    ):
-        assert reported(blora_preflight.conclude, rehearsal) == expected
+    assert concluded(Rehearsal(missing="it")).notes == ["it, so the training was not rehearsed"]
+    assert concluded(Rehearsal(failure=meta)) == Report(
+        notes=[f"without weights the rehearsal goes no further than the network ({meta})"]
+    )
+    assert concluded(Rehearsal(failure=KeyError("it"))).errors == [
+        "the training would stop: fix the cause given (KeyError: 'it')"
+    ]
+    assert concluded(Rehearsal(args=Namespace())).errors == [
+        "the trainer ends before its first step: remove the option that ends it early"
+    ]
+    assert concluded(Rehearsal(args=Namespace(), ready=True)) == Report()
 
 
 def test_state_is_counted_where_it_can_be(monkeypatch):

@@ -1,8 +1,7 @@
 """What of the rehearsal needs no sd-scripts: meta tensors, side effects, and sentences on errors.
 
-The exceptions are the real libraries' own. The functions that raise them here have the names of
-sd-scripts' functions, by which they are known. sd-scripts' own train() is rehearsed by
-test_real_kohya.py and test_real_cases.py.
+Exceptions are the real libraries' own, raised under the names of sd-scripts' functions, by which
+they are known. Its own train() is rehearsed by test_real_kohya.py and test_real_cases.py.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from unittest import mock
 
 import lycoris.kohya
@@ -31,6 +31,7 @@ from library import train_util  # the stand-in's
 from reports import reported
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import SGD, Adafactor, AdamW
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -42,17 +43,15 @@ from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, 
 from blora.text import BloraError
 
 
-class Transformer2DModel(nn.Module):
+class Transformer2DModel(nn.ModuleDict):
     """A class that LyCORIS' presets name."""
 
     def __init__(self):
-        super().__init__()
-        self.to_q, self.conv = nn.Linear(64, 64), nn.Conv2d(64, 64, 3)
+        super().__init__({"to_q": nn.Linear(64, 64), "conv": nn.Conv2d(64, 64, 3)})
 
 
 def network(block: nn.Module, **options: str) -> nn.Module:
-    unet = nn.Module()
-    unet.block = block
+    unet = nn.ModuleDict({"block": block})
     return lycoris.kohya.create_network(1.0, 4, 4, None, nn.Module(), unet, **options)
 
 
@@ -111,35 +110,31 @@ def test_lycoris_builds_the_same_modules_without_numbers_as_with(algo, dora):
     assert real
 
 
-class ScheduleFree(torch.optim.SGD):
+class ScheduleFree(SGD):
     """Steps in training alone, as the schedule-free ones do."""
 
     def train(self) -> None:
         self.defaults["momentum"] = self.param_groups[0]["momentum"] = 0.9
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "option", "expected"),
-    [
-        (torch.optim.SGD, "", 0),
-        (torch.optim.AdamW, "", 2),  # and its count of steps, which is a number
-        (torch.optim.AdamW, "full_bf16", 2),
-        (torch.optim.AdamW, "full_fp16", 2),
-        (torch.optim.Adafactor, "", 2 / 256),  # a row and a column of each matrix
+def test_state_is_counted_after_a_first_step(monkeypatch):
+    kinds = {"": torch.float32, "full_bf16": torch.bfloat16, "full_fp16": torch.float16}
+    for optimizer, option, expected in (
+        (SGD, "", 0),
+        (AdamW, "", 2),  # and its count of steps, which is a number
+        (AdamW, "full_bf16", 2),
+        (AdamW, "full_fp16", 2),
+        (Adafactor, "", 2 / 256),  # a row and a column of each matrix
         (prodigyopt.Prodigy, "", 3.5),  # no p0 of zeros
         (ScheduleFree, "", 1),
-    ],
-)
-def test_state_is_counted_after_a_first_step(monkeypatch, optimizer, option, expected):
-    dtypes = {"": torch.float32, "full_bf16": torch.bfloat16, "full_fp16": torch.float16}
-
-    def get_optimizer(_args, parameters):
-        assert {parameter.dtype for parameter in parameters} == {dtypes[option]}
-        return "", "", optimizer(parameters, lr=1e-3)
-
-    monkeypatch.setattr(train_util, "get_optimizer", get_optimizer, raising=False)
-    args = Namespace(full_bf16=option == "full_bf16", full_fp16=option == "full_fp16")
-    assert rehearsal.state_per_byte(args) == pytest.approx(expected, abs=1e-3)
+    ):
+        get = mock.Mock(
+            side_effect=lambda _args, given, make=optimizer: ("", "", make(given, 1e-3))
+        )
+        monkeypatch.setattr(train_util, "get_optimizer", get, raising=False)
+        args = Namespace(full_bf16=option == "full_bf16", full_fp16=option == "full_fp16")
+        assert rehearsal.state_per_byte(args) == pytest.approx(expected, abs=1e-3)
+        assert {parameter.dtype for parameter in get.call_args.args[1]} == {kinds[option]}
 
 
 # ---- What it leaves alone ------------------------------------------------------------------------
@@ -165,26 +160,26 @@ def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
     assert vars(args) == read | {"disable_mmap_load_safetensors": False, "debug_dataset": False}
 
 
-@pytest.mark.parametrize("python_path", [[], ["/other", str(ROOT)]])
-def test_our_folder_stays_where_pythonpath_has_it_alone(tmp_path, monkeypatch, python_path):
-    before = [str(ROOT), "/elsewhere"]
-    monkeypatch.setattr(sys, "path", before)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(python_path))
-    with rehearsal.as_started(tmp_path / "script.py", ["--a", "b"]):
-        assert sys.path == [str(tmp_path), *(before if python_path else before[1:])]
-        assert sys.argv == [str(tmp_path / "script.py"), "--a", "b"]
-    assert sys.path == [str(ROOT), "/elsewhere"]
+def test_our_folder_stays_where_pythonpath_has_it_alone(tmp_path, monkeypatch):
+    before, script = [str(ROOT), "/elsewhere"], tmp_path / "script.py"
+    for python_path in ([], ["/other", str(ROOT)]):
+        monkeypatch.setattr(sys, "path", before)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(python_path))
+        with rehearsal.as_started(script, ["--a", "b"]):
+            assert sys.path == [str(tmp_path), *(before if python_path else before[1:])]
+            assert sys.argv == [str(script), "--a", "b"]
+        assert sys.path == [str(ROOT), "/elsewhere"]
 
 
-@pytest.mark.parametrize(("before", "width"), [(None, "1000"), ("80", "80")])
-def test_what_the_trainer_prints_is_kept_unwrapped(monkeypatch, capsys, before, width):
-    monkeypatch.setattr(os, "environ", {"COLUMNS": before} if before else {})
-    with rehearsal.trainer_environment(Path("script.py"), []) as environment:
-        print("log")
-        print("warning", file=sys.stderr)
-        assert os.environ == {"COLUMNS": width}
-    assert environment.printed.getvalue() == "log\nwarning\n"
-    assert capsys.readouterr() == ("", "")
+def test_what_the_trainer_prints_is_kept_unwrapped(monkeypatch, capsys):
+    for before, width in ({}, "1000"), ({"COLUMNS": "80"}, "80"):
+        monkeypatch.setattr(os, "environ", before)
+        with rehearsal.trainer_environment(Path("script.py"), []) as environment:
+            print("log")
+            print("warning", file=sys.stderr)
+            assert os.environ == {"COLUMNS": width}
+        assert environment.printed.getvalue() == "log\nwarning\n"
+        assert capsys.readouterr() == ("", "")
 
 
 def test_files_are_read_and_never_written(tmp_path):
@@ -204,33 +199,30 @@ def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch
     (models / "relative.safetensors").symlink_to("../a.safetensors")
     (models / "absolute.safetensors").symlink_to(file)
     monkeypatch.chdir(models)
-    for name in ("../a.safetensors", "absolute.safetensors", "relative.safetensors"):
-        assert rehearsal.is_safetensors(name), name
+    names = "../a.safetensors", "absolute.safetensors", "relative.safetensors"
+    assert all(map(rehearsal.is_safetensors, names))
     monkeypatch.chdir(tmp_path)
-    for name in ("models/relative.safetensors", "models"):
-        assert not rehearsal.is_safetensors(name), name
-
-
-def begin(dropped: tuple[str, ...]) -> None:
-    """What sd-scripts calls before its first step, less some of it."""
-    accelerator = Accelerator(cpu=True)
-    if "register_load_state_pre_hook" not in dropped:
-        accelerator.register_load_state_pre_hook(print)
-    if "init_trackers" not in dropped:
-        accelerator.init_trackers("it")
-    next(iter(accelerator.prepare(DataLoader([1.0]))))
+    assert not any(map(rehearsal.is_safetensors, ("models/relative.safetensors", "models")))
 
 
 @pytest.mark.parametrize("dropped", [(), BRAKES[:1], BRAKES[1:], BRAKES])
 def test_what_a_release_drops_of_the_brakes_leaves_the_next(dropped):
     """test_real_cases.py takes them out of sd-scripts itself."""
-    begin(dropped)  # goes through without any
+
+    def begin() -> None:
+        accelerator = Accelerator(cpu=True)
+        for brake, argument in zip(BRAKES, (print, "it"), strict=True):
+            if brake not in dropped:
+                getattr(accelerator, brake)(argument)
+        next(iter(accelerator.prepare(DataLoader([1.0]))))
+
+    begin()  # goes through without any
     with (
         mock.patch.multiple(Accelerator, **dict.fromkeys(BRAKES, rehearsal.raise_ready)),
         mock.patch.multiple(DataLoader, **{FIRST_BATCH: rehearsal.raise_ready}),
         pytest.raises(rehearsal.Ready),
     ):
-        begin(dropped)
+        begin()
 
 
 # ---- Errors, as sd-scripts comes to them ---------------------------------------------------------
@@ -245,7 +237,7 @@ ARGS = Namespace(
     dataset_config="my/config.toml",
     vae=None,
 )
-MATRIX = nn.Parameter(torch.ones(2, 2))
+MATRIX, BLOCK = nn.Parameter(torch.ones(2, 2)), Transformer2DModel()
 
 
 def raised(function: Callable[..., object], *given: object) -> BaseException:
@@ -253,6 +245,11 @@ def raised(function: Callable[..., object], *given: object) -> BaseException:
     with pytest.raises((Exception, SystemExit)) as caught:
         function(*given)
     return caught.value
+
+
+def named(name: str, function: FunctionType) -> FunctionType:
+    """The function under the name of one of sd-scripts'."""
+    return FunctionType(function.__code__.replace(co_name=name), globals())
 
 
 def get_optimizer(args: list[str], *parameters: nn.Parameter) -> object:
@@ -264,39 +261,15 @@ def get_optimizer(args: list[str], *parameters: nn.Parameter) -> object:
     return prodigyopt.Prodigy(parameters, **options)
 
 
-def state_per_byte() -> None:
-    torch.optim.LBFGS([MATRIX]).step()
-
-
-def get_scheduler_fix(name: str) -> object:
-    return get_scheduler(name, torch.optim.AdamW([MATRIX]))
-
-
 def train(args: list[str]) -> None:
     for net_arg in args:
         _key, _value = net_arg.split("=", 1)
-
-
-def load_user_config(reader: Callable[[str], object]) -> object:
-    return reader("x = = 1")
 
 
 def read_caption(cap_path: str, text: bytes) -> str:
     lines = text.decode().splitlines()
     assert len(lines) > 0, f"caption file is empty / キャプションファイルが空です: {cap_path}"
     return lines[0]
-
-
-def load_vae() -> None:
-    raise KeyError("encoder.conv_in.weight")
-
-
-def load_tokenizers() -> None:
-    raise OSError("Can't load tokenizer for 'openai/clip-vit-large-patch14'.")
-
-
-def read_config_from_file(config_path: str) -> None:
-    sys.exit(1)
 
 
 def replace_unet_modules() -> None:
@@ -307,72 +280,67 @@ def replace_unet_modules() -> None:
         raise ImportError("No xformers / xformersがインストールされていないようです") from None
 
 
+LEARNING = (
+    "--optimizer_type=prodigy refuses --optimizer_args a=b c=d, or its learning rate: correct them"
+)
 NO_VALUE = "--optimizer_args has {}: write each one as NAME=VALUE, without spaces"
-BLOCK = Transformer2DModel()
+NOT_READ = 'the dataset config "my/config.toml" cannot be read: correct it'
 REFUSALS = {
-    "--optimizer_type=prodigy does not take foo: give it --optimizer_args of its own, or "
-    "--optimizer_args left empty": [(get_optimizer, ["foo=1"], MATRIX)],
-    NO_VALUE.format("decouple"): [(get_optimizer, ["decouple"])],
-    NO_VALUE.format("betas=(0.9,"): [(get_optimizer, ["betas=(0.9,", "0.99)"])],
-    NO_VALUE.format("betas=high"): [(get_optimizer, ["betas=high"])],
-    "--optimizer_type=prodigy refuses --optimizer_args a=b c=d, or its learning rate: correct "
-    "them": [(get_optimizer, ["eps=-1"], MATRIX), (state_per_byte,)],
-    "the network has nothing to train by --network_args a=b c=d and --network_dim=4: correct the "
-    "names in the preset, or the rank": [(get_optimizer, [])],
-    "--lr_scheduler=constant cannot be created: correct it": [(get_scheduler_fix, "cosin")],
-    "--network_args has algo=dora, which LyCORIS does not know: correct it": [
-        (partial(network, algo="dora"), BLOCK)
-    ],
-    "LyCORIS cannot read the preset of --network_args a=b c=d: correct its path or its text": [
-        (partial(network, preset="gone.toml"), BLOCK)
-    ],
-    "the preset of --network_args a=b c=d has keys that LyCORIS refuses: remove them; dora_wd and "
-    "the like are --network_args": [(partial(network, preset="odd.toml"), BLOCK)],
-    "lycoris.kohya cannot build a network from --network_args a=b c=d: correct them": [
-        (partial(network, conv_dim="x"), BLOCK)
-    ],
-    "--network_args has dora_wd: write each one as NAME=VALUE": [(train, ["a=x", "dora_wd"])],
-    "--persistent_data_loader_workers cannot be used with --max_data_loader_n_workers=0: remove "
-    "one of the two": [(partial(DataLoader, num_workers=0, persistent_workers=True), [1])],
-    'the dataset config "my/config.toml" is not valid for sd-scripts: correct it': [
-        (voluptuous.Schema({}), {"foo": 1})
-    ],
-    'the dataset config "my/config.toml" cannot be read: correct it': [
-        (load_user_config, toml.loads),
-        (load_user_config, json.loads),
-    ],
-    'the caption "a" is empty: write its words, or delete it': [(read_caption, "a", b"")],
-    'the caption "a" is not UTF-8: save it as UTF-8': [(read_caption, "a", b"caf\xe9")],
-    "--vae=None cannot be loaded: correct it": [(load_vae,)],
-    "SDXL's tokenizers are not on this machine and cannot be downloaded: connect to huggingface.co "
-    "once, or give their folder as --tokenizer_cache_dir": [(load_tokenizers,)],
+    partial(get_optimizer, ["foo=1"], MATRIX): "--optimizer_type=prodigy does not take foo: give "
+    "it --optimizer_args of its own, or --optimizer_args left empty",
+    partial(get_optimizer, ["decouple"]): NO_VALUE.format("decouple"),
+    partial(get_optimizer, ["betas=(0.9,", "0.99)"]): NO_VALUE.format("betas=(0.9,"),
+    partial(get_optimizer, ["betas=high"]): NO_VALUE.format("betas=high"),
+    partial(get_optimizer, ["eps=-1"], MATRIX): LEARNING,
+    named("state_per_byte", lambda: torch.optim.LBFGS([MATRIX]).step()): LEARNING,
+    partial(get_optimizer, []): "the network has nothing to train by --network_args a=b c=d and "
+    "--network_dim=4: correct the names in the preset, or the rank",
+    named("get_scheduler_fix", lambda: get_scheduler("cosin", AdamW([MATRIX]))): "--lr_scheduler="
+    "constant cannot be created: correct it",
+    partial(network, BLOCK, algo="dora"): "--network_args has algo=dora, which LyCORIS does not "
+    "know: correct it",
+    partial(network, BLOCK, preset="gone.toml"): "LyCORIS cannot read the preset of --network_args "
+    "a=b c=d: correct its path or its text",
+    partial(network, BLOCK, preset="odd.toml"): "the preset of --network_args a=b c=d has keys "
+    "that LyCORIS refuses: remove them; dora_wd and the like are --network_args",
+    partial(network, BLOCK, conv_dim="x"): "lycoris.kohya cannot build a network from "
+    "--network_args a=b c=d: correct them",
+    partial(train, ["a=x", "dora_wd"]): "--network_args has dora_wd: write each one as NAME=VALUE",
+    partial(DataLoader, [1], persistent_workers=True): "--persistent_data_loader_workers cannot be "
+    "used with --max_data_loader_n_workers=0: remove one of the two",
+    partial(voluptuous.Schema({}), {"foo": 1}): 'the dataset config "my/config.toml" is not valid '
+    "for sd-scripts: correct it",
+    named("load_user_config", lambda: toml.loads("x = = 1")): NOT_READ,
+    named("load_user_config", lambda: json.loads("x = = 1")): NOT_READ,
+    partial(read_caption, "a", b""): 'the caption "a" is empty: write its words, or delete it',
+    partial(read_caption, "a", b"caf\xe9"): 'the caption "a" is not UTF-8: save it as UTF-8',
+    named("load_vae", lambda: {}["encoder.weight"]): "--vae=None cannot be loaded: correct it",
+    named("load_tokenizers", lambda: Path("clip-vit").read_text()): "SDXL's tokenizers are not on "
+    "this machine and cannot be downloaded: connect to huggingface.co once, or give their folder "
+    "as --tokenizer_cache_dir",
 }
 
 
-@pytest.mark.parametrize(
-    ("sentence", "call"), [(said, call) for said, calls in REFUSALS.items() for call in calls]
-)
-def test_what_it_raises_is_told_by_its_setting(tmp_path, monkeypatch, capsys, sentence, call):
+@pytest.mark.parametrize("call", REFUSALS)
+def test_what_it_raises_is_told_by_its_setting(tmp_path, monkeypatch, capsys, call):
     monkeypatch.chdir(tmp_path)
     Path("odd.toml").write_text("dora_wd = true")
-    failure = raised(*call)
+    failure = raised(call)
     printed = capsys.readouterr().out
     # LyCORIS prints what it has against a preset, and raises nothing but an AssertionError.
     words = own_words(failure) or re.search(r"^Error.*", printed, re.MULTILINE)[0].strip()
-    assert refusal(failure, ARGS, f"{printed}\nit\n") == f"{sentence} ({words})"
-
-
-OWN_WORDS = {
-    "No data / 画像がありません": "No data",
-    "a path / with a slash": "a path / with a slash",
-    "two\n  lines": "two lines",
-    "x" * 400: "x" * 400,
-    "x" * 401: "x" * 400 + "...",
-}
+    assert refusal(failure, ARGS, f"{printed}\nit\n") == f"{REFUSALS[call]} ({words})"
 
 
 def test_its_own_words_are_the_english_ones_on_one_line_of_readable_length():
-    assert {text: own_words(ValueError(text)) for text in OWN_WORDS} == OWN_WORDS
+    expected = {
+        "No data / 画像がありません": "No data",
+        "a path / with a slash": "a path / with a slash",
+        "two\n  lines": "two lines",
+        "x" * 400: "x" * 400,
+        "x" * 401: "x" * 400 + "...",
+    }
+    assert {text: own_words(ValueError(text)) for text in expected} == expected
 
 
 def test_what_nobody_foresaw_and_variables_of_another_name_leave_its_own_words():
@@ -388,16 +356,15 @@ def test_what_nobody_foresaw_and_variables_of_another_name_leave_its_own_words()
 def test_a_package_that_is_missing_is_named():
     lacks = f"this Python ({sys.executable}) has no "
     unknown = "unknown --network_module=a.b: correct it"
+    not_found = (
+        "Python does not find blora_network.py: copy it beside sdxl_train_network.py, or put its "
+        "folder on PYTHONPATH, as the launchers do"
+    )
     for name, module, sentence in (
         ("lycoris", "lycoris.kohya", f"{lacks}lycoris: pip install lycoris_lora"),
         ("a", "a.b", unknown),
         ("a.b", "a.b", unknown),
-        (
-            "blora_network",
-            "blora_network",
-            "Python does not find blora_network.py: copy it beside sdxl_train_network.py, or put "
-            "its folder on PYTHONPATH, as the launchers do",
-        ),
+        ("blora_network", "blora_network", not_found),
     ):
         failure = ModuleNotFoundError(name=name)
         assert refusal(failure, Namespace(network_module=module), "") == sentence
@@ -410,7 +377,7 @@ def test_an_end_is_told_by_the_last_words():
     assert refusal(SystemExit(2), Namespace(), f"a\nb: error: {words}\nc\n") == (
         f"sd-scripts refuses the options: correct them ({words})"
     )
-    not_found = raised(read_config_from_file, "a.toml")
+    not_found = raised(named("read_config_from_file", lambda config_path: sys.exit(1)), "a.toml")
     assert refusal(not_found, Namespace(), "a\na.toml not found.\n") == (
         "--config_file a.toml cannot be read: correct its path or its text (a.toml not found.)"
     )
@@ -438,13 +405,10 @@ def test_a_training_without_pictures_ends_without_a_word_that_is_seen():
 # ---- The processes that accelerate starts, by its own sum ----------------------------------------
 
 SCRIPT = "sdxl_train_network.py"
-CONFIG = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: 'NO'
-num_machines: 1
-num_processes: {}
-use_cpu: true
-"""
+CONFIG = (
+    "{{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', num_machines: 1, "
+    "num_processes: {}, use_cpu: true}}"
+)
 LONE = "launch --num_processes=2"
 TWO = f"{LONE} --multi_gpu"
 MEET = "--num_machines=2 --main_process_ip=10.0.0.1"
@@ -461,43 +425,40 @@ def no_cards(tmp_path, monkeypatch) -> None:
         Path(f"{number}.yaml").write_text(CONFIG.format(number))
 
 
-STARTED = {
-    "": Started(is_chosen=False),
-    "launch": Started(is_chosen=False),
-    "accelerate launch --mixed_precision=bf16": Started(is_chosen=False),
-    "accelerate launch --multi_gpu --num_processes 2": Started(2),
-    "launch --multi_gpu": Started(),  # as many as there are cards: none
-    "launch --cpu --num_processes=1": Started(),
-    "launch --cpu --num_processes=2": Started(),
-    "launch --config_file 1.yaml": Started(),
-    f"{TWO} --config_file=3.yaml": Started(2),
-    "launch --config_file=3.yaml --multi_gpu": Started(3),
-    # Whatever number is asked for, accelerate starts one.
-    LONE: Started(lacks_multi_gpu=True),
-    "launch --config_file=3.yaml": Started(lacks_multi_gpu=True),
-    f"{LONE} {MEET} --main_process_port=29500": Started(lacks_multi_gpu=True),
-    # A rank means nothing where there is one machine.
-    f"{TWO} --num_machines=1 --machine_rank=1": Started(2),
-    # --num_processes is that of all machines.
-    f"{TWO} {MEET} --machine_rank=0": Started(2, 2),
-    f"{TWO} {MEET} --machine_rank=1": Started(2, 2, 1),
-    f"{TWO} {MEET} --num_processes=5 --machine_rank=1": Started(4, 2, 1),
-}
-
-
 @pytest.mark.usefixtures("no_cards")
-@pytest.mark.parametrize("line", STARTED)
-def test_accelerate_says_how_many_it_starts(capsys, monkeypatch, line):
-    assert processes(line.split(), SCRIPT) == STARTED[line]
-    assert capsys.readouterr() == ("", "")
-    # Its own choice of a way to start them is the same.
+def test_accelerate_says_how_many_it_starts(capsys, monkeypatch):
     chosen = []
     for name in ("simple_launcher", "multi_gpu_launcher"):
         monkeypatch.setattr(launch, name, lambda args, name=name: chosen.append(name))
-    words = line.rpartition("launch")[2].split()
-    launch.launch_command(launch.launch_command_parser().parse_args([*words, SCRIPT]))
-    assert chosen == ["multi_gpu_launcher" if "--multi_gpu" in words else "simple_launcher"]
-    assert STARTED[line].processes == 1 or chosen == ["multi_gpu_launcher"]
+    for line, started in {
+        "": Started(is_chosen=False),
+        "accelerate launch --mixed_precision=bf16": Started(is_chosen=False),
+        "accelerate launch --multi_gpu --num_processes 2": Started(2),
+        "launch --multi_gpu": Started(),  # as many as there are cards: none
+        "launch --cpu --num_processes=2": Started(),
+        "launch --config_file 1.yaml": Started(),
+        f"{TWO} --config_file=3.yaml": Started(2),
+        "launch --config_file=3.yaml --multi_gpu": Started(3),
+        # Whatever number is asked for, accelerate starts one.
+        LONE: Started(lacks_multi_gpu=True),
+        "launch --config_file=3.yaml": Started(lacks_multi_gpu=True),
+        f"{LONE} {MEET} --main_process_port=29500": Started(lacks_multi_gpu=True),
+        # A rank means nothing where there is one machine.
+        f"{TWO} --num_machines=1 --machine_rank=1": Started(2),
+        # --num_processes is that of all machines.
+        f"{TWO} {MEET} --machine_rank=0": Started(2, 2),
+        f"{TWO} {MEET} --machine_rank=1": Started(2, 2, 1),
+        f"{TWO} {MEET} --num_processes=5 --machine_rank=1": Started(4, 2, 1),
+    }.items():
+        assert processes(line.split(), SCRIPT) == started, line
+        assert capsys.readouterr() == ("", "")
+        # Its own choice of a way to start them is the same.
+        words = line.rpartition("launch")[2].split()
+        launch.launch_command(launch.launch_command_parser().parse_args([*words, SCRIPT]))
+        capsys.readouterr()
+        way = "multi_gpu_launcher" if "--multi_gpu" in words else "simple_launcher"
+        assert chosen.pop() == way, line
+        assert started.processes == 1 or "--multi_gpu" in words
 
 
 @pytest.mark.usefixtures("no_cards")
@@ -508,22 +469,19 @@ def test_accelerate_takes_all_cards_unless_a_number_is_chosen(monkeypatch):
     assert processes(LONE.split(), SCRIPT) == Started(2)
 
 
-REFUSED = {
-    "--num_processes=many": "invalid int value: 'many'",
-    "--multi_gpu --num_processes=1": "You need to use at least 2 processes to use `--m",
-    "--config_file=gone.yaml": "gone.yaml",
-}
-
-
 @pytest.mark.usefixtures("no_cards")
-@pytest.mark.parametrize("options", REFUSED)
-def test_accelerates_refusals_are_errors_in_its_words(capsys, options):
-    with pytest.raises(BloraError) as raised:
-        processes(["launch", *options.split()], SCRIPT)
-    start, told = str(raised.value).split(f": correct {WHERE} (")
-    assert start == "accelerate refuses its options"
-    assert REFUSED[options] in told
-    assert capsys.readouterr() == ("", "")
+def test_accelerates_refusals_are_errors_in_its_words(capsys):
+    for options, words in {
+        "--num_processes=many": "invalid int value: 'many'",
+        "--multi_gpu --num_processes=1": "You need to use at least 2 processes to use `--m",
+        "--config_file=gone.yaml": "gone.yaml",
+    }.items():
+        with pytest.raises(BloraError) as raised:
+            processes(["launch", *options.split()], SCRIPT)
+        start, told = str(raised.value).split(f": correct {WHERE} (")
+        assert start == "accelerate refuses its options"
+        assert words in told
+        assert capsys.readouterr() == ("", "")
 
 
 def test_a_device_or_a_number_that_nobody_chose_is_a_warning():

@@ -18,13 +18,7 @@ ARGUMENTS = """
 """.split()
 
 
-class NoBrowserError(Exception):
-    """This machine has no chromedriver; the message says what to install."""
-
-
 class Browser:
-    """Opens one page after the other."""
-
     def __init__(self, driver: webdriver.Chrome):
         self.driver = driver
 
@@ -55,7 +49,9 @@ def open_browser() -> Iterator[Browser]:
     folders = [os.environ.get("PATH", os.defpath), os.environ.get("CHROMEWEBDRIVER", "")]
     program = shutil.which("chromedriver", path=os.pathsep.join(folders))
     if not program:
-        raise NoBrowserError("NOT RUN: no chromedriver: apt-get install chromium chromium-driver")
+        raise FileNotFoundError(
+            "NOT RUN: no chromedriver: apt-get install chromium chromium-driver"
+        )
     options = webdriver.ChromeOptions()
     for argument in ARGUMENTS:
         options.add_argument(argument)

@@ -24,8 +24,13 @@ def unpack(folder: Path) -> Path:
     return folder
 
 
-def tracked(*pattern: str) -> list[str]:
-    """Files that git knows, or would add."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *pattern]
+def git(*words: str) -> list[str]:
+    """The lines that git prints."""
+    command = ["git", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
+
+
+def tracked(*pattern: str) -> list[str]:
+    """Files that git knows, or would add."""
+    return git("ls-files", "--cached", "--others", "--exclude-standard", *pattern)

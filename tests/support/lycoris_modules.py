@@ -31,18 +31,8 @@ CONTAINERS = {
 
 def container_class(name: str) -> str:
     """The class that sd-scripts gives a module which only holds others."""
-    if name in SDXL["containers"]:
-        return SDXL["containers"][name]
-    for end, class_name in CONTAINERS.items():
-        if re.search(rf"(^|\.){end}$", name):
-            return class_name
-    return "ModuleList"
-
-
-def make_leaf(kind: str, shape: list[int]) -> nn.Module:
-    """A Linear or Conv2d with a weight of the shape."""
-    outputs, inputs, *kernel = shape
-    return nn.Linear(inputs, outputs) if kind == "Linear" else nn.Conv2d(inputs, outputs, kernel)
+    found = [kind for end, kind in CONTAINERS.items() if re.search(rf"(^|\.){end}$", name)]
+    return SDXL["containers"].get(name) or "".join(found) or "ModuleList"
 
 
 def make_tree(modules: dict[str, tuple[str, list[int]]]) -> nn.Module:
@@ -55,7 +45,11 @@ def make_tree(modules: dict[str, tuple[str, list[int]]]) -> nn.Module:
                 of_class = type(container_class(".".join(parts[:depth])), (nn.Module,), {})
                 parent.add_module(part, of_class())
             parent = getattr(parent, part)
-        parent.add_module(parts[-1], make_leaf(kind, shape))
+        outputs, inputs, *kernel = shape
+        leaf = (
+            nn.Linear(inputs, outputs) if kind == "Linear" else nn.Conv2d(inputs, outputs, kernel)
+        )
+        parent.add_module(parts[-1], leaf)
     return root
 
 
@@ -69,6 +63,10 @@ def trained_modules(preset: str) -> dict[str, list[str] | int]:
     with torch.device("meta"):
         unet, te1, te2 = (make_tree(SDXL[part]) for part in ("unet", "te1", "te2"))
         network = create_network(1.0, RANK, RANK, None, [te1, te2], unet, preset=preset)
+
+    def count(loras: list[nn.Module]) -> int:
+        return sum(p.numel() for lora in loras for p in lora.parameters())
+
     return {
         "unet": [lora.lora_name for lora in network.unet_loras],
         "text_encoders": [lora.lora_name for lora in network.text_encoder_loras],
@@ -77,18 +75,7 @@ def trained_modules(preset: str) -> dict[str, list[str] | int]:
     }
 
 
-def count(loras: list[nn.Module]) -> int:
-    """All numbers that are trained, at rank 1."""
-    return sum(p.numel() for lora in loras for p in lora.parameters())
-
-
-def main(argv: list[str]) -> int:
-    """Write {preset: modules} to stdout; LyCORIS' own log goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        trained = {preset: trained_modules(preset) for preset in argv}
-    print(json.dumps(trained))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with contextlib.redirect_stdout(sys.stderr):  # LyCORIS' own log
+        trained = {preset: trained_modules(preset) for preset in sys.argv[1:]}
+    print(json.dumps(trained))

@@ -82,9 +82,7 @@ def prodigy_state() -> float:
     return sum(v.numel() for v in kept if isinstance(v, torch.Tensor) and v.ndim) / (2 * 64 * 64)
 
 
-def told_memory(
-    args: Namespace, found: Built, state: float | None, pixels: int = 1024 * 1024
-) -> str:
+def told_memory(args: Namespace, found: Built, state: float | None, pixels: int = 1 << 20) -> str:
     """What the plan says of the card's memory; `state` is the optimizer's, beside the LoRA's."""
     backward = backward_pass(found, args, pixels, args.network_module == OUR_NETWORK)
     return reported(plan_memory, found, state, backward, args).plan["memory"]
