@@ -89,7 +89,7 @@ def rows_of_tests(release: str, lycoris: str) -> Iterator[str]:
 
 def row_of_trainings(release: str) -> str:
     if not TRAININGS:
-        return f"| {release} | not run | not run | not run | not run |"
+        return f"| {release} |{' not run |' * 4}"
     left = sum(ASKED in test for test in OUTCOMES) - len(TRAININGS)
     trains = sum(trained for trained, _ in TRAININGS)
     misses, false_alarms = TRAININGS.count((False, False)), TRAININGS.count((True, True))
@@ -98,16 +98,15 @@ def row_of_trainings(release: str) -> str:
 
 
 def rows_of_versions(release: str, commit: str, found: dict[str, str]) -> Iterator[str]:
-    told = {
-        name: f"{name} {found[name]}" if name in found else f"no {name}"
-        for name in [*PINNED, *OTHERS, "torchvision"]
-    }
+    def told(*names: str) -> str:
+        return ", ".join(f"{n} {found[n]}" if n in found else f"no {n}" for n in names)
+
     yield f"| sd-scripts | {release} ({commit}) |"
     yield f"| LyCORIS (`lycoris_lora`) | {found.get('lycoris-lora', 'none')} |"
     yield f"| Prodigy (`prodigyopt`) | {found.get('prodigyopt', 'none')} |"
-    yield f"| torch | {found.get('torch')}, {told['torchvision']} |"
-    yield f"| as sd-scripts 0.10.1 pins them | {', '.join(told[n] for n in PINNED)} |"
-    yield f"| others | {', '.join(told[n] for n in OTHERS)} |"
+    yield f"| torch | {found.get('torch')}, {told('torchvision')} |"
+    yield f"| as sd-scripts 0.10.1 pins them | {told(*PINNED)} |"
+    yield f"| others | {told(*OTHERS)} |"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -122,9 +121,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     printed = subprocess.check_output(versions, text=True)
     found = dict(line.split() for line in printed.splitlines())
     terminalreporter.section("rows of docs/tested_with.md")
-    for rows in (
-        rows_of_versions(release, commit, found),
-        rows_of_tests(release, found.get("lycoris-lora", "none")),
-        [row_of_trainings(release)],
-    ):
+    tests = rows_of_tests(release, found.get("lycoris-lora", "none"))
+    for rows in (rows_of_versions(release, commit, found), tests, [row_of_trainings(release)]):
         terminalreporter.write("\n".join([*rows, "", ""]))

@@ -20,6 +20,8 @@ from kohya_folder import CHECKPOINT, ROOT, SCRIPT, install
 from real_kohya import SUPPORT, kohya_python, make_copy, options_of
 from write_gui_recipes import launcher_options
 
+from blora.preflight.checkpoint import PLACEHOLDER
+
 KOHYA_SS_ROOT, KOHYA_SS_PYTHON = map(os.environ.get, ("KOHYA_SS_ROOT", "KOHYA_SS_PYTHON"))
 if not (KOHYA_SS_ROOT and KOHYA_SS_PYTHON):
     pytest.skip(
@@ -41,40 +43,38 @@ FILLED = {
 }
 # Presets of kohya_ss with much that is none of ours; all versions have them.
 OTHERS = ("SDXL - LoRA kudou-reira prodigy v4.0", "SDXL - LoRA face dogu_cat v1.0")
-LOADS = {
-    f"{name}, {way}": deeds
-    for name in RECIPES
-    for way, deeds in {
-        "as a preset": [{"preset": f"user_presets/blora_gui_{name}"}],
-        "from a path": [{"file": f"blora_gui_{name}.json"}],
-        "after the other": [
-            {"preset": f"user_presets/blora_gui_{RECIPES[name == 'classic']}"},
-            {"preset": f"user_presets/blora_gui_{name}"},
-        ],
-        "after presets of others": [
-            *({"preset": other} for other in OTHERS),
-            {"preset": f"user_presets/blora_gui_{name}"},
-        ],
+OURS = "user_presets/blora_gui_{}".format
+PRESETS = {  # in their order
+    f"{name}, {way}": [*before, OURS(name)]
+    for name, other in (RECIPES, RECIPES[::-1])
+    for way, before in {
+        "as a preset": (),
+        "after the other": (OURS(other),),
+        "after presets of others": OTHERS,
     }.items()
 }
+LOADS = {name: [{"preset": preset} for preset in presets] for name, presets in PRESETS.items()}
+LOADS |= {f"{name}, from a path": [{"file": f"blora_gui_{name}.json"}] for name in RECIPES}
 # Options that the GUI gives and the launcher does not, or in another word: why they are the same.
 SAME_ALL_THE_SAME = {
     "config_file": "which brings the options",
     "dynamo_backend": "read only with --torch_compile",
-    "epoch": "an option of nothing",
-    "log_with": "the user's: a preset of others sets it",
+    "epoch noise_offset_type": "options of nothing",
+    "log_with training_comment": "the user's: a preset of others sets them",
     "lr_scheduler_args": "none, as an empty list",
     "max_timestep": "1000 is what sd-scripts takes where nothing is given",
     "max_token_length": "75 is what sd-scripts takes where nothing is given",
     "network_args": "compared by the network that they make",
-    "noise_offset_type": "an option of nothing",
-    "sample_prompts": "read only with --sample_every_n_steps or _epochs",
-    "sample_sampler": "the same",
+    "sample_prompts sample_sampler": "read only with --sample_every_n_steps or _epochs",
     "save_precision": "float is the fp32 that is saved where nothing is given",
-    "training_comment": "the user's: a preset of others sets it",
     "unet_lr": "the learning rate, which is taken where it is not given",
     "wandb_run_name": "read only with --log_with",
 }
+
+
+def launched(name: str) -> list[str]:
+    """What the launcher gives sd-scripts once it names a checkpoint."""
+    return [word.replace(PLACEHOLDER, CHECKPOINT) for word in launcher_options(name)]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def probed(folder: Path, probe: str, question: Any) -> Any:
 def answer(folder, printed) -> dict[str, Any]:
     """What sd-scripts' parser and LyCORIS make of every load, and of the launchers."""
     command_lines = {name: options_of(line) for name, line in printed.items()}
-    command_lines |= {name: launcher_options(name) for name in RECIPES}
+    command_lines |= {name: launched(name) for name in RECIPES}
     return probed(folder, "kohya_probe.py", {"command_lines": command_lines})
 
 
@@ -135,18 +135,12 @@ def test_sd_scripts_reads_the_options_of_the_launcher(answer, load):
     printed["dataset_config"] = str(Path(printed["dataset_config"]))  # as its parser does
     assert len(launched) > 190
     differing = {n for n in printed.keys() | launched if printed.get(n) != launched.get(n)}
-    assert differing - SAME_ALL_THE_SAME.keys() == set()
-    assert (printed["unet_lr"], printed["max_timestep"]) == (launched["learning_rate"], 1000)
-    assert printed["max_token_length"] == 75
-    assert printed["lr_scheduler_args"] == []
-    assert not (printed["torch_compile"] or printed["sample_every_n_steps"])
-    assert not (printed["sample_every_n_epochs"] or printed["sample_at_first"])
-    assert printed["save_precision"] == (launched["save_precision"] or "float")
-
-
-@pytest.mark.parametrize("load", LOADS)
-def test_lycoris_makes_the_same_modules(answer, load):
-    assert answer["modules"][load] == answer["modules"][load.split(",")[0]]
+    assert differing - set(" ".join(SAME_ALL_THE_SAME).split()) == set()
+    told = {"unet_lr": launched["learning_rate"], "max_timestep": 1000, "max_token_length": 75}
+    told |= {"lr_scheduler_args": [], "save_precision": launched["save_precision"] or "float"}
+    assert printed | told == printed
+    unasked = "torch_compile sample_every_n_steps sample_every_n_epochs sample_at_first".split()
+    assert not any(printed[name] for name in unasked)
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +158,10 @@ def steps(folder, answer) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_a_step_has_the_same_output_and_gradients_bit_for_bit(steps, load):
+def test_a_step_has_the_same_modules_output_and_gradients_bit_for_bit(answer, steps, load):
+    assert answer["modules"][load] == answer["modules"][load.split(",")[0]]
     assert steps[load] == steps[load.split(",")[0]]
     assert steps[load]["zero"] == []
-
-
-def test_the_two_recipes_do_not_make_the_same_step(steps):
     assert steps["classic"]["gradients"] != steps["fast"]["gradients"]
 
 
@@ -177,9 +169,9 @@ def test_the_two_recipes_do_not_make_the_same_step(steps):
 def test_preflight_takes_the_whole_printed_line_and_plans_the_launchers_training(
     folder, printed, cached_tokenizers, name
 ):
-    launched = [f"sd-scripts/{SCRIPT}", *launcher_options(name)]
+    of_launcher = [f"sd-scripts/{SCRIPT}", *launched(name)]
     reports = []
-    for words in (printed[f"{name}, as a preset"], launched):
+    for words in (printed[f"{name}, as a preset"], of_launcher):
         asked = ["blora_preflight.py", "--json", *words, cached_tokenizers]
         told = kohya_python(*asked, cwd=folder, path=folder)
         # The GUI writes Prodigy, the launcher prodigy; what is free on the disk changes meanwhile.

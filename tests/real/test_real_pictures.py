@@ -85,8 +85,14 @@ def training(tmp_path, cached_tokenizers) -> Training:
     return Training(tmp_path, cached_tokenizers)
 
 
-def silent(answer: dict) -> bool:
-    return not (answer["errors"] or answer["warnings"] or answer["notes"])
+@pytest.fixture
+def sheet(tmp_path_factory) -> Path:
+    """Where it is drawn: not in the training's folder."""
+    return tmp_path_factory.mktemp("sheet") / "sheet.html"
+
+
+def said(answer: dict) -> list[str]:
+    return [*answer["errors"], *answer["warnings"], *answer["notes"]]
 
 
 # ---- Nothing to say ------------------------------------------------------------------------------
@@ -103,9 +109,7 @@ def test_of_a_sound_dataset_there_is_nothing_to_say(training, options):
         (training.images / f"{name}.txt").write_text("a cat")
     (training.images / "._a.png").write_bytes(b"macOS")
     answer = training.ask(*options)
-    assert silent(answer)
-    assert answer["folders"] == '4 in "images"'
-    assert answer["opened"] == 4
+    assert (said(answer), answer["folders"], answer["opened"]) == ([], '4 in "images"', 4)
 
 
 def test_an_epoch_is_counted_in_the_trainers_own_buckets(training):
@@ -116,28 +120,27 @@ def test_an_epoch_is_counted_in_the_trainers_own_buckets(training):
     epoch = training.ask(*FAST, "--train_batch_size=4")["epoch"]
     # 2 x 3 squares make two batches of 4, and 3 wide ones another.
     expected = {"images": 3, "captions": 1, "repeated": 9, "batches": 3}
-    assert {key: epoch[key] for key in expected} == expected
-    assert epoch["largest_batch"] == 4 * 512 * 512
+    assert epoch | expected | {"largest_batch": 4 * 512 * 512} == epoch
 
 
 # ---- Pictures that cannot be trained -------------------------------------------------------------
 
 
-def half(path: Path, kind: str) -> None:
+def half(kind: str) -> bytes:
     data = io.BytesIO()
     Image.effect_noise((512, 512), 50).save(data, kind)
-    path.write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
+    return data.getvalue()[: data.tell() // 2]
 
 
 HALF = {
-    "b.jpg": (lambda path: half(path, "JPEG"), "image file is truncated"),
-    "c.png": (lambda path: half(path, "PNG"), "image file is truncated"),
+    "b.jpg": (half("JPEG"), "image file is truncated"),
+    "c.png": (half("PNG"), "image file is truncated"),
 }
-EMPTY = {"b.jpg": (Path.touch, "the file is empty")}  # 0.10 stops at it
+EMPTY = {"b.jpg": (b"", "the file is empty")}  # 0.10 stops at it
 NO_PICTURES = {
-    "b.jpg": (lambda path: path.write_text("<!DOCTYPE html>"), "it is a web page"),
-    "c.jpg": (lambda path: path.write_text("hello " * 99), "PIL cannot read it as a picture"),
-    "d.jpg": (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" * 4), "PIL cannot read it"),
+    "b.jpg": (b"<!DOCTYPE html>", "it is a web page"),
+    "c.jpg": (b"hello " * 99, "PIL cannot read it as a picture"),
+    "d.jpg": (b"\xff\xd8\xff\xe0" * 4, "PIL cannot read it"),
 }
 
 
@@ -146,8 +149,8 @@ NO_PICTURES = {
 )
 def test_a_picture_that_cannot_be_opened_is_named(training, files, options):
     training.draw("a.png")
-    for name, (write, _) in files.items():
-        write(training.images / name)
+    for name, (content, _) in files.items():
+        (training.images / name).write_bytes(content)
     errors = sorted(training.ask(*options)["errors"])
     for error, (name, (_, reason)) in zip(errors, files.items(), strict=True):
         assert error.startswith(f'cannot open the picture "images/{name}" (')
@@ -168,36 +171,25 @@ def test_without_buckets_a_picture_of_another_size_is_named(training):
 
 # ---- What the trainer does not say ---------------------------------------------------------------
 
-PREFIX = 'caption_prefix = "sks"'
+PREFIX, NO_FLIPS = 'caption_prefix = "sks"', "flip_aug = false"
+TEXT_CACHE = "--cache_text_encoder_outputs"
+CUT_76 = 'captions are cut after 75 tokens, 1 in "images": a.png (77): shorten them, or give'
+LEFT_OUT = 'caption_prefix and caption_suffix of "images" are not trained'
+CUT_151 = (
+    'captions are cut after 150 tokens, 1 in "images": a.png (151): shorten them, or give '
+    "--max_token_length=225"
+)
+OVERRIDDEN = (
+    '--resolution=768 and --flip_aug=true have no effect, since "config.toml" has resolution = '
+    "512 and flip_aug = false: change it there"
+)
 ONE_PICTURE = {  # its subset's settings, its caption, options, and the warning
     "74 words and a prefix": (PREFIX, "dog " * 74, "", ""),
-    "76 words and a prefix": (
-        PREFIX,
-        "dog " * 76,
-        "",
-        'captions are cut after 75 tokens, 1 in "images": a.png (77): shorten them, or give',
-    ),
-    "a prefix that cached captions leave out": (
-        PREFIX,
-        "a dog",
-        "--cache_text_encoder_outputs",
-        'caption_prefix and caption_suffix of "images" are not trained',
-    ),
-    "more tokens than were asked for": (
-        "",
-        "dog " * 151,
-        "--max_token_length=150",
-        'captions are cut after 150 tokens, 1 in "images": a.png (151): shorten them, or give '
-        "--max_token_length=225",
-    ),
-    "a setting of the config": ("flip_aug = false", "a dog", "", ""),
-    "options that the config overrides": (
-        "flip_aug = false",
-        "a dog",
-        "--flip_aug --resolution=768",
-        '--resolution=768 and --flip_aug=true have no effect, since "config.toml" has resolution = '
-        "512 and flip_aug = false: change it there",
-    ),
+    "76 words and a prefix": (PREFIX, "dog " * 76, "", CUT_76),
+    "a prefix that cached captions leave out": (PREFIX, "a dog", TEXT_CACHE, LEFT_OUT),
+    "more tokens than were asked for": ("", "dog " * 151, "--max_token_length=150", CUT_151),
+    "a setting of the config": (NO_FLIPS, "a dog", "", ""),
+    "overridden options": (NO_FLIPS, "a dog", "--flip_aug --resolution=768", OVERRIDDEN),
 }
 
 
@@ -243,12 +235,12 @@ def test_latents_of_a_picture_that_was_replaced_are_named_where_they_would_be_tr
         f"stale cached latents will be used in place of pictures, 2 in all: b{suffix} (older than "
         "the picture), c.npz (of a picture of 600x600, not 512x512): delete these files"
     )
-    assert silent(training.ask(*FAST))  # where nothing is read from the disk
+    assert said(training.ask(*FAST)) == []  # where nothing is read from the disk
 
 
 def test_a_broken_picture_whose_latents_are_taken_stops_nothing(training):
     training.draw("a.png")
-    half(training.images / "b.jpg", "JPEG")
+    (training.images / "b.jpg").write_bytes(half("JPEG"))
     training.npz("b.npz", (512, 512))
     assert not training.ask(*ON_DISK)["errors"]
     assert len(training.ask(*FAST)["errors"]) == 1
@@ -273,8 +265,8 @@ def test_cached_words_that_are_older_than_the_caption_are_named(training):
     training.draw("a.png").with_suffix(".txt").write_text("a dog")
     cached = training.images / "a_te_outputs.npz"
     np.savez(cached, nothing=np.zeros(1))
-    options = (*FAST, "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk")
-    assert silent(training.ask(*options))
+    options = (*FAST, TEXT_CACHE, f"{TEXT_CACHE}_to_disk")
+    assert said(training.ask(*options)) == []
     os.utime(cached, (1, 1))
     [warning] = training.ask(*options)["warnings"]
     assert "will be used in their place, 1 in all: a_te_outputs.npz: delete" in warning
@@ -285,12 +277,9 @@ def test_cached_words_that_are_older_than_the_caption_are_named(training):
 PREVIEWS = {"light": ROOT / "docs/preview.png", "dark": ROOT / "docs/preview_dark.png"}
 
 
-def test_the_readmes_preview_is_what_a_browser_shows_of_the_sample(
-    training, tmp_path_factory, browser
-):
+def test_the_readmes_preview_is_what_a_browser_shows_of_the_sample(training, sheet, browser):
     shutil.rmtree(training.images)
     make_sample(training.path)
-    sheet = tmp_path_factory.mktemp("sheet") / "sheet.html"
     training.ask(*FAST, sheet=sheet)
     # Another browser has other fonts, so each picture holds the hash of the page that it shows;
     # without the thumbnails and a broken JPEG's length, which another Pillow makes another way.
@@ -311,14 +300,11 @@ def test_the_readmes_preview_is_what_a_browser_shows_of_the_sample(
 
 
 @pytest.mark.parametrize("options", [(), FAST], ids=["step", "cache"])
-def test_the_sheet_shows_a_picture_cropped_as_the_trainer_crops_it(
-    training, tmp_path_factory, options
-):
+def test_the_sheet_shows_a_picture_cropped_as_the_trainer_crops_it(training, sheet, options):
     """A bar down the left edge, which the crop of a panorama to its bucket cuts off."""
     wide = Image.new("RGB", (1000, 100), "#2f9e44")
     wide.paste("#d03030", (0, 0, 100, 100))
     wide.save(training.images / "wide.png")
-    sheet = tmp_path_factory.mktemp("sheet") / "sheet.html"
     training.ask(*options, sheet=sheet)
     [thumbnail] = re.findall(r"base64,([^\"]*)", sheet.read_text(encoding="utf-8"))
     with Image.open(io.BytesIO(base64.b64decode(thumbnail))) as image:

@@ -53,14 +53,10 @@ def look(kohya: str, sheet: str, *argv: str) -> dict[str, Any]:
         dataset = check_dataset(rehearsal, None, thumbnail_limit, report)
     if sheet:
         write_preview(Path(sheet), dataset.folders, dataset.opened, report)
-    return {
-        "errors": report.errors,
-        "warnings": report.warnings,
-        "notes": report.notes,
-        "folders": list_folders(dataset.folders),
-        "epoch": vars(dataset.epoch) if dataset.epoch else None,
-        "opened": len(dataset.opened),
-    }
+    said = {kind: getattr(report, kind) for kind in ("errors", "warnings", "notes")}
+    epoch = vars(dataset.epoch) if dataset.epoch else None
+    folders, opened = list_folders(dataset.folders), len(dataset.opened)
+    return {**said, "folders": folders, "epoch": epoch, "opened": opened}
 
 
 if __name__ == "__main__":

@@ -46,9 +46,6 @@ class Page:
         blocks = self.blocks.blocks.values()
         return next(b for b in blocks if isinstance(b, gr.Button) and str(b.value).strip() == text)
 
-    def fill(self, label: str, value: Any) -> None:
-        self.values[self.field(label)._id] = value
-
     def trigger(self, block: Any, event: str) -> None:
         """Do what the page does on the block's event."""
         functions = [f for f in self.blocks.fns.values() if (block._id, event) in f.targets]
@@ -62,28 +59,17 @@ class Page:
                     value = value["value"]
                 self.values[field._id] = value
 
-
-def printed(page: Page) -> list[str]:
-    """The words of the training command that the GUI prints, without what it logs."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        page.trigger(page.button("Print training command"), "click")
-    [line] = [text for text in out.getvalue().splitlines() if " launch " in text]
-    return line.split()
-
-
-def do(page: Page, deed: dict[str, Any]) -> None:
-    """Load a preset or a file, or fill in fields."""
-    [(kind, what)] = deed.items()
-    if kind == "fields":
-        for label, value in what.items():
-            page.fill(label, value)
-    elif kind == "preset":
-        page.fill("Presets", what)
-        page.trigger(page.field("Presets"), "input")
-    else:
-        page.fill("Load/Save Config file", what)
-        page.trigger(page.button("\N{LEFTWARDS ARROW WITH HOOK}\N{VARIATION SELECTOR-16}"), "click")
+    def do(self, kind: str, what: Any) -> None:
+        """Load a preset or a file, or fill in fields."""
+        label = {"preset": "Presets", "file": "Load/Save Config file"}.get(kind)
+        for name, value in ({label: what} if label else what).items():
+            self.values[self.field(name)._id] = value
+        if kind == "preset":
+            self.trigger(self.field(label), "input")
+        elif kind == "file":
+            self.trigger(
+                self.button("\N{LEFTWARDS ARROW WITH HOOK}\N{VARIATION SELECTOR-16}"), "click"
+            )
 
 
 def main() -> None:
@@ -93,8 +79,11 @@ def main() -> None:
         for name, deeds in json.load(sys.stdin).items():
             page = Page()
             for deed in deeds:
-                do(page, deed)
-            answer[name] = printed(page)
+                page.do(*deed.popitem())
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                page.trigger(page.button("Print training command"), "click")
+            [line] = [text for text in out.getvalue().splitlines() if " launch " in text]
+            answer[name] = line.split()
             time.sleep(1)  # the config file that the line names is called after the second
     print(json.dumps(answer))
 

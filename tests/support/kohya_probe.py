@@ -15,8 +15,6 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +51,7 @@ def fresh_lycoris() -> Any:
 
 
 def unset_models(sdxl: Any) -> list[nn.Module]:
-    """sd-scripts' own models with weights of any value, because DoRA looks at them.
-
-    Memory that nobody writes to is not used: they cost less than 1 GB.
-    """
+    """sd-scripts' own models with weights of any value, in memory that nobody writes to."""
     return [model.half().to_empty(device="cpu") for model in models_on_meta(sdxl)]
 
 
@@ -78,17 +73,14 @@ def build(sdxl: Any, args: argparse.Namespace, device: str) -> nn.Module:
     return network
 
 
-def continued(sdxl: Any, args: argparse.Namespace, path: Path) -> nn.Module:
-    """The network of these options with the file in it, as sd-scripts has --network_weights."""
-    network = build(sdxl, args, "cpu")
-    network.load_weights(str(path))
-    return network
-
-
-def from_file(sdxl: Any, path: Path) -> nn.Module:
-    """The network that LyCORIS makes of the file alone, as sd-scripts has --dim_from_weights."""
-    te1, te2, vae, unet = unset_models(sdxl)
-    network, _ = fresh_lycoris().create_network_from_weights(1.0, str(path), vae, [te1, te2], unet)
+def load(sdxl: Any, path: str, args: argparse.Namespace | None) -> nn.Module:
+    """As sd-scripts has --network_weights: into the network of options, or alone."""
+    if args:
+        network = build(sdxl, args, "cpu")
+        network.load_weights(path)
+        return network
+    te1, te2, vae, unet = unset_models(sdxl)  # --dim_from_weights
+    network, _ = fresh_lycoris().create_network_from_weights(1.0, path, vae, [te1, te2], unet)
     network.apply_to([te1, te2], unet, True, True)
     return network
 
@@ -134,38 +126,31 @@ def save_moved(network: nn.Module, path: Path) -> float:
     return off(network, path)
 
 
-def tried(make: Callable[[Path], nn.Module], path: Path, save: Path | None) -> dict[str, Any]:
+def tried(sdxl: Any, path: str, args: argparse.Namespace | None, save: str) -> dict[str, Any]:
     """What the network of a file holds, or why LyCORIS made none."""
     try:
-        network = make(path)
+        network = load(sdxl, path, args)
     except (RuntimeError, TypeError) as error:
         return {"refused": str(error)}
-    answer = compared(network, path)
-    if save:
-        answer["saved_off"] = save_moved(network, save)
-    return answer
+    answer = compared(network, Path(path))
+    return answer | ({"saved_off": save_moved(network, Path(save))} if save else {})
 
 
 def main(kohya: str) -> None:
     """Answer the question on stdin; what the libraries say goes to stderr."""
     question = json.load(sys.stdin)
-    save = {file: Path(out) for file, out in question.get("save", {}).items()}
+    save = question.get("save", {})
     with contextlib.redirect_stdout(sys.stderr):
         sdxl = import_models(Path(kohya))
         parsed = {name: parse(line) for name, line in question.get("command_lines", {}).items()}
+        alone = dict.fromkeys(question.get("from_file", []))
+        loaded = {file: parsed[name] for file, name in question.get("continue", {}).items()} | alone
         models = models_on_meta(sdxl)
         answer = {
             "options": {name: vars(args) for name, args in parsed.items()},
             "modules": {n: modules_of(build(sdxl, args, "meta")) for n, args in parsed.items()},
             "parameters": [sum(p.numel() for p in model.parameters()) for model in models],
-            "continued": {
-                file: tried(partial(continued, sdxl, parsed[name]), Path(file), save.get(file))
-                for file, name in question.get("continue", {}).items()
-            },
-            "from_file": {
-                file: tried(partial(from_file, sdxl), Path(file), save.get(file))
-                for file in question.get("from_file", [])
-            },
+            "loaded": {f: tried(sdxl, f, args, save.get(f, "")) for f, args in loaded.items()},
         }
     print(json.dumps(answer, default=str))
 

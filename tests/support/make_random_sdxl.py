@@ -42,20 +42,15 @@ def import_models(kohya: Path) -> ModuleType:
     return sdxl_model_util
 
 
-def models_on_meta(sdxl: ModuleType) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-    """sd-scripts' own text encoders, VAE and U-Net, without weights.
-
-    Its loader builds them on torch's meta device and then fills them from the checkpoint; here
-    the checkpoint is empty and the filling is left out.
-    """
+def models_on_meta(sdxl: ModuleType) -> list[nn.Module]:
+    """sd-scripts' own text encoders, VAE and U-Net, without weights, of an empty checkpoint."""
     with (
         patch.object(sdxl, "load_file", return_value={}),
         patch.object(sdxl, "_load_state_dict_on_device"),
         patch.object(sdxl, "convert_sdxl_text_encoder_2_checkpoint", return_value=({}, None)),
         patch.object(sdxl.model_util, "convert_ldm_vae_checkpoint", return_value={}),
     ):
-        te1, te2, vae, unet, *_ = sdxl.load_models_from_sdxl_checkpoint(None, CHECKPOINT, "meta")
-    return te1, te2, vae, unet
+        return list(sdxl.load_models_from_sdxl_checkpoint(None, CHECKPOINT, "meta")[:4])
 
 
 def fill(model: nn.Module) -> None:
@@ -75,8 +70,8 @@ def make_checkpoint(kohya: Path, path: Path) -> None:
     """Save random models as one checkpoint."""
     torch.manual_seed(0)
     sdxl = import_models(kohya)
-    te1, te2, vae, unet = models_on_meta(sdxl)
-    for model in (te1, te2, vae, unet):
+    te1, te2, vae, unet = models = models_on_meta(sdxl)
+    for model in models:
         fill(model)
     logit_scale = torch.tensor(1.0, dtype=torch.float16)
     sdxl.save_stable_diffusion_checkpoint(
@@ -108,10 +103,8 @@ def make_tokenizers(folder: Path) -> None:
     vocabulary.write_text(json.dumps(numbers, ensure_ascii=False), encoding="utf-8")
     rules.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     for name, padding in PADDING.items():
-        tokenizer = CLIPTokenizer(
-            str(vocabulary), str(rules), pad_token=padding, model_max_length=77
-        )
-        tokenizer.save_pretrained(folder / name)
+        files, options = map(str, (vocabulary, rules)), {"model_max_length": 77}
+        CLIPTokenizer(*files, pad_token=padding, **options).save_pretrained(folder / name)
 
 
 def main(kohya: str, out: str, *options: str) -> None:

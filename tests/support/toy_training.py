@@ -28,6 +28,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,7 @@ def zeros_of(path: str, device: Any = None) -> dict[str, Tensor]:
 
 
 def trained_layers(model: nn.Module) -> list[nn.Module]:
-    """One layer of each kind and width that a network has put itself into.
-
-    A network gives each such layer a forward of its own.
-    """
+    """One layer of each kind and width that a network has put itself into: given a forward."""
     kinds = {}
     for layer in model.modules():
         if layer is not model and "forward" in vars(layer):
@@ -66,13 +64,12 @@ def trained_layers(model: nn.Module) -> list[nn.Module]:
 
 def small_input(layer: nn.Module) -> Tensor:
     """What the layer takes, as small as it may be."""
-    if isinstance(layer, nn.Linear):
-        return torch.ones(1, 1, layer.in_features)
     if isinstance(layer, nn.Conv2d):
         return torch.ones(1, layer.in_channels, 3, 3)
     if isinstance(layer, nn.GroupNorm):
         return torch.ones(1, layer.num_channels, 2, 2)
-    return torch.ones(1, 1, layer.normalized_shape[-1])
+    linear = isinstance(layer, nn.Linear)
+    return torch.ones(1, 1, layer.in_features if linear else layer.normalized_shape[-1])
 
 
 def touch(model: nn.Module) -> Tensor | float:
@@ -80,18 +77,6 @@ def touch(model: nn.Module) -> Tensor | float:
     dtype = next(model.parameters()).dtype
     outputs = [layer(small_input(layer).to(dtype)) for layer in trained_layers(model)]
     return sum(output.float().sum() for output in outputs)
-
-
-class Moments:
-    """What a VAE encodes pictures to."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.latent_dist = self
-        self.images = images
-
-    def sample(self) -> Tensor:
-        means = nn.functional.avg_pool2d(self.images, 8)
-        return means.mean(1, keepdim=True).repeat(1, 4, 1, 1)
 
 
 def make_toys(text_encoders: list[nn.Module], vae: nn.Module, unet: nn.Module) -> None:
@@ -111,6 +96,11 @@ def make_toys(text_encoders: list[nn.Module], vae: nn.Module, unet: nn.Module) -
 
         return forward
 
+    def encode(images: Tensor) -> Any:
+        means = nn.functional.avg_pool2d(images, 8).mean(1, keepdim=True)
+        moments = argparse.Namespace(sample=lambda: means.repeat(1, 4, 1, 1))
+        return argparse.Namespace(latent_dist=moments)
+
     def decode(latents: Tensor, **_: Any) -> Any:
         images = nn.functional.interpolate(latents[:, :3], scale_factor=8)
         return argparse.Namespace(sample=images)
@@ -118,27 +108,21 @@ def make_toys(text_encoders: list[nn.Module], vae: nn.Module, unet: nn.Module) -
     unet.forward = unet_forward
     for encoder in text_encoders:
         encoder.forward = toy_encoder(encoder)
-    vae.encode, vae.decode = Moments, decode
+    vae.encode, vae.decode = encode, decode
 
 
 # ---- The training --------------------------------------------------------------------------------
 
 
+@dataclass
 class Seen:
     """What the training was about, as far as it came."""
 
-    def __init__(self) -> None:
-        self.output_dir = ""
-        self.losses: list[float] = []
-        self.captions: set[str] = set()
-        self.sizes: set[tuple[int, int]] = set()
-        self.modules: int | None = None
-        self.scale: float | None = None
-
-    def network(self, network: nn.Module) -> None:
-        self.modules = len({name.split(".")[0] for name in network.state_dict()})
-        loras = getattr(network, "loras", None)
-        self.scale = getattr(loras[0], "scale", None) if loras else None
+    output_dir: str = ""
+    losses: list[float] = field(default_factory=list)
+    captions: set[str] = field(default_factory=set)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    network: dict[str, Any] = field(default_factory=lambda: {"modules": None, "scale": None})
 
     def answer(self) -> dict[str, Any]:
         samples = sorted(Path(self.output_dir, "sample").glob("*.png"))  # in their order
@@ -146,9 +130,8 @@ class Seen:
             "idle": 0.0 in self.losses,
             "captions": sorted(self.captions),
             "sizes": sorted(self.sizes),
-            "modules": self.modules,
-            "scale": self.scale,
             "samples": [Image.open(path).size for path in samples],
+            **self.network,
         }
 
 
@@ -180,7 +163,10 @@ def toy_trainer(script: Any, train_util: Any, seen: Seen) -> Any:
             return super().call_unet(args, accelerator, unet, noisy, *more, **kw)
 
         def all_reduce_network(self, accelerator: Any, network: nn.Module) -> None:
-            seen.network(accelerator.unwrap_model(network))
+            held = accelerator.unwrap_model(network)
+            modules = {name.split(".")[0] for name in held.state_dict()}
+            scale = getattr(next(iter(getattr(held, "loras", [])), None), "scale", None)
+            seen.network = {"modules": len(modules), "scale": scale}
             super().all_reduce_network(accelerator, network)
 
     return ToyTrainer()

@@ -1,6 +1,6 @@
 """Trainings as people start them, and what pre-flight has to say of each.
 
-A case is a folder (trainer_folder.py), what is changed in it, and options behind those of a recipe.
+A case is a folder, what is changed in it, and options behind those of a recipe.
 sd-scripts' own train() is asked whether it trains (toy_training.py), pre-flight what it says, and
 test_real_cases.py compares the two. `fails` means an error, `warns` a warning, because
 something else is trained than was meant, and `trains` that pre-flight says nothing new. The second
@@ -14,41 +14,208 @@ begin before the trainer.
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
 
+import numpy as np
 from kohya_folder import ROOT
+from make_dataset import main as make_dataset
 from PIL import Image
-from trainer_folder import (
-    CHECKPOINT,
-    CONFIG,
-    IMAGES,
-    PROJECT,
-    SIDEWAYS,
-    Change,
-    add,
-    all_gif,
-    captions,
-    checkpoint,
-    config,
-    config_as_json,
-    cut_off,
-    dataset,
-    leftover_cache,
-    link,
-    make,
-    move,
-    picture,
-    preset,
-    remove,
-    rename_captions,
-    resolution,
-    rewrite,
-    sample_config,
-    subset,
-    write,
-)
+from preset_modules import EXPECTED
+from sdxl_checkpoint import sdxl_shapes, write_checkpoint
+
+Change = Callable[[Path], object]
+Given = ParamSpec("Given")
+PROJECT = "_in/lora/sdxl/demo"
+CONFIG, IMAGES = f"{PROJECT}/config.toml", f"{PROJECT}/images"
+CHECKPOINT = "sdxl.safetensors"
+SIDE = 64
+
+
+def change(function: Callable[Concatenate[Path, Given], object]) -> Callable[Given, Change]:
+    """The function is called in a case without the folder, which is given when it is made."""
+    return lambda *args, **options: lambda folder: function(folder, *args, **options)
+
+
+def make_folder(path: Path) -> Path:
+    """A folder in which the trainer would train: presets, and four drawings with captions."""
+    shutil.copytree(ROOT / "lycoris_presets", path / "lycoris_presets")
+    make_dataset([str(path / PROJECT), "--images", "4", "--size", str(SIDE)])
+    config((path / PROJECT).as_posix(), PROJECT)(path)
+    return path
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+@change
+def write(folder: Path, name: str, content: str | bytes) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@change
+def move(folder: Path, old: str, new: str) -> None:
+    (folder / new).parent.mkdir(parents=True, exist_ok=True)
+    (folder / old).rename(folder / new)
+
+
+@change
+def remove(folder: Path, pattern: str) -> None:
+    for path in list(folder.glob(pattern)):
+        path.unlink()
+
+
+@change
+def make(folder: Path, name: str) -> None:
+    (folder / name).mkdir(parents=True)
+
+
+@change
+def link(folder: Path, name: str, target: str, absolute: bool = False) -> None:
+    """A link to what the target is seen from the folder, or from the link itself."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(folder / target if absolute else target)
+
+
+@change
+def cut_off(folder: Path, name: str) -> None:
+    """Half of a file, as of a download that stopped."""
+    os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+# ---- The dataset config --------------------------------------------------------------------------
+
+
+@change
+def config(folder: Path, old: str, new: str) -> None:
+    """Replace a text of the config."""
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    assert old in text, old
+    (folder / CONFIG).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def resolution(value: str) -> Change:
+    return config(f"= {SIDE}", f"= {value}")
+
+
+def dataset(text: str) -> Change:
+    """Add to the config's table of its one dataset."""
+    return config("batch_size", f"{text}\nbatch_size")
+
+
+@change
+def add(folder: Path, text: str) -> None:
+    """Add to the config's end, which is in the table of its one subset."""
+    with (folder / CONFIG).open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def subset(image_dir: str, more: str = "") -> Change:
+    return add(f'[[datasets.subsets]]\nimage_dir = "{image_dir}"\n{more}\n')
+
+
+@change
+def rewrite(folder: Path, encoding: str, newline: str = "\n") -> None:
+    """The config in another encoding, or with other line ends."""
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding, newline=newline)
+
+
+def sample_config(folder: Path) -> None:
+    """The config that the bundle ships, for these drawings."""
+    text = (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
+    text = text.replace("sdxl/my_project", "sdxl/demo").replace("= 1024", f"= {SIDE}")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def config_as_json(folder: Path) -> None:
+    table = {"subsets": [{"image_dir": IMAGES, "num_repeats": 2}]}
+    table |= {"resolution": SIDE, "batch_size": 1}
+    content = {"general": {"caption_extension": ".txt"}, "datasets": [table]}
+    (folder / CONFIG).with_suffix(".json").write_text(json.dumps(content))
+
+
+# ---- Pictures and captions -----------------------------------------------------------------------
+
+SIDEWAYS = Image.Exif()
+SIDEWAYS[0x0112] = 6  # orientation: it is to be turned by a quarter
+
+
+@change
+def picture(
+    folder: Path, name: str, size: tuple[int, int] = (SIDE, SIDE), mode: str = "RGB", **options: Any
+) -> None:
+    """A picture of noise with a caption; its name is seen from IMAGES."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
+    target = folder / IMAGES / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sixteen = mode == "I;16"
+    image = Image.new("I;16", size, 40_000) if sixteen else noise.convert(mode)
+    image.save(target, **options)
+    target.with_suffix(".txt").write_text("a dog")
+
+
+def captions(content: str | bytes, numbers: range = range(4)) -> tuple[Change, ...]:
+    """The same caption for the drawings of these numbers."""
+    return tuple(write(f"{IMAGES}/{number:03d}.txt", content) for number in numbers)
+
+
+@change
+def rename_captions(folder: Path, ending: str) -> None:
+    for text in (folder / IMAGES).glob("*.txt"):
+        text.rename(text.with_name(text.stem + ending))
+
+
+def all_gif(folder: Path) -> None:
+    """All four drawings in another format."""
+    for drawing in list((folder / IMAGES).glob("*.png")):
+        Image.open(drawing).save(drawing.with_suffix(".gif"))
+        drawing.unlink()
+
+
+def leftover_cache(size: tuple[int, int] = (SIDE, SIDE)) -> Change:
+    """What --cache_latents_to_disk left of a first picture of this size."""
+    latents = np.zeros((4, size[1] // 8, size[0] // 8), np.float32)
+    buffer, crop = BytesIO(), np.array([0, 0, *size])
+    np.savez(buffer, latents=latents, original_size=np.array(size), crop_ltrb=crop)
+    return write(f"{IMAGES}/000.npz", buffer.getvalue())
+
+
+# ---- Checkpoints and presets ---------------------------------------------------------------------
+
+
+@change
+def checkpoint(
+    folder: Path, *lacking: str, more: dict[str, list[int]] | None = None, dtype: str = "F16"
+) -> None:
+    """CHECKPOINT of the names and shapes of SDXL, without what begins so, and with more."""
+    shapes = {n: s for n, s in sdxl_shapes().items() if not n.startswith(lacking)}
+    write_checkpoint(folder / CHECKPOINT, shapes | (more or {}), dtype=dtype)
+
+
+ATTENTION = r"output_blocks\.1\.1\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$"
+
+
+def preset(name: str, unet: str = ATTENTION, more: str = "", before: str = "") -> Change:
+    """A preset of one block's attention."""
+    lists = ["unet_target_module", "text_encoder_target_module", "text_encoder_target_name"]
+    empty = "".join(f"{key} = []\n" for key in lists)
+    return write(
+        name, f"{before}enable_conv = false\n{empty}unet_target_name = ['{unet}']\n{more}\n"
+    )
+
+
+# ---- Cases ---------------------------------------------------------------------------------------
 
 FAST, CLASSIC = "fast", "classic"
 # Modules of the recipes' preset, of the attention of one of its blocks, of no preset; and of both
@@ -147,6 +314,8 @@ OTHER, REG = f"{PROJECT}/other", f"{PROJECT}/reg"
 NEVER = subset(OTHER, "num_repeats = 0")
 ANOTHER = picture("../other/0.png")
 REGULARIZATION = (picture("../reg/0.png"), subset(REG, "is_reg = true"))
+ODD_FOLDERS = {"a folder with a space": "my images", "a folder with brackets": "[v] é"}
+IDLE, UNNUMBERED = ("--max_train_steps=16", *REGULARIZATION), as_the_gui("dog")
 OF_ANOTHER_PROJECT = (
     move(IMAGES, "_in/lora/sdxl/other/images"),
     write("_in/lora/sdxl/other/config.toml", ""),
@@ -158,10 +327,7 @@ FOLDERS = [
     fails("an empty folder", "no picture", remove(f"{IMAGES}/*")),
     *(
         trains(name, move(IMAGES, f"{PROJECT}/{folder}"), config("demo/images", f"demo/{folder}"))
-        for name, folder in {
-            "a folder with a space": "my images",
-            "a folder with brackets": "[v] é",
-        }.items()
+        for name, folder in ODD_FOLDERS.items()
     ),
     warns("a config that names another project's folder", "other", *OF_ANOTHER_PROJECT),
     warns("a second folder that is not there", "gone", subset("gone")),
@@ -169,18 +335,10 @@ FOLDERS = [
     warns("the same folder twice", "images", subset(IMAGES)),
     warns("a second folder with no repeats", "num_repeats|other", ANOTHER, NEVER),
     trains("a second folder", ANOTHER, subset(OTHER)),
-    warns(
-        "regularization pictures without a weight",
-        "prior_loss_weight",
-        "--max_train_steps=16",
-        *REGULARIZATION,
-        idle=True,
-    ),
+    warns("regularization pictures without a weight", "prior_loss_weight", *IDLE, idle=True),
     trains("regularization pictures with a weight", "--prior_loss_weight=1", *REGULARIZATION),
     trains("folders as the GUI names them", *as_the_gui("10_sks dog"), less="dataset_config"),
-    fails(
-        "a folder without repeats in its name", "train", *as_the_gui("dog"), less="dataset_config"
-    ),
+    fails("a folder without repeats in its name", "train", *UNNUMBERED, less="dataset_config"),
 ]
 
 ODD_PICTURES = {
@@ -203,8 +361,13 @@ BROKEN = {
     "a folder": ("004.png", make(f"{IMAGES}/004.png")),
     "a link to nothing": ("004.png", link(f"{IMAGES}/004.png", "gone.png")),
 }
-LEFTOVER = leftover_cache()
+WIDE_PHOTO = picture("000.jpg", (256, 64), exif=SIDEWAYS)
+TURNED = remove(f"{IMAGES}/*.png"), resolution("128"), WIDE_PHOTO
+LEFTOVER, UNCHECKED = leftover_cache(), "skip_cache_check"
 TEN, ON_DISK = "--max_train_steps=10", "--cache_latents_to_disk"
+ANOTHER_SHAPE = ON_DISK, f"--{UNCHECKED}", leftover_cache((128, 64))
+LINKS = [move(IMAGES, "elsewhere"), make(IMAGES)]
+LINKS += [link(f"{IMAGES}/00{n}.png", f"elsewhere/00{n}.png", absolute=True) for n in (0, 1)]
 BELOW = (move(IMAGES, f"{PROJECT}/below"), move(f"{PROJECT}/below", f"{IMAGES}/below"))
 PICTURES = [
     *(
@@ -214,14 +377,7 @@ PICTURES = [
     fails("pictures of the ending .gif alone", "no picture", all_gif),
     fails("pictures one folder below", "no picture", *BELOW),
     trains("files of macOS", write(f"{IMAGES}/._000.png", b"\x00\x05\x16\x07")),
-    warns(
-        "a photo stored sideways",
-        "EXIF|sideways|turn|orientation",
-        remove(f"{IMAGES}/*.png"),
-        resolution("128"),
-        picture("000.jpg", (256, 64), exif=SIDEWAYS),
-        sizes=[[256, 64]],
-    ),
+    warns("a photo stored sideways", "EXIF|sideways|turn|orientation", *TURNED, sizes=[[256, 64]]),
     trains("a photo stored upright", picture("004.jpg")),
     *(trains(f"a picture: {n}", TEN, odd, recipe=CLASSIC) for n, odd in ODD_PICTURES.items()),
     trains("a picture: animated", ANIMATED),
@@ -230,39 +386,21 @@ PICTURES = [
         for name, (number, broken) in BROKEN.items()
         for end, more, recipe in [("", (), FAST), (", with classic", (TEN,), CLASSIC)]
     ),
-    trains(
-        "pictures that are links",
-        move(IMAGES, "elsewhere"),
-        make(IMAGES),
-        *(link(f"{IMAGES}/{n}.png", f"elsewhere/{n}.png", absolute=True) for n in ("000", "001")),
-        *captions("a dog", range(2)),
-    ),
+    trains("pictures that are links", *LINKS, *captions("a dog", range(2))),
     warns("a cache that an older picture left", "npz", ON_DISK, LEFTOVER, picture("000.png")),
     warns(
-        "a cache of another shape that is not checked",
-        "npz",
-        ON_DISK,
-        "--skip_cache_check",
-        leftover_cache((128, 64)),
-        before_0_10="skip_cache_check",
+        "a cache of another shape that is not checked", "npz", *ANOTHER_SHAPE, before_0_10=UNCHECKED
     ),
     trains("a cache that is not used", LEFTOVER),
     trains("alpha masks", picture("004.png", mode="RGBA"), add("alpha_mask = true\n")),
 ]
 
 CLASS_TOKENS, NO_CAPTIONS = add('class_tokens = "A [v]"\n'), remove(f"{IMAGES}/*.txt")
-RENAMED, FIRST = rename_captions(".caption"), range(1)
+RENAMED, FIRST, TOKENS = rename_captions(".caption"), range(1), {"captions": ["A [v]"]}
+BESIDE, DOUBLE = (sample_config, RENAMED), (sample_config, rename_captions(".png.txt"))
 CAPTIONS = [
-    *(
-        warns(
-            f"captions of the ending {ending} beside class_tokens",
-            ending.replace(".", r"\."),
-            sample_config,
-            rename_captions(ending),
-            captions=["A [v]"],
-        )
-        for ending in (".caption", ".png.txt")
-    ),
+    warns("captions of the ending .caption beside class_tokens", r"\.caption", *BESIDE, **TOKENS),
+    warns("captions of the ending .png.txt beside class_tokens", r"\.png\.txt", *DOUBLE, **TOKENS),
     warns("captions of the ending .caption alone", "caption", RENAMED, captions=[""]),
     trains("captions of the ending that is asked for", RENAMED, config('".txt"', '".caption"')),
     trains("class_tokens and no captions", CLASS_TOKENS, NO_CAPTIONS, captions=["A [v]"]),
@@ -291,7 +429,8 @@ CKPT, MOVED = (taken("x.ckpt"), write("x.ckpt", HTML)), move(CHECKPOINT, SPACED)
 V_PRED, IDS = {"v_pred": [0], "ztsnr": [0]}, {f"{FIRST_TEXT}embeddings.position_ids": [1, 77]}
 EMA, EXTRA = {"model_ema.decay": [1], "denoiser.sigmas": [1000]}, {f"{UNET}extra": [1]}
 LINKED, RELATIVE = link(LINK, CHECKPOINT, absolute=True), link(LINK, f"../{CHECKPOINT}")
-HERE, PAGE = link("x.safetensors", CHECKPOINT), write("x.safetensors", HTML)
+HERE = taken("x.safetensors"), checkpoint(), link("x.safetensors", CHECKPOINT)
+PAGE = write("x.safetensors", HTML)
 MASKED = {f"{UNET}input_blocks.0.0.weight": [320, 9, 3, 3]}  # latents, a mask, and masked latents
 # SSD-1B lacks the middle's transformer and many blocks of the others.
 SSD = [f"{UNET}middle_block.1.", f"{UNET}middle_block.2."]
@@ -328,12 +467,7 @@ CHECKPOINTS = [
     trains("a checkpoint in fp32", THIS, checkpoint(dtype="F32")),
     trains("a checkpoint that is an absolute link", taken(LINK), checkpoint(), LINKED),
     fails("a checkpoint that is a relative link", "link", taken(LINK), checkpoint(), RELATIVE),
-    trains(
-        "a checkpoint that is a relative link in this folder",
-        taken("x.safetensors"),
-        checkpoint(),
-        HERE,
-    ),
+    trains("a checkpoint that is a relative link in this folder", *HERE),
     fails("a folder that is no diffusers model", "models", taken("models"), make("models")),
     fails("a checkpoint of the ending .ckpt that is none", "x.ckpt", *CKPT),
     trains("a checkpoint with a space in its path", taken(SPACED), checkpoint(), MOVED),
@@ -352,23 +486,19 @@ def own_preset(name: str) -> tuple[str | Change, ...]:
 
 
 NO_PRESET = ("--network_args", "conv_dim=4")
-PRESETS = sorted((ROOT / "lycoris_presets").glob("*.toml"))
-PRESET = "preset=lycoris_presets/blora_content_style.toml"
+PRESETS = "lycoris_presets"
+PRESET = f"preset={PRESETS}/blora_content_style.toml"
 PLAIN, OWN = lycoris(PRESET), lycoris("preset=my.toml")
 SPACE = lycoris(PRESET.replace("=", " = "))
 UNCLOSED = write("my.toml", "unet_target_name = [\n")
 DORA_WD = preset("my.toml", before="dora_wd = true\n")
 EXCLUDED = preset("my.toml", more=r"exclude_name = ['.*attn2.*']")
-UNET_ONLY = "network_train_unet_only"
+UNET_ONLY, EQUALS = "network_train_unet_only", own_preset("my=preset.toml")
+in_old_lycoris = partial(trains, lycoris=OLD_LYCORIS, modules=STYLE_ONLY)
 OF_PRESETS = [
-    *(
-        trains(f"the preset {path.stem}", *lycoris(f"preset=lycoris_presets/{path.name}"))
-        for path in PRESETS
-    ),
-    *(
-        trains(f"the recipe's preset in LyCORIS {release}", *PLAIN, lycoris=release)
-        for release in ("3.4.0", OLD_LYCORIS)
-    ),
+    *(trains(f"the preset {name}", *lycoris(f"preset={PRESETS}/{name}.toml")) for name in EXPECTED),
+    trains("the recipe's preset in LyCORIS 3.4.0", *PLAIN, lycoris="3.4.0"),
+    trains("the recipe's preset in LyCORIS 3.2.0.post2", *PLAIN, lycoris=OLD_LYCORIS),
     trains("text encoders too", less=UNET_ONLY, modules=CONTENT_STYLE + TEXT_ENCODERS),
     warns("network arguments without a preset", "preset", *NO_PRESET, modules=EVERY_LAYER),
     warns("a preset with a space before =", "preset", *SPACE, modules=EVERY_LAYER),
@@ -383,16 +513,9 @@ OF_PRESETS = [
     fails("a pattern that is none", "my.toml", *OWN, preset("my.toml", "attn[12")),
     fails("a preset with dora_wd at its top", "dora_wd", *OWN, DORA_WD),
     trains("a preset that excludes", *OWN, EXCLUDED, modules=STYLE_ONLY // 2),
-    *(
-        trains(f"{name}, in LyCORIS 3.2.0", *OWN, made, lycoris=OLD_LYCORIS, modules=STYLE_ONLY)
-        for name, made in {
-            "a preset with dora_wd at its top": DORA_WD,
-            "a preset that excludes": EXCLUDED,
-        }.items()
-    ),
-    trains(
-        "a preset with = in its name", *own_preset("my=preset.toml"), before_0_10="network_args"
-    ),
+    in_old_lycoris("a preset with dora_wd at its top, in LyCORIS 3.2.0", *OWN, DORA_WD),
+    in_old_lycoris("a preset that excludes, in LyCORIS 3.2.0", *OWN, EXCLUDED),
+    trains("a preset with = in its name", *EQUALS, before_0_10="network_args"),
     trains("a preset with a space in its name", *own_preset("my preset.toml")),
 ]
 
@@ -424,16 +547,14 @@ NETWORKS = [
 ]
 
 WEIGHTS = "--network_weights=before/demo_1.safetensors"
-OTHER_RANK = (WEIGHTS, "--network_dim=8")
+OTHER_RANK, NO_WEIGHTS = (WEIGHTS, "--network_dim=8"), ("--network_weights=x.safetensors", PAGE)
 RESUMED = "--resume=before/demo_1-state"
 GOING_ON = [
     trains("going on", WEIGHTS, after="the fast recipe"),
     trains("going on from weights alone", WEIGHTS, "--dim_from_weights", after="the fast recipe"),
     fails("going on with another rank", "network_dim|rank", *OTHER_RANK, after="the fast recipe"),
     fails("going on from nothing", "network_weights", "--network_weights=gone.safetensors"),
-    fails(
-        "going on from a page in HTML", "network_weights", "--network_weights=x.safetensors", PAGE
-    ),
+    fails("going on from a page in HTML", "network_weights", *NO_WEIGHTS),
     fails("weights alone, of no file", "network_weights", "--dim_from_weights"),
     trains("a state at the end", "--save_state", "--max_train_steps=2"),
     trains("resuming", RESUMED, "--max_train_steps=4", after="a state at the end"),
@@ -477,6 +598,7 @@ OPTIMIZERS = [
 
 COSINE, WARM = "--lr_scheduler=cosine_with_restarts", "--lr_warmup_steps=1"
 ANNEALING, LEAST = "--lr_scheduler_type=CosineAnnealingLR", "--lr_scheduler=cosine_with_min_lr"
+MISSPELT = "--lr_scheduler_type=CosinAnnealingLR"
 SCHEDULERS = [
     *(
         trains(f"the scheduler {name}", f"--lr_scheduler={name}")
@@ -487,9 +609,7 @@ SCHEDULERS = [
     fails("a scheduler misspelt", "lr_scheduler", "--lr_scheduler=cosin"),
     fails("constant after a warm-up", "lr_warmup_steps", "--lr_scheduler=constant", recipe=CLASSIC),
     trains("a scheduler of torch", ANNEALING, "--lr_scheduler_args", "T_max=10"),
-    fails(
-        "a scheduler of torch misspelt", "lr_scheduler_type", "--lr_scheduler_type=CosinAnnealingLR"
-    ),
+    fails("a scheduler of torch misspelt", "lr_scheduler_type", MISSPELT),
     fails("a scheduler of torch without its argument", "lr_scheduler|T_max", ANNEALING),
     fails("a scheduler that needs a rate", "lr_scheduler", LEAST),
     trains("a scheduler with its least rate", LEAST, "--lr_scheduler_min_lr_ratio=0.1"),
@@ -510,10 +630,8 @@ OUTPUTS = [
     fails("a format of none", "save_model_as", "--save_model_as=diffusers"),
     fails("a precision of none", "save_precision", "--save_precision=fp8"),
     fails("an output name with a folder", "output_name", "--output_name=a/b"),
-    *(
-        warns(f"an output name with {mark}", "output_name", f"--output_name=a{mark}b")
-        for mark in ":?"
-    ),
+    warns("an output name with :", "output_name", "--output_name=a:b"),
+    warns("an output name with ?", "output_name", "--output_name=a?b"),
     trains("an output name with a space", "--output_name=my hero"),
     fails("an output name that is too long", "output_name", f"--output_name={'a' * 260}"),
     fails("no output folder", "output_dir", less="output_dir"),
@@ -570,9 +688,9 @@ in_json, in_toml = partial(sampled, "p.json"), partial(sampled, "p.toml")
 OURS = sampled("blora_prompts.txt", (ROOT / "blora_prompts.txt").read_bytes())
 SIZED, DRAWN = "a dog --w 64 --h 128 --s 1", [[64, 128]]
 EACH_STEP, ODD_SIZE = "--sample_every_n_steps=1", text("a dog --w 71 --h 130 --s 1")
-NO_FILE = (EACH_STEP, "--sample_prompts=gone.txt")
+NO_FILE, DEFAULT = (EACH_STEP, "--sample_prompts=gone.txt"), {"samples": [[512, 512]]}
 WIDE, SUBSET = "prompt.width = 64\n", '[[prompt.subset]]\nprompt = "a dog"\n'
-STEPS = "prompt.sample_steps = 1\n"
+STEPS, TWICE = "prompt.sample_steps = 1\n", in_toml(f"{WIDE}{SUBSET}width = 128\n")
 SAMPLES = [
     trains("the bundle's prompts", *OURS, samples=[[1024, 1024]] * 3),
     trains("prompts", *text(f"# a comment --w abc\n\n{SIZED}\n"), EACH_STEP, samples=DRAWN * 3),
@@ -589,12 +707,7 @@ SAMPLES = [
         for c in (" ", "\ufeff")
     ),
     *(
-        warns(
-            f"a prompt with --{part}",
-            f'"--{part}"',
-            *text(f"a dog --s 1 --{part}\n"),
-            samples=[[512, 512]],  # sd-scripts' default
-        )
+        warns(f"a prompt with --{part}", f'"--{part}"', *text(f"a dog --s 1 --{part}\n"), **DEFAULT)
         for part in ("w abc", "w=64", "width 64", "seed 1", "d -1", "l .")
     ),
     fails("prompts that are no JSON", "JSON", *in_json("a dog\n")),
@@ -602,9 +715,7 @@ SAMPLES = [
     fails("prompts in a table in JSON", "p.json", *in_json('{"a": "dog"}')),
     fails("prompts that are no TOML", "TOML", *in_toml("a dog\n")),
     fails("prompts in TOML without their table", "p.toml", *in_toml("")),
-    fails(
-        "prompts in TOML with a number twice", "p.toml", *in_toml(f"{WIDE}{SUBSET}width = 128\n")
-    ),
+    fails("prompts in TOML with a number twice", "p.toml", *TWICE),
 ]
 
 GUI = f"""\
@@ -613,24 +724,21 @@ network_dim = 8
 optimizer_args = ["decouple=True", "weight_decay=0.01"]
 network_args = ["{PRESET}"]
 """
-BROKEN_SETTING = 'lr_scheduler = "cosin"\n'
-IN_TABLES = f"[a]\n{GUI}"
 
 
 def settings(content: str, name: str = "gui.toml") -> tuple[str | Change, ...]:
     return f"--config_file={name}", write("gui.toml", content)
 
 
+BROKEN_SETTING = settings('lr_scheduler = "cosin"\n')
 FILES = [
     trains("settings in a file", *settings(GUI), less="dataset_config"),
     trains("settings in a file without its ending", *settings(GUI, "gui"), less="dataset_config"),
     fails("a file of settings that is not there", "config_file", "--config_file=gui.toml"),
     fails("a file of settings that is no TOML", "gui.toml", *settings("no settings")),
     trains("a setting in a file that nobody knows", *settings("such_a_thing = 1\n")),
-    trains("settings in a file in tables", *settings(IN_TABLES), less="dataset_config"),
-    fails(
-        "a broken setting in a file", "lr_scheduler", *settings(BROKEN_SETTING), less="lr_scheduler"
-    ),
+    trains("settings in a file in tables", *settings(f"[a]\n{GUI}"), less="dataset_config"),
+    fails("a broken setting in a file", "lr_scheduler", *BROKEN_SETTING, less="lr_scheduler"),
 ]
 
 OF_DATA = [*RECIPES, *CONFIGS, *FOLDERS, *PICTURES, *CAPTIONS, *CHECKPOINTS]
