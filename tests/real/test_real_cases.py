@@ -59,21 +59,15 @@ class Bench:
             change(path)
         return path
 
-    def recipe(self, case: Case) -> list[str]:
-        words = self.recipes[case.recipe]
-        return [word for word in words if word.split("=")[0] != f"--{case.less}"]
-
     def ask(self, cases: list[Case], who: str) -> dict[str, Answer]:
         """The answers of toy_training.py by the trainings' names."""
-        asked = [
-            {
-                "name": case.name,
-                "folder": str(self.folder(case, who)),
-                "words": [*self.recipe(case), *case.words],
-                "path": str(RELEASES / case.lycoris) if case.lycoris else "",
-            }
-            for case in cases
-        ]
+        asked = []
+        for case in cases:
+            given = self.recipes[case.recipe]
+            words = [word for word in given if word.split("=")[0] != f"--{case.less}"]
+            path = str(RELEASES / case.lycoris) if case.lycoris else ""
+            training = {"name": case.name, "folder": str(self.folder(case, who)), "path": path}
+            asked.append(training | {"words": [*words, *case.words]})
         program = [SUPPORT / "toy_training.py", self.kohya / SCRIPT, who]
         told = kohya_python(*program, cwd=self.root, path=self.kohya, question=asked)
         return {answer["name"]: answer for answer in map(json.loads, told.splitlines())}
@@ -151,7 +145,7 @@ def test_a_release_that_drops_a_brake_is_stopped_by_the_next(bench, answers, tmp
     report = ask_preflight(replace(bench, root=tmp_path, kohya=kohya), [case])[case.name]
     expected = answers[case.name]["preflight"]
     assert report["plan"].keys() == expected["plan"].keys()
-    assert {**report, "plan": None} == {**expected, "plan": None}
+    assert report | {"plan": None} == expected | {"plan": None}
 
 
 # ---- What they say -------------------------------------------------------------------------------

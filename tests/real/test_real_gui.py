@@ -113,7 +113,7 @@ def printed(folder) -> dict[str, list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def probed(folder: Path, probe: str, question: Any) -> Any:
+def probed(folder: Path, probe: str, **question: Any) -> Any:
     """A probe's answer in the folder, where the GUI runs a training."""
     program = [SUPPORT / probe, folder / "sd-scripts"]
     told = kohya_python(*program, cwd=folder, path=folder, question=question)
@@ -123,9 +123,9 @@ def probed(folder: Path, probe: str, question: Any) -> Any:
 @pytest.fixture(scope="module")
 def answer(folder, printed) -> dict[str, Any]:
     """What sd-scripts' parser and LyCORIS make of every load, and of the launchers."""
-    command_lines = {name: options_of(line) for name, line in printed.items()}
-    command_lines |= {name: launched(name) for name in RECIPES}
-    return probed(folder, "kohya_probe.py", {"command_lines": command_lines})
+    of_gui = {name: options_of(line) for name, line in printed.items()}
+    command_lines = of_gui | {name: launched(name) for name in RECIPES}
+    return probed(folder, "kohya_probe.py", command_lines=command_lines)
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -153,7 +153,7 @@ def steps(folder, answer) -> dict[str, Any]:
         cases[name] = case | {"checkpointing": options["gradient_checkpointing"]}
     # Loads of one recipe ask for the same step, which takes seconds.
     asked = {json.dumps(case): case for case in cases.values()}
-    steps = probed(folder, "network_probe.py", {"steps": asked, "layers": {}})["steps"]
+    steps = probed(folder, "network_probe.py", steps=asked, layers={})["steps"]
     return {name: steps[json.dumps(case)] for name, case in cases.items()}
 
 

@@ -38,11 +38,9 @@ class Page:
         }
 
     def field(self, label: str) -> Any:
-        """The first field of this label."""
         return next(b for b in self.blocks.blocks.values() if getattr(b, "label", None) == label)
 
     def button(self, text: str) -> Any:
-        """The first button with this text."""
         blocks = self.blocks.blocks.values()
         return next(b for b in blocks if isinstance(b, gr.Button) and str(b.value).strip() == text)
 

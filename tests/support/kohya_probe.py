@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -45,9 +46,7 @@ def fresh_lycoris() -> Any:
     """lycoris.kohya as a new process has it: presets of before must not show."""
     for name in [name for name in sys.modules if name.split(".")[0] == "lycoris"]:
         del sys.modules[name]
-    import lycoris.kohya
-
-    return lycoris.kohya
+    return importlib.import_module("lycoris.kohya")
 
 
 def unset_models(sdxl: Any) -> list[nn.Module]:
@@ -85,7 +84,7 @@ def load(sdxl: Any, path: str, args: argparse.Namespace | None) -> nn.Module:
     return network
 
 
-def compared(network: nn.Module, path: Path) -> dict[str, list[str]]:
+def compared(network: nn.Module, path: Path) -> dict[str, Any]:
     """The network's modules, and the tensors of the file that it does not hold as they are."""
     held, tensors = network.state_dict(), load_file(path)
     differing = [
@@ -116,16 +115,6 @@ def off(network: nn.Module, path: Path) -> float:
     return max(errors)
 
 
-def save_moved(network: nn.Module, path: Path) -> float:
-    """Save the network as sd-scripts does, every number moved; how far off the file is."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    network.save_weights(str(path), torch.float32, {})
-    return off(network, path)
-
-
 def tried(sdxl: Any, path: str, args: argparse.Namespace | None, save: str) -> dict[str, Any]:
     """What the network of a file holds, or why LyCORIS made none."""
     try:
@@ -133,7 +122,14 @@ def tried(sdxl: Any, path: str, args: argparse.Namespace | None, save: str) -> d
     except (RuntimeError, TypeError) as error:
         return {"refused": str(error)}
     answer = compared(network, Path(path))
-    return answer | ({"saved_off": save_moved(network, Path(save))} if save else {})
+    if save:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        network.save_weights(save, torch.float32, {})
+        answer["saved_off"] = off(network, Path(save))
+    return answer
 
 
 def main(kohya: str) -> None:

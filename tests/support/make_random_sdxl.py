@@ -79,21 +79,15 @@ def make_checkpoint(kohya: Path, path: Path) -> None:
     )
 
 
-def clip_merges() -> list[str]:
-    """CLIP's merges, one "left right" each, from the package that carries them."""
-    if not (package := importlib.util.find_spec("open_clip")):
-        sys.exit("No open_clip in this Python: pip install --no-deps open_clip_torch")
-    [folder] = package.submodule_search_locations
-    packed = Path(folder, "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    return gzip.decompress(packed).decode("utf-8").split("\n")[1 : MERGES + 1]
-
-
 def make_tokenizers(folder: Path) -> None:
-    """Both tokenizers, in the folders where sd-scripts looks for them."""
+    """Both, where sd-scripts looks for them, of the merges that open_clip carries."""
     from transformers import CLIPTokenizer
     from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-    merges = clip_merges()
+    if not (package := importlib.util.find_spec("open_clip")):
+        sys.exit("No open_clip in this Python: pip install --no-deps open_clip_torch")
+    packed = Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    merges = gzip.decompress(packed).decode("utf-8").split("\n")[1 : MERGES + 1]
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters)]
     words += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]

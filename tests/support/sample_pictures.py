@@ -31,8 +31,6 @@ LONG = (
     "the manner of a poster of the nineteen twenties, high quality, best quality, masterpiece, "
     "highly detailed"
 )
-
-
 # The size, the word, and the colours: the sky's from top to bottom, the sun, the nearest hills.
 LANDSCAPES = {
     "dawn.png": ((1152, 896), "dawn", "#6f86c9 #ffd3b0 #fff3d6 #33415c"),

@@ -83,8 +83,7 @@ def make_toys(text_encoders: list[nn.Module], vae: nn.Module, unet: nn.Module) -
     """Replace what the models compute, and nothing else of them."""
 
     def unet_forward(x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, **_: Any) -> Tensor:
-        assert context.shape[-1] == 2048, context.shape
-        assert y.shape[-1] == 2816, y.shape
+        assert (context.shape[-1], y.shape[-1]) == (2048, 2816)
         return x * 0.1 + touch(unet)
 
     def toy_encoder(encoder: nn.Module) -> Any:
@@ -181,8 +180,7 @@ def ask_trainer(script: str, words: list[str]) -> dict[str, Any]:
         module = importlib.import_module(Path(script).stem)
         from library import train_util
 
-        # As the script itself begins when it is run.
-        parser = module.setup_parser()
+        parser = module.setup_parser()  # as the script itself begins when it is run
         args = parser.parse_args()
         train_util.verify_command_line_training_args(args)
         args = train_util.read_config_from_file(args, parser)
@@ -197,7 +195,6 @@ def ask_trainer(script: str, words: list[str]) -> dict[str, Any]:
 
 
 def ask_preflight(script: str, words: list[str]) -> dict[str, Any]:
-    """Its exit code, as from the command line."""
     import blora_preflight
 
     return {"code": blora_preflight.main(["--json", script, *words])}
@@ -231,15 +228,13 @@ def main(script: str, who: str) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # sd-scripts collects garbage often, and need not look through what was imported
     sys.stdout.flush()
-    running = 0
-    for training in json.load(sys.stdin):
-        if running == 2:
+    trainings = json.load(sys.stdin)
+    for number, training in enumerate(trainings):
+        if number >= 2:
             os.wait()
-            running -= 1
         if not os.fork():
             answer_in_fork(ask, script, training)
-        running += 1
-    for _ in range(running):
+    for _ in trainings[:2]:
         os.wait()
 
 

@@ -88,7 +88,7 @@ def link(folder: Path, name: str, target: str, absolute: bool = False) -> None:
 
 @change
 def cut_off(folder: Path, name: str) -> None:
-    """Half of a file, as of a download that stopped."""
+    """As of a download that stopped."""
     os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
 
@@ -159,8 +159,7 @@ def picture(
     noise = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
     target = folder / IMAGES / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    sixteen = mode == "I;16"
-    image = Image.new("I;16", size, 40_000) if sixteen else noise.convert(mode)
+    image = Image.new(mode, size, 40_000) if mode == "I;16" else noise.convert(mode)
     image.save(target, **options)
     target.with_suffix(".txt").write_text("a dog")
 
@@ -177,7 +176,6 @@ def rename_captions(folder: Path, ending: str) -> None:
 
 
 def all_gif(folder: Path) -> None:
-    """All four drawings in another format."""
     for drawing in list((folder / IMAGES).glob("*.png")):
         Image.open(drawing).save(drawing.with_suffix(".gif"))
         drawing.unlink()
@@ -365,7 +363,7 @@ WIDE_PHOTO = picture("000.jpg", (256, 64), exif=SIDEWAYS)
 TURNED = remove(f"{IMAGES}/*.png"), resolution("128"), WIDE_PHOTO
 LEFTOVER, UNCHECKED = leftover_cache(), "skip_cache_check"
 TEN, ON_DISK = "--max_train_steps=10", "--cache_latents_to_disk"
-ANOTHER_SHAPE = ON_DISK, f"--{UNCHECKED}", leftover_cache((128, 64))
+NO_CHECK = ON_DISK, f"--{UNCHECKED}", leftover_cache((128, 64))
 LINKS = [move(IMAGES, "elsewhere"), make(IMAGES)]
 LINKS += [link(f"{IMAGES}/00{n}.png", f"elsewhere/00{n}.png", absolute=True) for n in (0, 1)]
 BELOW = (move(IMAGES, f"{PROJECT}/below"), move(f"{PROJECT}/below", f"{IMAGES}/below"))
@@ -388,9 +386,7 @@ PICTURES = [
     ),
     trains("pictures that are links", *LINKS, *captions("a dog", range(2))),
     warns("a cache that an older picture left", "npz", ON_DISK, LEFTOVER, picture("000.png")),
-    warns(
-        "a cache of another shape that is not checked", "npz", *ANOTHER_SHAPE, before_0_10=UNCHECKED
-    ),
+    warns("a cache of another shape that is not checked", "npz", *NO_CHECK, before_0_10=UNCHECKED),
     trains("a cache that is not used", LEFTOVER),
     trains("alpha masks", picture("004.png", mode="RGBA"), add("alpha_mask = true\n")),
 ]
@@ -438,6 +434,8 @@ SSD += [f"{UNET}output_blocks.0.1.transformer_blocks.{n}." for n in range(4, 10)
 # SD 1.5 by its names: one text encoder, and no size conditioning.
 NOT_SD15 = ("conditioner.", f"{UNET}label_emb.")
 SD15 = {"cond_stage_model.transformer.text_model.final_layer_norm.weight": [768]}
+NO_OUT, NO_NORM = checkpoint(f"{UNET}out.2.bias"), checkpoint(f"{FIRST_TEXT}final_layer_norm.b")
+NO_CONV = checkpoint("first_stage_model.decoder.conv_out.bias")
 CHECKPOINTS = [
     fails("no checkpoint", "sdxl", THIS),
     fails("an empty checkpoint", "sdxl", THIS, write(CHECKPOINT, b"")),
@@ -448,14 +446,9 @@ CHECKPOINTS = [
     fails("a distilled checkpoint", "SSD|distilled", THIS, checkpoint(*SSD)),
     fails("a checkpoint of SD 1.5", "SDXL", THIS, checkpoint(*NOT_SD15, more=SD15)),
     fails("a checkpoint without the second text encoder", "sdxl", THIS, checkpoint(SECOND)),
-    *(
-        fails(f"a checkpoint that lacks one tensor of {part}", pattern, THIS, checkpoint(tensor))
-        for part, pattern, tensor in [
-            ("the U-Net", "out.2.bias", f"{UNET}out.2.bias"),
-            ("a text encoder", "sdxl", f"{FIRST_TEXT}final_layer_norm.b"),
-            ("the VAE", "sdxl", "first_stage_model.decoder.conv_out.bias"),
-        ]
-    ),
+    fails("a checkpoint that lacks one tensor of the U-Net", "out.2.bias", THIS, NO_OUT),
+    fails("a checkpoint that lacks one tensor of a text encoder", "sdxl", THIS, NO_NORM),
+    fails("a checkpoint that lacks one tensor of the VAE", "sdxl", THIS, NO_CONV),
     fails("a checkpoint with a tensor too many in the U-Net", "sdxl", THIS, checkpoint(more=EXTRA)),
     fails("the U-Net alone", "sdxl", THIS, checkpoint("conditioner.", "first_stage")),
     fails("a LoRA as a checkpoint", "sdxl", THIS, checkpoint("", more={"lora_unet_x": [4, 4]})),
@@ -599,11 +592,9 @@ OPTIMIZERS = [
 COSINE, WARM = "--lr_scheduler=cosine_with_restarts", "--lr_warmup_steps=1"
 ANNEALING, LEAST = "--lr_scheduler_type=CosineAnnealingLR", "--lr_scheduler=cosine_with_min_lr"
 MISSPELT = "--lr_scheduler_type=CosinAnnealingLR"
+AS_THEY_ARE = "linear constant cosine_with_restarts polynomial constant_with_warmup".split()
 SCHEDULERS = [
-    *(
-        trains(f"the scheduler {name}", f"--lr_scheduler={name}")
-        for name in "linear constant cosine_with_restarts polynomial constant_with_warmup".split()
-    ),
+    *(trains(f"the scheduler {name}", f"--lr_scheduler={name}") for name in AS_THEY_ARE),
     trains("restarts and warm-up", COSINE, "--lr_scheduler_num_cycles=2", WARM),
     trains("warm-up as a share", "--lr_warmup_steps=0.5"),
     fails("a scheduler misspelt", "lr_scheduler", "--lr_scheduler=cosin"),
@@ -702,9 +693,9 @@ SAMPLES = [
     fails("prompts in cp1252", "p.txt", *text("a café".encode("cp1252"))),
     warns("no prompt", "p.txt", *text("# a\n\n"), samples=[]),
     warns("no prompt in JSON", "p.json", *in_json("[]"), samples=[]),
-    *(
-        warns(f"a comment with {c!r} before it", "comment", *text(f"{c}# {SIZED}\n"), samples=DRAWN)
-        for c in (" ", "\ufeff")
+    warns("a comment with ' ' before it", "comment", *text(f" # {SIZED}\n"), samples=DRAWN),
+    warns(
+        r"a comment with '\ufeff' before it", "comment", *text(f"\ufeff# {SIZED}\n"), samples=DRAWN
     ),
     *(
         warns(f"a prompt with --{part}", f'"--{part}"', *text(f"a dog --s 1 --{part}\n"), **DEFAULT)
