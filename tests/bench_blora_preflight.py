@@ -16,13 +16,13 @@ offline add --tokenizer_cache_dir=FOLDER at the end. The checkout is only read.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -77,32 +77,27 @@ def seconds(command: list[str], folder: Path) -> tuple[float, float]:
     env = {**os.environ, "PYTHONPATH": str(folder)}  # as the launchers set it
     before, start = os.times(), time.perf_counter()
     done = subprocess.run(command, cwd=folder, capture_output=True, env=env)
-    assert done.returncode == (UNSET in command), done.stderr
     end, after = time.perf_counter(), os.times()
-    worked = sum(after[2:4]) - sum(before[2:4])  # of children: user and system
-    return end - start, worked
+    assert done.returncode == (UNSET in command), done.stderr
+    return end - start, sum(after[2:4]) - sum(before[2:4])  # of children: user and system
 
 
 def main() -> None:
     """Measure, and print one Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9, help="rounds (default: %(default)s)")
     parser.add_argument("--kohya", type=Path, help="a folder with sd-scripts, to rehearse there")
     args, more = parser.parse_known_args()
     timed = programs(args.kohya, more)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_folder(folder)
-        for _ in range(args.runs + 1):  # the first fills the disk cache
-            for program, words in timed.items():
-                times[program].append(seconds([sys.executable, *words], folder))
-    medians = {
-        program: [statistics.median(kind) for kind in zip(*found[1:], strict=True)]
-        for program, found in times.items()
-    }
+        make_folder(folder := Path(name))
+        rounds = [
+            [seconds([sys.executable, *words], folder) for words in timed.values()]
+            for _ in range(args.runs + 1)
+        ]
+    del rounds[0]  # which fills the disk cache
+    taken = dict(zip(timed, zip(*rounds, strict=True), strict=True))
+    medians = {name: [*map(statistics.median, zip(*t, strict=True))] for name, t in taken.items()}
     torch_wall, torch_work = medians["import torch"]
     print("| | seconds | of `import torch` | work | of `import torch` |")
     print("| --- | --- | --- | --- | --- |")

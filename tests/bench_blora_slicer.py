@@ -12,8 +12,6 @@ Needs 3 GB of disk, and Linux or macOS: other systems do not tell a child's peak
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -21,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
-RANKS, STRENGTHS = (64, 1024), (1.0, 0.5)
 # Linux counts in KiB, macOS in bytes.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 MIB = 1 << 20
@@ -44,17 +43,12 @@ rank, tensors = int(sys.argv[1]), {{}}
 for name in block_modules(CONTENT) | block_modules(STYLE):
     tensors |= lora_module(name, rank, float(rank))
 metadata = {{f"ss_setting_{{number}}": "None" for number in range(60)}} | {{
-    "ss_base_model_version": "sdxl_base_v1-0",
-    "ss_network_module": "networks.lora",
-    "ss_network_dim": str(rank),
-    "ss_network_alpha": str(float(rank)),
-    "ss_output_name": "bench",
+    "ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora",
+    "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)), "ss_output_name": "bench",
     "ss_tag_frequency": json.dumps({{"1_images": {{f"tag {{n}}": n for n in range(200)}}}}),
     "ss_bucket_info": json.dumps({{"buckets": {{str(n): {{"count": n}} for n in range(40)}}}}),
-    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-    "modelspec.title": "bench",
-    "sshs_model_hash": "0" * 64,
-    "sshs_legacy_hash": "0" * 8,
+    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.title": "bench",
+    "sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8,
 }}
 write(sys.argv[2], tensors, metadata)
 """
@@ -92,7 +86,6 @@ a, b = (load_file(path) for path in sys.argv[1:])
 sys.exit(a.keys() != b.keys() or not all(a[key].equal(b[key]) for key in a))
 """
 
-
 # Times faster than the usual way, at least; times a plain copy, and MiB at its peak, at most.
 TARGETS = {
     (64, 1.0): (8, 2.3, 50),
@@ -127,9 +120,7 @@ def measure(command: list[object]) -> Run:
     return Run(seconds, usage.ru_maxrss * MAXRSS_UNIT / MIB)
 
 
-def python(code: str, *args: object) -> list[object]:
-    """The command that runs one of the scripts above."""
-    return [sys.executable, "-c", code, *args]
+RUN = (sys.executable, "-c")
 
 
 def commands(lora: Path, strength: float, folder: Path) -> dict[str, list[object]]:
@@ -138,24 +129,21 @@ def commands(lora: Path, strength: float, folder: Path) -> dict[str, list[object
     cut = ["--traits", "content", *(["--alphas", strength] if strength != 1 else [])]
     return {
         "ours": [*slicer, *cut, "--output_path", folder / "ours.safetensors"],
-        "usual": python(USUAL, strength, lora, folder / "usual.safetensors"),
-        "copy": python(COPY, folder / "slice.safetensors", folder / "copy.safetensors"),
+        "usual": [*RUN, USUAL, strength, lora, folder / "usual.safetensors"],
+        "copy": [*RUN, COPY, folder / "slice.safetensors", folder / "copy.safetensors"],
     }
 
 
 def compare(lora: Path, strength: float, folder: Path, runs: int) -> dict[str, Run]:
-    """The median time and the highest peak of each way, after one round to warm the caches.
-
-    Ours and the usual one must give the same tensors.
-    """
+    """The median time and the highest peak of each way; both slices have the same tensors."""
     ways = commands(lora, strength, folder)
     measure(ways["ours"])
     (folder / "ours.safetensors").replace(folder / "slice.safetensors")
     measure(ways["usual"])
-    measure(python(SAME, folder / "slice.safetensors", folder / "usual.safetensors"))
+    measure([*RUN, SAME, folder / "slice.safetensors", folder / "usual.safetensors"])
     (folder / "usual.safetensors").unlink()
     found: dict[str, list[Run]] = {way: [] for way in ways}
-    for _ in range(runs + 1):
+    for _ in range(runs + 1):  # the first warms the caches
         for way, command in ways.items():
             found[way].append(measure(command))
             # At once, so that it is not written to the disk while the next one is measured.
@@ -180,33 +168,28 @@ def row(rank: int, strength: float, found: dict[str, Run]) -> tuple[list[str], b
 
 def bench(folder: Path, runs: int) -> bool:
     """Measure everything, a line of the table at a time; True when all targets are reached."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors")]
-    machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}"
-    on = f"{machine}, Python {platform.python_version()}, {', '.join(versions)}"
+    on = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, "
+    on += f"Python {platform.python_version()}, torch {version('torch')}, "
+    on += f"safetensors {version('safetensors')}"
     print(f"Content of a B-LoRA of two blocks, fp16; medians of {runs} runs on {on}.\n")
     head = ["rank", "strength", "faster than the usual way", "time of a plain copy"]
     head += ["peak memory", "the usual way's", ""]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-    results = []
-    for rank in RANKS:
-        lora = folder / f"rank{rank}.safetensors"
-        measure(python(MAKE, rank, lora))
-        for strength in STRENGTHS:
-            found = compare(lora, strength, folder, runs)
-            cells, reached = row(rank, strength, found)
-            print(f"| {' | '.join(cells)} |", flush=True)
-            seconds = ", ".join(f"{way} {run.seconds:.3f} s" for way, run in found.items())
-            print(f"rank {rank} at {strength:g}: {seconds}", file=sys.stderr)
-            results.append(reached)
-        lora.unlink()
+    results, lora = [], folder / "lora.safetensors"
+    for rank, strength in TARGETS:
+        measure([*RUN, MAKE, rank, lora])
+        found = compare(lora, strength, folder, runs)
+        cells, reached = row(rank, strength, found)
+        print(f"| {' | '.join(cells)} |", flush=True)
+        seconds = ", ".join(f"{way} {run.seconds:.3f} s" for way, run in found.items())
+        print(f"rank {rank} at {strength:g}: {seconds}", file=sys.stderr)
+        results.append(reached)
     return all(results)
 
 
 def main() -> int:
     """1 where a target is missed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for the files (default: the system's)")
     args = parser.parse_args()

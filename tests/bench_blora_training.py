@@ -19,15 +19,17 @@ some eight minutes on two cores.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
+from functools import partial
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +43,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTENT_STYLE, LAYOUT = "blora_content_style", "blora_content_layout_style"
+CONTENT_STYLE = str(ROOT / "lycoris_presets/blora_content_style.toml")
+LAYOUT = str(ROOT / "lycoris_presets/blora_content_layout_style.toml")
 
 
 class Recipe(NamedTuple):
@@ -65,18 +68,8 @@ COLUMNS = {
     "content and style, rank 1024": (CONTENT_STYLE, 1024),
     "content, layout and style, rank 64": (LAYOUT, 64),
 }
-BLOCKS = (
-    *(f"input_blocks.{n}.1" for n in (4, 5, 7, 8)),
-    "middle_block.1",
-    *(f"output_blocks.{n}.1" for n in range(6)),
-)
-
-
-def preset_path(name: str) -> str:
-    return str(ROOT / f"lycoris_presets/{name}.toml")
-
-
-# ---- Models --------------------------------------------------------------------------------------
+BLOCKS = [*(f"input_blocks.{n}.1" for n in (4, 5, 7, 8)), "middle_block.1"]
+BLOCKS += [f"output_blocks.{n}.1" for n in range(6)]
 
 
 def make_unet(sdxl: Any, weights: dict[str, Tensor] | None = None) -> nn.Module:
@@ -93,10 +86,9 @@ def add_network(unet: nn.Module, recipe: Recipe, preset: str, rank: int, device:
     """The network of a recipe on the U-Net, in fp32, as sd-scripts has it before a step."""
     module = importlib.import_module(recipe.module)
     args = {"preset": preset, "bypass_mode": str(recipe.bypass)}
+    args |= dict.fromkeys(("neuron_dropout", "dropout"))
     with torch.device(device):
-        network = module.create_network(
-            1.0, rank, rank, None, [], unet, neuron_dropout=None, dropout=None, **args
-        )
+        network = module.create_network(1.0, rank, rank, None, [], unet, **args)
     network.apply_to([], unet, False, True)
     if recipe.checkpointing:
         unet.enable_gradient_checkpointing()
@@ -116,8 +108,6 @@ def inputs(size: int, recipe: Recipe, device: str, dtype: torch.dtype) -> list[T
         condition.requires_grad_(recipe.checkpointing)
     return [noisy, torch.full((1,), 500, device=device), text, label]
 
-
-# ---- Counting ------------------------------------------------------------------------------------
 
 IN_16_BITS = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.mm, Tensor.matmul)
 IN_32_BITS = (F.layer_norm, F.group_norm)
@@ -154,9 +144,6 @@ class Kept:
         self.holders: Counter[int] = Counter()
         self.now = self.most = 0
 
-    def pack(self, tensor: Tensor) -> Held:
-        return Held(self, tensor)
-
     def add(self, tensor: Tensor, holders: int) -> None:
         """One holder more or less; a storage counts once, however many tensors share it."""
         storage = tensor.untyped_storage()
@@ -181,20 +168,17 @@ class Held:
 
 
 def step_on_meta(sdxl: Any, recipe: Recipe, preset: str, rank: int, size: int) -> tuple[float, int]:
-    """TF and kept bytes of one step.
-
-    TF is counted in a step of its own, with attention as the plain products that it is made of.
-    """
+    """TF and kept bytes of one step."""
     unet = make_unet(sdxl)
     network = add_network(unet, recipe, preset, rank, "meta")
-    kept = Kept([unet, network])
-    hooks = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor)
+    kept, given = Kept([unet, network]), (size, recipe, "meta", torch.float16)
+    hooks = torch.autograd.graph.saved_tensors_hooks(partial(Held, kept), attrgetter("tensor"))
     with OnACard(), hooks:
-        unet(*inputs(size, recipe, "meta", torch.float16)).float().mean().backward()
+        unet(*inputs(*given)).float().mean().backward()
     network.half()
-    counter = FlopCounterMode(display=False)
-    with counter:
-        unet(*inputs(size, recipe, "meta", torch.float16)).float().mean().backward()
+    # In a step of its own, with attention as the plain products that it is made of.
+    with FlopCounterMode(display=False) as counter:
+        unet(*inputs(*given)).float().mean().backward()
     return counter.get_total_flops() / 1e12, kept.most
 
 
@@ -202,10 +186,8 @@ def count(sdxl: Any, size: int) -> None:
     """The table of docs/speed.md: TF and GB of each recipe."""
     print(f"| {size} x {size}, batch 1 | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}")
     for recipe in RECIPES:
-        cells = []
-        for preset, rank in COLUMNS.values():
-            operations, kept = step_on_meta(sdxl, recipe, preset_path(preset), rank, size)
-            cells.append(f"{operations:.1f} TF, {kept / 1e9:.2f} GB")
+        found = (step_on_meta(sdxl, recipe, *column, size) for column in COLUMNS.values())
+        cells = [f"{operations:.1f} TF, {kept / 1e9:.2f} GB" for operations, kept in found]
         print(f"| {recipe.name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -219,15 +201,10 @@ def count_by_first_block(sdxl: Any, size: int, folder: Path) -> None:
             "enable_conv = false\nunet_target_module = []\ntext_encoder_target_module = []\n"
             f"unet_target_name = ['{block}.*attn2.to_k$']\ntext_encoder_target_name = []\n"
         )
-        cells = []
-        for module, checkpointing in product(("lycoris.kohya", "blora_network"), (True, False)):
-            recipe = Recipe("", module, True, checkpointing)
-            _, kept = step_on_meta(sdxl, recipe, str(preset), 1, size)
-            cells.append(f"{kept / 1e9:.3f}")
-        print(f"| {block} | {' | '.join(cells)} |", flush=True)
-
-
-# ---- Timing --------------------------------------------------------------------------------------
+        ways = product(("lycoris.kohya", "blora_network"), (True, False))
+        recipes = (Recipe("", module, True, checkpointing) for module, checkpointing in ways)
+        kept = (step_on_meta(sdxl, recipe, str(preset), 1, size)[1] for recipe in recipes)
+        print(f"| {block} | {' | '.join(f'{n / 1e9:.3f}' for n in kept)} |", flush=True)
 
 
 def seconds(unet: nn.Module, network: nn.Module, given: list[Tensor]) -> float:
@@ -246,7 +223,7 @@ def measure(sdxl: Any, size: int, rank: int, runs: int) -> None:
     weights = {name: p.detach().bfloat16() for name, p in noise.named_parameters()}
     for recipe in RECIPES:
         unet = make_unet(sdxl, weights)
-        network = add_network(unet, recipe, preset_path(CONTENT_STYLE), rank, "cpu")
+        network = add_network(unet, recipe, CONTENT_STYLE, rank, "cpu")
         trained.append((unet, network, inputs(size, recipe, "cpu", torch.bfloat16)))
     times: list[list[float]] = [[] for _ in RECIPES]
     for run in range(runs + 1):  # the first warms up
@@ -254,18 +231,15 @@ def measure(sdxl: Any, size: int, rank: int, runs: int) -> None:
             found.append(seconds(*step))
         print(f"round {run}: {', '.join(f'{f[-1]:.2f} s' for f in times)}", file=sys.stderr)
     medians = [statistics.median(found[1:]) for found in times]
-    print(
-        f"\n| {size} x {size}, rank {rank}, CPU | seconds a step | times faster |\n|" + " --- |" * 3
-    )
+    print(f"\n| {size} x {size}, rank {rank}, CPU | seconds a step | times faster |")
+    print("|" + " --- |" * 3)
     for recipe, median in zip(RECIPES, medians, strict=True):
         print(f"| {recipe.name} | {median:.2f} | {medians[0] / median:.2f} |")
 
 
 def main() -> None:
     """Count, and where asked measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--kohya", required=True, type=Path, help="a folder of sd-scripts")
     parser.add_argument("--size", type=int, default=1024, help="pixels (default: %(default)s)")
     parser.add_argument("--blocks", action="store_true", help="count by the first trained block")

@@ -19,7 +19,6 @@ opencv-python-headless (sd-scripts). A minute or two a program on two cores.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import io
@@ -28,10 +27,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 import torch
@@ -40,7 +40,6 @@ from consumer_rows import ROWS, base, cuts, slice_path, wanted_weights, write_sl
 
 EXACT = 1e-4  # programs compute in fp32, and some with an epsilon
 UNMOVED = 1e-6  # of the weight: what fp32 leaves of adding a bias and taking it off
-
 Outcome = float | str
 Outcomes = dict[str, list[Outcome]]  # by row, at each of its strengths
 
@@ -66,18 +65,16 @@ def read_slices(name: str, folder: Path | None, slices: Path, titles: list[str])
         sys.path.insert(0, str(folder))
     sys.argv = sys.argv[:1]  # some programs read it when they are imported
     reader = READERS[name](folder)
-    found: Outcomes = {}
-    for title, strength in cuts(titles):
-        path = slice_path(slices, title, strength)
-        found.setdefault(title, []).append(outcome(reader, title, strength, path))
-    return found
+    return {
+        title: [outcome(reader, *cut, slice_path(slices, *cut)) for cut in cuts([title])]
+        for title in titles
+    }
 
 
 def cell(outcomes: list[Outcome]) -> str:
     """A row's outcomes at all strengths in a word or a number: the worst."""
-    words = [o for o in outcomes if isinstance(o, str)]
-    if words:
-        return "error" if set(words) != {"nothing"} else "nothing"
+    if words := {o for o in outcomes if isinstance(o, str)}:
+        return "nothing" if words == {"nothing"} else "error"
     worst = max(outcomes)
     return "exact" if worst < EXACT else f"{worst:.2g}"
 
@@ -90,29 +87,22 @@ def table(found: dict[str, Outcomes]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# ---- Processes ---------------------------------------------------------------------------------
-
-
 def read_apart(name: str, folder: Path | None, slices: Path) -> Outcomes:
     """A program's outcomes, from a process of its own: the programs' modules share names."""
     place = [f"--{name}", str(folder)] if folder else []
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", name, "--slices", str(slices), *place],
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, __file__, "--one", name, "--slices", str(slices), *place]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} does not run: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
     for title, outcomes in found.items():  # why files of a row were refused, once
-        reasons = sorted({o for o in outcomes if isinstance(o, str)} - {"nothing"})
-        if reasons:
-            print(f"{name}: {title}: {' '.join(reasons[0].split())[:200]}", file=sys.stderr)
+        for reason in sorted({o for o in outcomes if isinstance(o, str)} - {"nothing"})[:1]:
+            print(f"{name}: {title}: {' '.join(reason.split())[:200]}", file=sys.stderr)
     return found
 
 
-def chosen(args: argparse.Namespace) -> dict[str, Path | None]:
+def chosen(args: Namespace) -> dict[str, Path | None]:
     """The programs to run, and where each is; None is a package that this Python has."""
     found = {}
     for name in READERS:
@@ -124,11 +114,9 @@ def chosen(args: argparse.Namespace) -> dict[str, Path | None]:
     return found
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """An option for each program that is read from a checkout."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for name, reader in READERS.items():
         if name != "diffusers":
             text = f"a checkout of {reader.title}"
@@ -146,19 +134,18 @@ def main() -> int:
             found = read_slices(args.one, getattr(args, args.one, None), args.slices, list(ROWS))
         print(json.dumps(found))
         return 0
-    found, versions, failed = {}, [f"torch {torch.__version__}"], False
+    found, versions, chose = {}, [f"torch {torch.__version__}"], chosen(args)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             write_slices(Path(folder), list(ROWS))
-        for name, checkout in chosen(args).items():
+        for name, checkout in chose.items():
             try:
                 found[name] = read_apart(name, checkout, Path(folder))
                 versions.append(version(name, checkout))
             except RuntimeError as error:
                 print(f"error: {error}", file=sys.stderr)
-                failed = True
     print(f"{'; '.join(versions)}.\n\n{table(found)}")
-    return int(failed)
+    return int(len(found) < len(chose))
 
 
 if __name__ == "__main__":

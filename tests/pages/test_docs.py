@@ -19,22 +19,13 @@ import toml
 import torch
 from accelerate.commands.launch import launch_command_parser
 from kohya_folder import BASH, ROOT, install
-from make_checkpoint import main as make_checkpoint
 from make_dataset import draw
 from PIL import Image
 from preset_modules import lora_parameters
-from readme_commands import (
-    PAGES,
-    RESIZE,
-    blocks_of,
-    check_launcher,
-    check_preflight,
-    check_resize,
-    check_setting,
-    check_slicer,
-)
+from readme_commands import PAGES, blocks_of, check_launcher, check_setting
 from rehearsed_networks import made, network, prodigy_state
 from safetensors.torch import save_file
+from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 from sdxl_train_network_options import build_parser
 
 import blora_preflight
@@ -63,11 +54,40 @@ COMMANDS = [
 ]
 
 
+# Of sd-scripts' networks/resize_lora.py what the recipe speaks of; test_real_tools.py runs its
+# command on the real one.
+RESIZE = argparse.ArgumentParser()
+for option in "model save_to new_rank save_precision dynamic_method device".split():
+    RESIZE.add_argument(f"--{option}")
+RESIZE.add_argument("--verbose", action="store_true")
+
+
+def check_resize(line: str) -> None:
+    """Options that the resize tool takes."""
+    assert RESIZE.parse_args(shlex.split(line)[2:]).save_precision == "fp16"
+
+
+def check_slicer(line: str) -> None:
+    """Options that the slicer takes, and traits that it has."""
+    args = blora_slicer.build_parser().parse_args(shlex.split(line)[2:])
+    known = load_traits(args.traits_file)
+    assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
+
+
+def check_preflight(line: str) -> None:
+    """A command line that pre-flight, accelerate if it is named, and sd-scripts take."""
+    command = shlex.split(line)
+    assert blora_preflight.build_parser().parse_args(command[2:]).options
+    script = next(i for i, word in enumerate(command) if word.endswith("sdxl_train_network.py"))
+    build_parser().parse_args(command[script + 1 :])
+    if command[2:4] == ["accelerate", "launch"]:
+        launch_command_parser().parse_args(command[4:])
+
+
 def check_pip(line: str) -> None:
     """Packages that the test environment has as well."""
     pinned = (ROOT / "tests/requirements.txt").read_text()
-    for package in line.split()[2:]:
-        assert re.search(rf"^{package}==", pinned, re.MULTILINE)
+    assert all(f"\n{package}==" in f"\n{pinned}" for package in line.split()[2:])
 
 
 CHECKS = {
@@ -168,7 +188,7 @@ def kohya(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("sdxl_train_network.py").touch()
     Path("models").mkdir()
-    make_checkpoint(["models/sd_xl_base_1.0.safetensors"])
+    write_checkpoint(Path("models/sd_xl_base_1.0.safetensors"), sdxl_shapes())
     images = Path(CONFIG).parent / "images"
     images.mkdir(parents=True)
     draw(0, 64).save(images / "hero.png")
@@ -176,20 +196,17 @@ def kohya(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_sample_dataset_config_loads(kohya):
+def test_the_sample_dataset_config_loads_and_preflight_accepts_it(kohya):
     args = build_parser().parse_args([f"--dataset_config={CONFIG}", "--caption_extension=.txt"])
     [subset] = sdxl_train_network.load_subsets(args)
     assert (subset.resolution, subset.batch_size, subset.repeats) == ((1024, 1024), 1, 1)
     assert [caption for _, caption in subset.pairs] == ["A [v]"]
+    report = Report()
+    check_config(args, {}, report)
+    assert report == Report()
     (subset.image_dir / "hero.txt").write_text("a knight")
     [subset] = sdxl_train_network.load_subsets(args)
     assert [caption for _, caption in subset.pairs] == ["a knight"]
-
-
-def test_preflight_accepts_the_sample_dataset_config(kohya):
-    report = Report()
-    check_config(build_parser().parse_args([f"--dataset_config={CONFIG}"]), {}, report)
-    assert report == Report()
 
 
 def test_the_sample_dataset_config_has_the_launchers_paths():
@@ -246,7 +263,6 @@ LINES = "".join(blocks_of("own_blocks", "")).splitlines()
 
 
 def shown(*starts: str) -> list[str]:
-    """What the page shows programs to say."""
     return [line for line in LINES if line.startswith(starts)]
 
 
@@ -261,7 +277,6 @@ def own_blocks(kohya) -> Path:
 
 
 def own_plan() -> dict[str, str]:
-    """What pre-flight says of LyCORIS' network under the page's preset, with its options."""
     args = build_parser().parse_args(shlex.split(LOOK)[3:])
     report, traits = Report(), load_traits(Path("blora_traits.json"))
     found = network(args.network_dim, "my_middle.toml")
@@ -270,9 +285,9 @@ def own_plan() -> dict[str, str]:
     return report.plan
 
 
-def run(command: str, *more: str) -> tuple[int, str, str]:
+def run(command: str) -> tuple[int, str, str]:
     """A command of the page, in the folder, by this Python."""
-    words = [sys.executable, *shlex.split(command)[1:], *more]
+    words = [sys.executable, *shlex.split(command)[1:]]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -292,15 +307,14 @@ def test_the_look_accepts_the_pages_command(own_blocks):
 def test_a_preset_that_fits_nothing_is_refused_as_shown(own_blocks):
     text = Path("my_middle.toml").read_text()
     Path("none.toml").write_text(text.replace("_block", "_blok"))
+
+    def get_optimizer() -> None:  # as sd-scripts' function of this name makes one
+        torch.optim.AdamW(made(preset="none.toml").parameters(), lr=1e-4)
+
     with pytest.raises(ValueError, match="empty") as raised:
-        get_optimizer(made(preset="none.toml"))
+        get_optimizer()
     args = argparse.Namespace(network_args=["preset=my_middle.toml"], network_dim=64)
     assert shown("error: ") == [f"error: {refusal(raised.value, args, '')}"]
-
-
-def get_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """As sd-scripts' function of this name makes one."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
 def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(own_blocks):
@@ -333,11 +347,11 @@ def test_preflight_shows_what_two_gpus_change():
 
 
 def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
-    def gigabytes(rank: int, state: float) -> float:
-        return 4 * rank * network(1).parameters * (2 + state) / 1e9
-
     # AdamW8bit, which needs a card to be counted, keeps two numbers of a byte each.
-    small, large = gigabytes(64, 2 / 4), gigabytes(1024, prodigy_state())
+    small, large = (
+        4 * rank * network(1).parameters * (2 + state) / 1e9
+        for rank, state in ((64, 2 / 4), (1024, prodigy_state()))
+    )
     text = re.sub(r"\s+", " ", PAGES["recipes"])
     assert f"take {small:.2f} GB at rank 64 with AdamW8bit" in text
     kept, _ = plan.FROM_BLOCK["output_blocks.0.1"]
@@ -381,13 +395,10 @@ def templates(*sources: Path) -> list[str]:
     return found
 
 
-def bare(message: str) -> str:
-    """The sentence without the word before it."""
-    return re.sub(r"^(error|warning|note): ", "", message)
-
-
+BEFORE = r"^(error|warning|note): "
 ROWS = toml.load(ROOT / "blora/preflight/trainer_errors.toml")["row"]
-TEXTS = [*map(bare, templates(*ROOT.glob("blora_*.py"), *ROOT.glob("blora/**/*.py")))]
+SOURCES = *ROOT.glob("blora_*.py"), *ROOT.glob("blora/**/*.py")
+TEXTS = [re.sub(BEFORE, "", text) for text in templates(*SOURCES)]
 TEXTS += [re.sub(r"\{[\w.]+\}", "...", row["sentence"]) for row in ROWS]
 OURS = [
     # What a text is added to comes behind its colon.
@@ -400,7 +411,7 @@ OWN = [*quoted("Pre-flight"), *quoted("Slicer"), *quoted("blora_network")]
 
 @pytest.mark.parametrize("message", [m for m in OWN if not m.startswith("ModuleNotFoundError: ")])
 def test_a_message_of_ours_is_one_that_the_programs_have(message):
-    ours = bare(message)
+    ours = re.sub(BEFORE, "", message)
     forms = (ours, ours.removesuffix(" (...)"))  # without the trainer's own words
     assert any(pattern.fullmatch(form) for pattern in OURS for form in forms)
 
@@ -411,14 +422,9 @@ SYSTEM = ("Permission denied", "/usr/bin/env: ", "cannot execute ")
 
 @pytest.mark.parametrize("message", [m for m in quoted("Launchers") if not m.startswith(SYSTEM)])
 def test_a_message_of_the_launchers_is_in_what_they_start(message):
+    names = "blora/launch.sh blora/launch.bat blora/launch.py sdxl_blora_fast.bat".split()
     in_sh, in_bat, in_python, start = (
-        re.sub(r'\\"\$\w+\\"|"%[~\w]+?%?"', '"..."', (ROOT / name).read_text())
-        for name in (
-            "blora/launch.sh",
-            "blora/launch.bat",
-            "blora/launch.py",
-            "sdxl_blora_fast.bat",
-        )
+        re.sub(r'\\"\$\w+\\"|"%[~\w]+?%?"', '"..."', (ROOT / name).read_text()) for name in names
     )
     if message.startswith("error: "):
         assert message.rpartition(": ")[2].split("...")[0] in in_python

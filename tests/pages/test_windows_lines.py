@@ -13,7 +13,7 @@ from kohya_folder import ROOT, Bash, Bat, make_kohya
 from readme_commands import PAGES, blocks, check_setting
 
 pytestmark = pytest.mark.shell
-FOR_CMD = re.compile(r'set "|my_\w+\.bat\b|x?copy |mkdir _in\\')
+FOR_CMD = r'set "|my_\w+\.bat\b|x?copy |mkdir _in\\'
 
 
 class Block(NamedTuple):
@@ -36,7 +36,7 @@ IN_KOHYA = [
     Block(page, [line.strip() for line in text.splitlines() if line.strip()])
     for page in PAGES
     for _, text in blocks(page)
-    if re.fullmatch(rf"(\s*({FOR_CMD.pattern}).*\n)+\s*", text) and "<kohya folder>" not in text
+    if re.fullmatch(rf"(\s*({FOR_CMD}).*\n)+\s*", text) and "<kohya folder>" not in text
 ]
 # A launcher's line with the settings above it.
 LAUNCHING = [
@@ -62,9 +62,8 @@ def test_a_block_for_cmd_runs_to_its_end_in_a_kohya_folder(cmd, tmp_path, block)
     kohya, bat = make_kohya(tmp_path / "kohya"), Bat(cmd)
     (kohya / "presets/lora/user_presets").mkdir(parents=True)  # as a kohya_ss folder has it
     bat.make_venv(kohya / "venv")
-    page = kohya / "page.bat"
-    page.write_bytes(typed(block))
-    done, _ = bat.run(page, [], kohya, tmp_path / "log", {})
+    (kohya / "page.bat").write_bytes(typed(block))
+    done, _ = bat.run(kohya / "page.bat", [], kohya, tmp_path / "log", {})
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -72,17 +71,17 @@ def test_a_block_for_cmd_runs_to_its_end_in_a_kohya_folder(cmd, tmp_path, block)
 @pytest.mark.parametrize("block", LAUNCHING, ids=str)
 def test_a_launcher_gets_in_cmd_what_its_twin_gets_in_bash(cmd, tmp_path, block):
     launcher, *options = shlex.split(block.lines[-1])
-    launcher, told = launcher.removesuffix(".bat"), []
+    told = []
     for shell in (Bat(cmd), Bash()):
         kohya = make_kohya(tmp_path / f"kohya{shell.suffix}")
         shell.make_venv(kohya / "venv")
-        copy = kohya / f"{launcher}{shell.suffix}"
+        copy = (kohya / launcher).with_suffix(shell.suffix)
         shutil.copy(kohya / copy.name.replace("my_", "sdxl_blora_"), copy)
-        program, env, args = kohya / "page.bat", {}, []
+        given = copy, options, block.settings
         if shell.suffix == ".bat":
-            program.write_bytes(typed(block))
-        else:
-            program, env, args = copy, block.settings, options
+            given = kohya / "page.bat", [], {}
+            given[0].write_bytes(typed(block))
+        program, args, env = given
         done, calls = shell.run(program, args, kohya, tmp_path / f"log{shell.suffix}", env)
         assert (done.returncode, done.stderr) == (0, "")
         given = [{name: call.env.get(name) for name in block.settings} for call in calls]
@@ -105,21 +104,17 @@ def test_a_block_sets_what_launchers_know(block):
         check_setting(f"{name}={value}")
 
 
-def powershell(page: str) -> dict[str, str]:
-    """The settings of all PowerShell lines of a page, in blocks and in sentences."""
-    return dict(re.findall(r'\$env:(\w+) *= *"([^"]*)"', PAGES[page]))
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_powershell_sets_known_settings_and_starts_launchers_that_are_there(page):
     """Read only: PowerShell is not run."""
+    settings = re.findall(r'\$env:(\w+) *= *"([^"]*)"', PAGES[page])
     # Whatever else begins so is no PowerShell that anybody could type.
-    assert PAGES[page].count("$env:") == len(re.findall(r'\$env:\w+ *= *"[^"]*"', PAGES[page]))
-    for name, value in powershell(page).items():
+    assert PAGES[page].count("$env:") == len(settings)
+    for name, value in settings:
         check_setting(f"{name}={value}")
+    assert page != "recipes" or settings == [("BLORA_RANK", "64")]
     assert all((ROOT / name).is_file() for name in re.findall(r"\.\\(\w+\.bat)", PAGES[page]))
 
 
-def test_the_pages_have_such_lines():
+def test_the_pages_have_blocks_that_launch():
     assert {block.page for block in LAUNCHING} >= {"README", "recipes"}
-    assert powershell("recipes") == {"BLORA_RANK": "64"}

@@ -10,7 +10,7 @@ start training from where a relative FOLDER is right.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -44,22 +44,15 @@ def describe(number: int) -> list[str]:
 def draw(number: int, size: int) -> Image.Image:
     shape, colour, background, style = describe(number)
     image = Image.new("RGB", (size, size), BACKGROUNDS[background])
-    pen = ImageDraw.Draw(image)
-    ink = COLOURS[colour]
+    pen, ink = ImageDraw.Draw(image), COLOURS[colour]
     look = {"fill": ink} if style == "flat" else {"outline": ink, "width": max(2, size // 16)}
     centre = size / 2 + (number % 5 - 2) * size / 20
     radius = size * (0.25 + 0.02 * (number % 4))
-    box = (centre - radius, centre - radius, centre + radius, centre + radius)
     if shape == "circle":
-        pen.ellipse(box, **look)
+        pen.ellipse((centre - radius,) * 2 + (centre + radius,) * 2, **look)
     else:
         pen.regular_polygon((centre, centre, radius), 4 if shape == "square" else 3, **look)
     return image
-
-
-def caption(number: int) -> str:
-    shape, colour, background, style = describe(number)
-    return f"a sks {shape}, {colour}, {style}, {background} background"
 
 
 def make_dataset(folder: Path, images: int, size: int, repeats: int) -> None:
@@ -67,15 +60,15 @@ def make_dataset(folder: Path, images: int, size: int, repeats: int) -> None:
     image_dir.mkdir(parents=True, exist_ok=True)
     for number in range(images):
         draw(number, size).save(image_dir / f"{number:03d}.png")
-        (image_dir / f"{number:03d}.txt").write_text(caption(number) + "\n", encoding="utf-8")
+        shape, colour, background, style = describe(number)
+        caption = f"a sks {shape}, {colour}, {style}, {background} background\n"
+        (image_dir / f"{number:03d}.txt").write_text(caption, encoding="utf-8")
     config = CONFIG.format(size=size, image_dir=image_dir.as_posix(), repeats=repeats)
     (folder / "config.toml").write_text(config, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     for name, default in (("images", 6), ("size", 64), ("repeats", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-DATA = "sdxl_checkpoint.json"
 Shapes = dict[str, tuple[int, ...]]
 BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
@@ -29,8 +28,8 @@ def leaves(tree: dict[str, Any], start: str = "") -> Iterator[tuple[str, tuple[i
 
 def sdxl_shapes() -> Shapes:
     """{name: shape} of every tensor."""
-    folder = next(folder for folder in (HERE, HERE.parent / "data") if (folder / DATA).is_file())
-    return dict(leaves(json.loads((folder / DATA).read_text(encoding="utf-8"))))
+    places = (folder / "sdxl_checkpoint.json" for folder in (HERE, HERE.parent / "data"))
+    return dict(leaves(json.loads(next(filter(Path.is_file, places)).read_text(encoding="utf-8"))))
 
 
 def write_checkpoint(

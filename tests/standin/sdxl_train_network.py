@@ -3,8 +3,7 @@
   accelerate launch sdxl_train_network.py --dataset_config=... ...
   accelerate launch --multi_gpu --num_processes=2 sdxl_train_network.py ...    two CPU processes
 
-It trains a toy SDXL (toy_sdxl.py: the real module names, 8 to 32 channels, random weights) in
-seconds on a CPU, with no checkpoint and no sd-scripts. Its own code throughout.
+It trains a toy SDXL (toy_sdxl.py) in seconds on a CPU, with no checkpoint and no sd-scripts.
 
 Real: every option of sd-scripts with its type (an unknown one is an error), the dataset config,
 your images and captions, accelerate with any number of processes, the network module (LyCORIS,
@@ -22,13 +21,10 @@ dropout, regularisation and validation sets, the VAE, caches, kinds of attention
 fp16/bf16, noise offsets and loss variants, sample images, logs, saved states, removal of old files,
 titles and authors, uploads. Refused, because they change what is trained or saved: the options in
 REFUSED, other optimizers and other schedules.
-
-Its options are those of sdxl_train_network_options.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import datetime
 import importlib
@@ -38,6 +34,7 @@ import os
 import random
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections import ChainMap, Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +58,6 @@ from tqdm import tqdm
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 POOL = 8  # pixels a side that become one latent, as in SDXL's VAE
 MULTIPLE = 32  # the U-Net halves the latents twice
-
 REFUSED = """
     config_file dataset_class base_weights resume initial_step initial_epoch deepspeed
     lr_scheduler_type save_n_epoch_ratio scale_weight_norms max_train_epochs save_every_n_epochs
@@ -102,14 +98,13 @@ def read_resolution(value: int | str | list[int]) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def load_subset(table: ChainMap[str, Any], args: argparse.Namespace) -> Subset:
+def load_subset(table: ChainMap[str, Any], args: Namespace) -> Subset:
     folder, found = Path(table["image_dir"]), []
-    for image in sorted(folder.iterdir()):
-        if image.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        text = image.with_suffix(table.get("caption_extension", args.caption_extension))
-        written = text.read_text(encoding="utf-8").strip() if text.is_file() else None
-        found.append((image, table.get("class_tokens", "") if written is None else written))
+    for image in (p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES):
+        file = image.with_suffix(table.get("caption_extension", args.caption_extension))
+        default = table.get("class_tokens", "")
+        text = file.read_text(encoding="utf-8").strip() if file.is_file() else default
+        found.append((image, text))
     return Subset(
         image_dir=folder,
         repeats=table.get("num_repeats", args.dataset_repeats),
@@ -119,12 +114,11 @@ def load_subset(table: ChainMap[str, Any], args: argparse.Namespace) -> Subset:
     )
 
 
-def load_subsets(args: argparse.Namespace) -> list[Subset]:
+def load_subsets(args: Namespace) -> list[Subset]:
     """Those of --dataset_config; what a table leaves out, the one around it gives."""
     config = toml.loads(args.dataset_config.read_text(encoding="utf-8"))
-    general = config.get("general", {})
     return [
-        load_subset(ChainMap(subset, dataset, general), args)
+        load_subset(ChainMap(subset, dataset, config.get("general", {})), args)
         for dataset in config["datasets"]
         for subset in dataset["subsets"]
     ]
@@ -152,7 +146,7 @@ def make_batches(subset: Subset) -> Iterator[dict[str, Tensor]]:
         }
 
 
-def build_loader(subsets: list[Subset], args: argparse.Namespace):
+def build_loader(subsets: list[Subset], args: Namespace):
     """Of whole batches, so that different resolutions can be mixed."""
     workers = min(args.max_data_loader_n_workers, os.cpu_count() or 1)
     return torch.utils.data.DataLoader(
@@ -181,21 +175,15 @@ def load_models(device: torch.device) -> Models:
     return unet, text_encoders
 
 
-def network_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    return {"dropout": args.network_dropout, **pairs(args.network_args)}
-
-
-def build_network(models: Models, args: argparse.Namespace) -> nn.Module:
+def build_network(models: Models, args: Namespace) -> nn.Module:
     module, (unet, text_encoders) = importlib.import_module(args.network_module), models
-    trained = (None, text_encoders, unet)  # None is the VAE
+    trained, given = (None, text_encoders, unet), pairs(args.network_args)  # None is the VAE
     if args.dim_from_weights:
-        given = pairs(args.network_args)
         network, _ = module.create_network_from_weights(1, args.network_weights, *trained, **given)
     else:
         rank, alpha, dropout = args.network_dim, args.network_alpha, args.network_dropout
-        network = module.create_network(
-            1.0, rank, alpha, *trained, neuron_dropout=dropout, **network_kwargs(args)
-        )
+        given = {"neuron_dropout": dropout, "dropout": dropout, **given}
+        network = module.create_network(1.0, rank, alpha, *trained, **given)
     network.apply_to(text_encoders, unet, not args.network_train_unet_only, True)
     if args.network_weights:
         network.load_weights(args.network_weights)
@@ -205,25 +193,24 @@ def build_network(models: Models, args: argparse.Namespace) -> nn.Module:
     return network
 
 
-def optimizer_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+def optimizer_kwargs(args: Namespace) -> dict[str, Any]:
     return {key: ast.literal_eval(text) for key, text in pairs(args.optimizer_args).items()}
 
 
-def build_optimizer(network: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     if (args.optimizer_type or "").lower() != "prodigy":
         sys.exit(f"error: --optimizer_type={args.optimizer_type}: the stand-in knows prodigy")
-    text_encoder_lr = args.text_encoder_lr[0] if args.text_encoder_lr else None
-    found = network.prepare_optimizer_params(text_encoder_lr, args.unet_lr, args.learning_rate)
+    text_lr = args.text_encoder_lr[0] if args.text_encoder_lr else None
+    found = network.prepare_optimizer_params(text_lr, args.unet_lr, args.learning_rate)
     groups = found[0] if isinstance(found, tuple) else found
     return Prodigy(groups, lr=args.learning_rate, **optimizer_kwargs(args))
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, total: int):
+def build_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, total: int):
     if args.lr_scheduler != "cosine":
         sys.exit(f"error: --lr_scheduler={args.lr_scheduler}: the stand-in knows cosine")
-    warmup = args.lr_warmup_steps
-    if isinstance(warmup, float):
-        warmup = int(warmup * total)
+    given = args.lr_warmup_steps
+    warmup = int(given * total) if isinstance(given, float) else given
 
     def rate(step: int) -> float:
         if step < warmup:
@@ -239,7 +226,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, 
 
 @dataclass(frozen=True)
 class Run:
-    args: argparse.Namespace
+    args: Namespace
     accelerator: Accelerator
     models: Models
     network: nn.Module  # as accelerate wrapped it, like the next three
@@ -270,8 +257,7 @@ def predict_noise(run: Run, batch: dict[str, Tensor], noisy: Tensor, times: Tens
 
 
 def batch_loss(run: Run, batch: dict[str, Tensor]) -> Tensor:
-    latents = batch["latents"]
-    noise = torch.randn_like(latents)
+    noise = torch.randn_like(latents := batch["latents"])
     times = torch.randint(0, TIMESTEPS, (len(latents),), device=latents.device)
     share = signal_share().to(latents.device)[times][:, None, None, None]
     noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
@@ -304,9 +290,8 @@ def train(run: Run) -> None:
     bare.prepare_grad_etc(text_encoders, unet)
     steps, every = run.args.max_train_steps, run.args.save_every_n_steps
     here = run.accelerator.is_local_main_process
-    progress = tqdm(total=steps, desc="steps", disable=not here)
+    progress, step = tqdm(total=steps, desc="steps", disable=not here), 0
     losses: deque[float] = deque(maxlen=len(run.loader))  # averaged over an epoch
-    step = 0
     for epoch in range(run.epochs):
         run.accelerator.print(f"\nepoch {epoch + 1}/{run.epochs}")
         bare.on_epoch_start(text_encoders, unet)
@@ -353,19 +338,18 @@ def dataset_metadata(subsets: list[Subset]) -> dict[str, str]:
         found = (tag.strip().lower() for _, text in s.pairs for tag in text.split(","))
         tags.setdefault(name, Counter()).update(filter(None, found))
         folders[name] = {"n_repeats": s.repeats, "img_count": count}
-        dataset = {"batch_size_per_device": s.batch_size, "num_train_images": images}
-        dataset |= {"resolution": s.resolution}
         subset = {"img_count": count, "num_repeats": s.repeats, "image_dir": name}
-        described.append(dataset | {"subsets": [subset]})
+        dataset = {"batch_size_per_device": s.batch_size, "num_train_images": images}
+        described.append(dataset | {"resolution": s.resolution, "subsets": [subset]})
     return {
-        "ss_num_train_images": str(sum(dataset["num_train_images"] for dataset in described)),
+        "ss_num_train_images": str(sum(s.repeats * len(s.pairs) for s in subsets)),
         "ss_datasets": json.dumps(described),
         "ss_tag_frequency": json.dumps(tags),
         "ss_dataset_dirs": json.dumps(folders),
     }
 
 
-def run_metadata(args: argparse.Namespace, **known: Any) -> dict[str, str]:
+def run_metadata(args: Namespace, **known: Any) -> dict[str, str]:
     """What the file will say of this run, less what only the save knows."""
     width, height = read_resolution(args.resolution)
     given = ",".join(f"{key}={value}" for key, value in optimizer_kwargs(args).items())
@@ -379,24 +363,22 @@ def run_metadata(args: argparse.Namespace, **known: Any) -> dict[str, str]:
         "max_train_steps": args.max_train_steps,
     }
     if args.network_args:
-        fields["network_args"] = json.dumps(network_kwargs(args))
-    specification = {
-        "sai_model_spec": "1.0.1",
-        "architecture": "stable-diffusion-xl-v1-base/lora",
-        "implementation": "https://github.com/Stability-AI/generative-models",
-        "title": args.output_name,
-        "resolution": f"{width}x{height}",
-        "prediction_type": "v" if args.v_parameterization else "epsilon",
-    }
+        known = {"dropout": args.network_dropout, **pairs(args.network_args)}
+        fields["network_args"] = json.dumps(known)
     return {f"ss_{key}": str(value) for key, value in fields.items()} | {
-        f"modelspec.{key}": value for key, value in specification.items()
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": args.output_name,
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.prediction_type": "v" if args.v_parameterization else "epsilon",
     }
 
 
 # ---- main -----------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace) -> Run:
+def prepare(args: Namespace) -> Run:
     started = time.time()
     # The toy's matrices are too small to share between threads, and a launcher may ask for more
     # threads than there are cores: then they mostly wait for each other.
@@ -404,24 +386,20 @@ def prepare(args: argparse.Namespace) -> Run:
     seed = random.randrange(2**32) if args.seed is None else args.seed
     set_seed(seed)
     subsets = load_subsets(args)
+    # said aloud, or the processes that --multi_gpu starts on a CPU do not find each other
+    on_cpu, gathered = not torch.cuda.is_available(), args.gradient_accumulation_steps
     accelerator = Accelerator(
-        # said aloud, or the processes that --multi_gpu starts on a CPU do not find each other
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        cpu=on_cpu, mixed_precision=args.mixed_precision, gradient_accumulation_steps=gathered
     )
     models = load_models(accelerator.device)
     network = build_network(models, args)
     optimizer = build_optimizer(network, args)
     loader = build_loader(subsets, args)
     # accelerate turns the schedule once for each process at every step
-    total = args.max_train_steps * accelerator.num_processes
-    scheduler = build_scheduler(optimizer, args, total)
-    network, optimizer, loader, scheduler = accelerator.prepare(
-        network, optimizer, loader, scheduler
-    )
-    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    epochs = math.ceil(args.max_train_steps / steps_per_epoch)
+    scheduler = build_scheduler(optimizer, args, args.max_train_steps * accelerator.num_processes)
+    prepared = accelerator.prepare(network, optimizer, loader, scheduler)
+    loader = prepared[2]
+    epochs = math.ceil(args.max_train_steps / math.ceil(len(loader) / gathered))
     known = {"training_started_at": started, "seed": seed, "num_epochs": epochs}
     metadata = run_metadata(args, num_batches_per_epoch=len(loader), **known)
     metadata |= dataset_metadata(subsets)
@@ -432,11 +410,10 @@ def prepare(args: argparse.Namespace) -> Run:
         f"  processes: {accelerator.num_processes}, batches per epoch: {len(loader)}\n"
         f"  epochs: {epochs}, steps: {args.max_train_steps}"
     )
-    return Run(args, accelerator, models, network, optimizer, loader, scheduler, epochs, metadata)
+    return Run(args, accelerator, models, *prepared, epochs, metadata)
 
 
-def setup_parser() -> argparse.ArgumentParser:
-    """The options, as pre-flight asks sd-scripts for them."""
+def setup_parser() -> ArgumentParser:  # as pre-flight asks sd-scripts for it
     return build_parser(__doc__)
 
 

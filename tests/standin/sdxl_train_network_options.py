@@ -28,16 +28,12 @@ def build_parser(description: str = "") -> argparse.ArgumentParser:
     path = next((p for p in (HERE, HERE.parent / "data") if (p / OPTIONS_FILE).is_file()), HERE)
     options = json.loads((path / OPTIONS_FILE).read_text(encoding="utf-8"))["options"]
     types = {"str": str, "int": int, "float": float, "Path": Path, "int_or_float": int_or_float}
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     for name, option in options.items():
         if option["kind"] == "storetrue":
             parser.add_argument(name, action="store_true")
         elif option["kind"] == "store":
-            parser.add_argument(
-                name,
-                type=types[option["type"]],
-                **{key: option[key] for key in ("nargs", "choices", "default")},
-            )
+            more = {key: option[key] for key in ("nargs", "choices", "default")}
+            parser.add_argument(name, type=types[option["type"]], **more)
     return parser

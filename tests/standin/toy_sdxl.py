@@ -8,11 +8,8 @@ checkpointing has sd-scripts' rules: the same modules, only in training, use_ree
 
 With TOY_REAL_ATTENTION=1 in the environment the attention of the two B-LoRA blocks has SDXL's own
 widths, so that what is trained is a LoRA for SDXL, which the slicer cuts. A step takes a second
-then, in place of a hundredth.
-
-A random network gives some answer where it should name the noise, so its loss starts well above
-1. Training can take that answer back: the loss falls towards 1, and there is nothing more to
-learn here.
+then, in place of a hundredth. The loss starts well above 1, as a random network gives some answer
+where it should name the noise, and falls towards 1.
 """
 
 from __future__ import annotations
@@ -41,7 +38,6 @@ HEAD_WIDTH = 8
 ENCODER_SHAPES = ((8, 12), (16, 32))
 CONTEXT_WIDTH = sum(width for width, _ in ENCODER_SHAPES)
 POOLED_WIDTH = ENCODER_SHAPES[1][0]
-
 # Of SDXL's output_blocks.0.1 and 1.1: attention, and the text that it looks at.
 REAL_WIDTH, REAL_CONTEXT = 1280, 2048
 
@@ -132,8 +128,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, context_width: int):
         super().__init__()
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width, width, bias=False)
-        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context_width, width, bias=False) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -157,13 +152,10 @@ class RealAttention(CrossAttention):
         self.to_out = nn.ModuleList([copy(real_layer(REAL_WIDTH, True))])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        wide = repeated(x, self.to_q.in_features), repeated(context, self.to_k.in_features)
+        widths = self.to_q.in_features, self.to_k.in_features
+        given = zip((x, context), widths, strict=True)
+        wide = (t.repeat(1, 1, math.ceil(w / t.shape[-1]))[..., :w] for t, w in given)
         return super().forward(*wide)[..., : x.shape[-1]]
-
-
-def repeated(x: Tensor, width: int) -> Tensor:
-    """The last axis over and over, until it is so wide."""
-    return x.repeat(1, 1, math.ceil(width / x.shape[-1]))[..., :width]
 
 
 class GEGLU(nn.Module):
@@ -179,9 +171,8 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
-        )
+        geglu, last = GEGLU(width, 4 * width), nn.Linear(4 * width, width)
+        self.net = nn.Sequential(geglu, nn.Identity(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -316,8 +307,7 @@ class CLIPAttention(nn.Module):
 class CLIPMLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -340,13 +330,9 @@ class CLIPTextModel(nn.Module):
         tokens, places = nn.Embedding(VOCABULARY + 2, width), nn.Embedding(TOKENS, width)
         embeddings = {"token_embedding": tokens, "position_embedding": places}
         stack = nn.ModuleList(CLIPEncoderLayer(width) for _ in range(layers))
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(embeddings),
-                "encoder": nn.ModuleDict({"layers": stack}),
-                "final_layer_norm": nn.LayerNorm(width),
-            }
-        )
+        text = {"embeddings": nn.ModuleDict(embeddings)}
+        text |= {"encoder": nn.ModuleDict({"layers": stack})}
+        self.text_model = nn.ModuleDict(text | {"final_layer_norm": nn.LayerNorm(width)})
         self.text_projection = nn.Identity()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,6 @@ def kind(name: str, spec: Any) -> str | list[str]:
 
 
 def main(names: list[str]) -> None:
-    """Whatever else the nodes' modules say goes to stderr."""
     sys.path[0] = str(Path.cwd())  # ComfyUI's own modules, before those beside this file
     import comfy.cli_args
 
@@ -38,10 +37,10 @@ def main(names: list[str]) -> None:
 
     asyncio.run(nodes.init_builtin_extra_nodes())
     found = {}
-    for name, node in ((name, nodes.NODE_CLASS_MAPPINGS[name]) for name in names):
-        given = node.INPUT_TYPES()
-        inputs = given.get("required", {}) | given.get("optional", {})
-        kinds = {of: kind(of, spec) for of, spec in inputs.items()}
+    for name in names:
+        node = nodes.NODE_CLASS_MAPPINGS[name]
+        given = {"required": {}, "optional": {}, **node.INPUT_TYPES()}
+        kinds = {n: kind(n, spec) for n, spec in (given["required"] | given["optional"]).items()}
         found[name] = {"inputs": kinds, "outputs": list(node.RETURN_TYPES)}
     print(json.dumps(found, indent=1))
 

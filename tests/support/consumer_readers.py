@@ -28,15 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
-
 # As ComfyUI and its descendants detect SDXL: the map of names is made from these.
-UNET_CONFIG = {
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-}
+UNET_CONFIG = {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4]}
+UNET_CONFIG |= {"transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10}
+UNET_CONFIG |= {"transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10]}
 # diffusers' names of the blocks in question.
 DIFFUSERS = {
     "input_blocks.4.1.": "down_blocks.1.attentions.0.",
@@ -46,12 +41,10 @@ DIFFUSERS = {
 
 
 def definition(path: Path, name: str, **names: Any) -> Any:
-    """A function or class of a file that cannot be imported alone; `names` are what it uses.
-
-    Running a program's code is what this script is for; its folder is the caller's choice.
-    """
+    """A function or class of a file that cannot be imported alone; `names` are what it uses."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
     [node] = [n for n in body if getattr(n, "name", None) == name]
+    # The folder of the program to run is the caller's choice.
     exec(compile(ast.Module([node], []), path, "exec"), names)  # noqa: S102
     return names[name]
 
@@ -132,11 +125,9 @@ def sgm_model() -> nn.Module:
 
 def text_model() -> nn.Module:
     """Both text encoders, under the names that checkpoints are read into."""
-    model = nn.Module()
-    for name, part in (("clip_l", "te1"), ("clip_g", "te2")):
-        model.add_module(name, nn.Module())
-        getattr(model, name).transformer = tree(part)
-    return model
+    parts = {"clip_l": "te1", "clip_g": "te2"}
+    named = {name: nn.ModuleDict({"transformer": tree(part)}) for name, part in parts.items()}
+    return nn.ModuleDict(named)
 
 
 class Clip:
@@ -145,9 +136,7 @@ class Clip:
     def __init__(self, patcher: Any) -> None:
         self.patcher, self.cond_stage_model = patcher, patcher.model
         self.add_patches = patcher.add_patches
-
-    def clone(self) -> Clip:
-        return Clip(self.patcher.clone())
+        self.clone = lambda: Clip(patcher.clone())
 
 
 class ComfyReader:
@@ -170,15 +159,13 @@ class ComfyReader:
 
     def patchers(self) -> tuple[Any, Any]:
         cpu = torch.device("cpu")
-        unet, text = (self.patcher(m, cpu, cpu) for m in (sgm_model(), text_model()))
-        return unet, Clip(text)
+        return self.patcher(sgm_model(), cpu, cpu), Clip(self.patcher(text_model(), cpu, cpu))
 
     def patched(self, patcher: Any) -> nn.Module:
         return patcher.patch_model()
 
     def load(self, path: Path, row: Row) -> Weights:
-        unet, clip = self.apply(*self.patchers(), load_file(path), 1.0, 1.0)
-        return self.weights(unet, clip, row)
+        return self.weights(*self.apply(*self.patchers(), load_file(path), 1.0, 1.0), row)
 
     def weights(self, unet: Any, clip: Any, row: Row) -> Weights:
         text = self.patched(clip.patcher)
@@ -187,15 +174,15 @@ class ComfyReader:
         return {n: models[PATHS[n][0]].get_submodule(PATHS[n][1]).weight for n in row.names}
 
 
-LOADER = "ldm_patched/modules/sd.py"
+FORGE_VERSION = ("modules_forge/forge_version.py", r"version = '(.+)'")
 KEYS = ("model_lora_keys_unet", "model_lora_keys_clip")
 
 
-class ReforgeReader(ComfyReader):
-    """reForge, which carries ComfyUI's code as ldm_patched."""
+class ForgeClassicReader(ComfyReader):
+    """Forge Classic, which carries an older ComfyUI's code as ldm_patched."""
 
-    title = "reForge"
-    version = ("modules_forge/forge_version.py", r"version = '(.+)'")
+    title = "Forge Classic"
+    version = ()
 
     def __init__(self, folder: Path) -> None:
         import ldm_patched.modules.args_parser
@@ -210,24 +197,24 @@ class ReforgeReader(ComfyReader):
 
     def prepare(self, folder: Path, ldm_patched: Any) -> None:
         """Take load_lora_for_models from a file that imports every model."""
-        import ldm_patched.modules.lora_convert
-
         names = {"ldm_patched": ldm_patched, "logging": logging}
-        self.apply = definition(folder / LOADER, "load_lora_for_models", **names)
+        file = folder / "ldm_patched/modules/sd.py"
+        self.apply = definition(file, "load_lora_for_models", **names)
 
 
-class ForgeClassicReader(ReforgeReader):
-    """Forge Classic, which carries an older ldm_patched, without lora_convert."""
+class ReforgeReader(ForgeClassicReader):
+    """reForge, whose ldm_patched also has lora_convert."""
 
-    title = "Forge Classic"
-    version = ()
+    title = "reForge"
+    version = FORGE_VERSION
 
     def prepare(self, folder: Path, ldm_patched: Any) -> None:
-        names = {"ldm_patched": ldm_patched}
-        self.apply = definition(folder / LOADER, "load_lora_for_models", **names)
+        import ldm_patched.modules.lora_convert
+
+        super().prepare(folder, ldm_patched)
 
 
-class FooocusReader(ReforgeReader):
+class FooocusReader(ForgeClassicReader):
     """Fooocus: its StableDiffusionModel, and the calculate_weight that it puts into ldm_patched."""
 
     title = "Fooocus"
@@ -245,8 +232,7 @@ class FooocusReader(ReforgeReader):
         self.model = definition(folder / "modules/core.py", "StableDiffusionModel", **names)
 
     def load(self, path: Path, row: Row) -> Weights:
-        unet, clip = self.patchers()
-        model = self.model(unet=unet, clip=clip)
+        model = self.model(**dict(zip(("unet", "clip"), self.patchers(), strict=True)))
         model.refresh_loras([(str(path), 1.0)])
         return self.weights(model.unet_with_lora, model.clip_with_lora, row)
 
@@ -255,7 +241,7 @@ class ForgeReader(ComfyReader):
     """Forge: its LoRA extension's load_lora_for_models, and the backend's LoraLoader."""
 
     title = "Forge"
-    version = ("modules_forge/forge_version.py", r"version = '(.+)'")
+    version = FORGE_VERSION
 
     def __init__(self, folder: Path) -> None:
         sys.argv = [sys.argv[0], "--always-cpu"]  # which it reads when it is imported
@@ -273,19 +259,13 @@ class ForgeReader(ComfyReader):
         return patcher.model
 
 
-# ---- Trainers ------------------------------------------------------------------------------------
-
-
 class LycorisReader:
-    """LyCORIS' network made of the file alone, as sd-scripts has it for --dim_from_weights.
-
-    Without a folder it is the installed package.
-    """
+    """LyCORIS' network made of the file alone, as sd-scripts has it for --dim_from_weights."""
 
     title = "LyCORIS"
     version = ("setup.py", r'version="(.+)"')
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None) -> None:  # None is the installed package
         from lycoris.kohya import create_network_from_weights
 
         self.create = create_network_from_weights
@@ -295,7 +275,7 @@ class LycorisReader:
 
     def load(self, path: Path, row: Row) -> Weights:
         models = self.models()
-        unet, encoders = models["unet"], [models["te1"], models["te2"]]
+        unet, *encoders = models.values()
         network, _ = self.create(1.0, str(path), None, encoders, unet, None, False)
         network.apply_to(encoders, unet, True, True)
         network.load_weights(str(path))
@@ -327,10 +307,7 @@ class SdScriptsReader(LycorisReader):
 
 
 class OneTrainerReader:
-    """OneTrainer, going on with a file: its loader, its names, and its LoRA modules.
-
-    It is told the file's algorithm and rank, and to train exactly the file's layers, as it asks.
-    """
+    """OneTrainer, going on with a file of which it is told the algorithm, rank and layers."""
 
     title = "OneTrainer"
     version = ()
@@ -370,9 +347,8 @@ class OneTrainerReader:
         model.unet, model.text_encoder_1, model.text_encoder_2 = models.values()
         self.loader.load(model, self.names(lora=str(path)))
         prefixes = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
-        for part in {PATHS[name][0] for name in row.names}:
-            paths = [PATHS[n][1] for n in row.names if PATHS[n][0] == part]
-            filters = [diffusers_path(p) for p in paths] if part == "unet" else []
+        for part in {part for part, _ in row.layers}:
+            filters = [diffusers_path(path) for of, path in row.layers if of == part == "unet"]
             wrapper = self.wrapper(models[part], prefixes[part], config, filters)
             wrapper.load_state_dict(model.lora_state_dict)
             wrapper.hook_to_module()
@@ -398,17 +374,10 @@ class DiffusersReader:
         return acting_weights(self.models, row.names, diffusers=True)
 
 
-READERS = {
-    "comfyui": ComfyReader,
-    "forge": ForgeReader,
-    "reforge": ReforgeReader,
-    "forge_classic": ForgeClassicReader,
-    "fooocus": FooocusReader,
-    "onetrainer": OneTrainerReader,
-    "sd_scripts": SdScriptsReader,
-    "lycoris": LycorisReader,
-    "diffusers": DiffusersReader,
-}
+READERS = {"comfyui": ComfyReader, "forge": ForgeReader, "reforge": ReforgeReader}
+READERS |= {"forge_classic": ForgeClassicReader, "fooocus": FooocusReader}
+READERS |= {"onetrainer": OneTrainerReader, "sd_scripts": SdScriptsReader}
+READERS |= {"lycoris": LycorisReader, "diffusers": DiffusersReader}
 # Read without a checkout, from the packages that this Python has.
 INSTALLED = {"lycoris": ("lycoris_lora",), "diffusers": ("diffusers", "peft")}
 
@@ -419,8 +388,8 @@ def version(name: str, folder: Path | None) -> str:
     if folder is None:
         first, *others = (f"{of} {importlib.metadata.version(of)}" for of in INSTALLED[name])
         return " with ".join([f"{reader.title} {first.split()[1]}", *others])
-    git = ["git", "-C", str(folder), "log", "-1", "--format=(%h, %cs)"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    git = ["git", "-C", folder, "log", "-1", "--format=(%h, %cs)"]
+    commit = subprocess.check_output(git, text=True).strip()
     if not reader.version:
         return f"{reader.title} {commit}"
     file, pattern = reader.version

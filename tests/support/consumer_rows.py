@@ -20,15 +20,13 @@ CHANGE = 0.1  # the size of a change beside its weight
 # More than 12 modules: Forge and Fooocus skip a whole file for more than 12 unknown tensors.
 TRANSFORMER = "input_blocks.4.1.transformer_blocks"
 Layers = tuple[tuple[str, str], ...]  # part and path
+# The k of attn2 is no square: 640 of 2048.
+PROJECTIONS = {"0.attn1": "q k v out.0", "0.attn2": "q k out.0"}
+PROJECTIONS |= {"1.attn1": "q k v out.0", "1.attn2": "q out.0"}
 ATTENTION: Layers = tuple(
-    ("unet", f"{TRANSFORMER}.{block}.attn{attention}.to_{projection}")
-    for block, attention, projections in (
-        (0, 1, ("q", "k", "v", "out.0")),
-        (0, 2, ("q", "k", "out.0")),  # the k of attn2 is no square: 640 of 2048
-        (1, 1, ("q", "k", "v", "out.0")),
-        (1, 2, ("q", "out.0")),
-    )
-    for projection in projections
+    ("unet", f"{TRANSFORMER}.{attention}.to_{projection}")
+    for attention, projections in PROJECTIONS.items()
+    for projection in projections.split()
 )
 KERNEL: Layers = (("unet", "input_blocks.1.0.in_layers.2"),)  # 3 x 3
 CONVOLUTIONS: Layers = (*KERNEL, ("unet", "input_blocks.4.0.skip_connection"))
@@ -96,7 +94,7 @@ def base(name: str) -> Tensor:
 def shape(name: str) -> tuple[str, list[int]]:
     """The kind of a layer, Linear, Conv2d or LayerNorm, and its weight's shape."""
     part, path = PATHS[name]
-    return SDXL[part][path] if path in SDXL[part] else ("LayerNorm", weight_shape(name))
+    return SDXL[part].get(path) or ("LayerNorm", weight_shape(name))
 
 
 def tamed(name: str, module: Module, form: Form) -> Module:
@@ -152,7 +150,6 @@ def write_slices(folder: Path, titles: list[str]) -> None:
 
 
 def cuts(titles: list[str]) -> Iterator[tuple[str, float]]:
-    """Every slice of these rows, by row and strength."""
     return ((title, strength) for title in titles for strength in ROWS[title].strengths)
 
 

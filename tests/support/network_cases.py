@@ -43,12 +43,11 @@ def case(preset: str, checkpointing: bool = True, **more: Any) -> dict[str, Any]
 def preset_files(folder: Path) -> dict[str, str]:
     """The five presets by name, and own ones of a single pattern."""
     files = {name: str(ROOT / f"lycoris_presets/{name}.toml") for name in PRESETS}
-    empty = ("unet_target_module", "text_encoder_target_module", "text_encoder_target_name")
+    lines = "enable_conv = true\nunet_target_module = []\n"
+    lines += "text_encoder_target_module = []\ntext_encoder_target_name = []\n"
     for name, pattern in OWN.items():
-        lines = ["enable_conv = true", *(f"{key} = []" for key in empty)]
-        path = folder / f"{name}.toml"
-        path.write_text("\n".join([*lines, f"unet_target_name = ['{pattern}']"]))
-        files[name] = str(path)
+        files[name] = str(folder / f"{name}.toml")
+        Path(files[name]).write_text(f"{lines}unet_target_name = ['{pattern}']")
     return files
 
 
@@ -57,8 +56,7 @@ def cases(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
     style = files["blora_content_style"]
     found = {f"{name}, checkpointing": case(files[name]) for name in STOPS}
     found |= {f"{name}, all kept": case(files[name], False) for name in STOPS}
-    found["DoRA"] = case(style, args=DORA)
-    found["bypass"] = case(style, args=BYPASS)
+    found |= {"DoRA": case(style, args=DORA), "bypass": case(style, args=BYPASS)}
     found["bypass, all kept"] = case(style, False, args=BYPASS)
     if release == NEWEST:
         found["LoKr"] = case(style, args={"algo": "lokr", "factor": "4"})

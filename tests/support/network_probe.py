@@ -28,9 +28,6 @@ SIDE = 16  # latents
 CHANGE = 0.05  # how large a layer's up @ down is beside its weight
 
 
-# ---- Steps ---------------------------------------------------------------------------------------
-
-
 class Toy:
     """The stand-in's models, with prompts of two words."""
 
@@ -46,8 +43,8 @@ class Toy:
         return [context1, context2, pooled]
 
     def call(self, unet: nn.Module, noisy: Tensor, conditions: list[Tensor]) -> Tensor:
-        context1, context2, pooled = conditions
-        return unet(noisy, TIME, torch.cat([context1, context2], dim=-1), pooled, self.sizes)
+        *contexts, pooled = conditions
+        return unet(noisy, TIME, torch.cat(contexts, dim=-1), pooled, self.sizes)
 
 
 class Wrapped(nn.Module):
@@ -155,8 +152,7 @@ def digest(tensors: dict[str, Tensor | None]) -> str:
     summed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         summed.update(name.encode())
-        if tensor is not None:
-            summed.update(tensor.detach().numpy().tobytes())
+        summed.update(b"" if tensor is None else tensor.detach().numpy().tobytes())
     return summed.hexdigest()
 
 
@@ -176,15 +172,10 @@ def told(case: dict[str, Any], make: type[Toy | Kohya]) -> dict[str, Any]:
     return answer | {"log": [line for line in said if "early stop" in line]}
 
 
-# ---- Layers --------------------------------------------------------------------------------------
-
-
 def layer(inputs: int, outputs: int, rank: int, alpha: float, dtype: str) -> dict[str, list[float]]:
     """Relative errors of a layer's output and of the gradients of lora_down, lora_up and its input.
 
-    In its default form and with bypass_mode, and how far the two are apart. In 16 bits the layer
-    runs as it does in a mixed-precision training: its weight and input are in 16 bits, the LoRA in
-    32, under autocast.
+    In 16 bits it runs as in a mixed-precision training: under autocast, with the LoRA in 32 bits.
     """
     from lycoris.modules.locon import LoConModule
 
@@ -202,8 +193,8 @@ def layer(inputs: int, outputs: int, rank: int, alpha: float, dtype: str) -> dic
     wide = [t.double().requires_grad_() for t in (down, up, x)]
     exact = wide[2] @ (linear.weight.double() + wide[1] @ wide[0] * scale).T
     exact.backward(seed.double())
-    found = {"exact": [exact.detach(), *(t.grad for t in wide)]}
-    for name, bypass in (("default", False), ("bypass", True)):
+    forms = []
+    for bypass in (False, True):
         module = LoConModule("m", linear, 1.0, rank, alpha, bypass_mode=bypass)
         factors = module.lora_down.weight, module.lora_up.weight
         factors[0].data, factors[1].data = down.clone(), up.clone()
@@ -211,16 +202,17 @@ def layer(inputs: int, outputs: int, rank: int, alpha: float, dtype: str) -> dic
         with torch.autocast("cpu", kind, enabled=dtype != "float32"):
             output = module(given)
         output.backward(seed.to(output.dtype))
-        found[name] = [output.detach(), *(factor.grad for factor in factors), given.grad]
-    compared = {"default": "exact", "bypass": "exact", "apart": "default"}
+        forms.append([output.detach(), *(factor.grad for factor in factors), given.grad])
+    default, bypass = forms
     return {
-        name: list(map(relative_error, found.get(name, found["bypass"]), found[true]))
-        for name, true in compared.items()
+        "default": errors(default, [exact.detach(), *(t.grad for t in wide)]),
+        "bypass": errors(bypass, [exact.detach(), *(t.grad for t in wide)]),
+        "apart": errors(bypass, default),
     }
 
 
-def relative_error(found: Tensor, true: Tensor) -> float:
-    return ((found - true).norm() / true.norm()).item()
+def errors(found: list[Tensor], true: list[Tensor]) -> list[float]:
+    return [((f - t).norm() / t.norm()).item() for f, t in zip(found, true, strict=True)]
 
 
 def main(argv: list[str]) -> None:
@@ -231,11 +223,9 @@ def main(argv: list[str]) -> None:
     gc.freeze()  # or what torch is made of is looked through with each model: half of the time
     with redirect_stdout(sys.stderr):  # LyCORIS and sd-scripts say much
         make = Kohya if argv else Toy
-        answer = {
-            "steps": {name: told(case, make) for name, case in question["steps"].items()},
-            "layers": {name: layer(*numbers) for name, numbers in question["layers"].items()},
-        }
-    print(json.dumps(answer))
+        steps = {name: told(case, make) for name, case in question["steps"].items()}
+        layers = {name: layer(*numbers) for name, numbers in question["layers"].items()}
+    print(json.dumps({"steps": steps, "layers": layers}))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import toml
 
 
-def verify_command_line_training_args(args: argparse.Namespace) -> None:
+def verify_command_line_training_args(args: Namespace) -> None:
     """sd-scripts warns of secrets here."""
 
 
-def read_config_from_file(
-    args: argparse.Namespace, parser: argparse.ArgumentParser
-) -> argparse.Namespace:
+def read_config_from_file(args: Namespace, parser: ArgumentParser) -> Namespace:
     """The options of the command line, with those of the file under them, section or not."""
     if not args.config_file:
         return args
@@ -26,4 +24,4 @@ def read_config_from_file(
     options: dict[str, object] = {}
     for name, value in toml.loads(config_path.read_text(encoding="utf-8")).items():
         options |= value if isinstance(value, dict) else {name: value}
-    return parser.parse_args(namespace=argparse.Namespace(**options))
+    return parser.parse_args(namespace=Namespace(**options))
