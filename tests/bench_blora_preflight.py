@@ -41,7 +41,6 @@ OPTIONS = (
 
 
 def make_folder(folder: Path) -> None:
-    """The bundle, and all that a training needs beside its trainer."""
     sys.path[:0] = [str(TESTS / "support"), str(TESTS / "standin")]
     from kohya_folder import install
     from make_dataset import make_dataset
@@ -83,7 +82,6 @@ def seconds(command: list[str], folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure, and print one Markdown table."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9, help="rounds (default: %(default)s)")
     parser.add_argument("--kohya", type=Path, help="a folder with sd-scripts, to rehearse there")

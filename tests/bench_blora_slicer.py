@@ -96,8 +96,6 @@ TARGETS = {
 
 
 class Run(NamedTuple):
-    """What one process took."""
-
     seconds: float
     peak: float  # MiB
 
@@ -155,7 +153,6 @@ def compare(lora: Path, strength: float, folder: Path, runs: int) -> dict[str, R
 
 
 def row(rank: int, strength: float, found: dict[str, Run]) -> tuple[list[str], bool]:
-    """A line of the table, and whether every target of it is reached."""
     least, most, highest = TARGETS[rank, strength]
     ours, usual = found["ours"], found["usual"]
     faster, copies = usual.seconds / ours.seconds, ours.seconds / found["copy"].seconds
@@ -188,7 +185,6 @@ def bench(folder: Path, runs: int) -> bool:
 
 
 def main() -> int:
-    """1 where a target is missed."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for the files (default: the system's)")

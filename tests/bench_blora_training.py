@@ -48,8 +48,6 @@ LAYOUT = str(ROOT / "lycoris_presets/blora_content_layout_style.toml")
 
 
 class Recipe(NamedTuple):
-    """What of a recipe changes the work of a step in the U-Net."""
-
     name: str
     module: str
     bypass: bool
@@ -168,7 +166,6 @@ class Held:
 
 
 def step_on_meta(sdxl: Any, recipe: Recipe, preset: str, rank: int, size: int) -> tuple[float, int]:
-    """TF and kept bytes of one step."""
     unet = make_unet(sdxl)
     network = add_network(unet, recipe, preset, rank, "meta")
     kept, given = Kept([unet, network]), (size, recipe, "meta", torch.float16)
@@ -208,7 +205,6 @@ def count_by_first_block(sdxl: Any, size: int, folder: Path) -> None:
 
 
 def seconds(unet: nn.Module, network: nn.Module, given: list[Tensor]) -> float:
-    """The wall time of one forward and one backward pass in bf16 mixed precision."""
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
         unet(*given).float().square().mean().backward()
@@ -238,7 +234,6 @@ def measure(sdxl: Any, size: int, rank: int, runs: int) -> None:
 
 
 def main() -> None:
-    """Count, and where asked measure."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--kohya", required=True, type=Path, help="a folder of sd-scripts")
     parser.add_argument("--size", type=int, default=1024, help="pixels (default: %(default)s)")

@@ -60,7 +60,6 @@ def outcome(reader: Any, title: str, strength: float, path: Path) -> Outcome:
 
 
 def read_slices(name: str, folder: Path | None, slices: Path, titles: list[str]) -> Outcomes:
-    """What a program makes of the slices of these rows."""
     if folder:
         sys.path.insert(0, str(folder))
     sys.argv = sys.argv[:1]  # some programs read it when they are imported
@@ -80,7 +79,6 @@ def cell(outcomes: list[Outcome]) -> str:
 
 
 def table(found: dict[str, Outcomes]) -> str:
-    """The Markdown table: a line for each row, a column for each program."""
     titles = ["a slice of", *(READERS[name].title for name in found)]
     lines = [titles, ["---"] * len(titles)]
     lines += [[row, *(cell(rows[row]) for rows in found.values())] for row in ROWS]
@@ -115,7 +113,6 @@ def chosen(args: Namespace) -> dict[str, Path | None]:
 
 
 def build_parser() -> ArgumentParser:
-    """An option for each program that is read from a checkout."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for name, reader in READERS.items():
         if name != "diffusers":

@@ -69,7 +69,6 @@ def answers(tmp_path_factory) -> Answers:
 
 
 def both(answers: Answers, release: str, name: str) -> list[dict[str, Any]]:
-    """What a step gave with LyCORIS' network, and with ours."""
     return [answers[release]["steps"][f"{name}|{module}"] for module in MODULES]
 
 

@@ -49,9 +49,6 @@ def sampler(row: str) -> dict[str, Any]:
     return source(source(TITLED[row], "images"), "samples")
 
 
-# ---- The graph -----------------------------------------------------------------------------------
-
-
 def test_every_link_has_both_its_ends_and_every_input_a_link():
     for number, (start, out, end, into, kind) in LINKS.items():
         output, given = NODES[start]["outputs"][out], NODES[end]["inputs"][into]
@@ -60,8 +57,7 @@ def test_every_link_has_both_its_ends_and_every_input_a_link():
         assert output["type"] == given["type"] == kind
     outputs = [output for node in NODES.values() for output in node.get("outputs", [])]
     assert sorted(link for output in outputs for link in output["links"]) == sorted(LINKS)
-    inputs = [given for node in NODES.values() for given in node.get("inputs", [])]
-    assert all(given["link"] in LINKS for given in inputs)
+    assert all(given["link"] in LINKS for n in NODES.values() for given in n.get("inputs", []))
 
 
 def test_every_node_and_link_has_a_number_of_its_own():
@@ -92,9 +88,6 @@ def test_nodes_lie_side_by_side_within_a_group():
         assert any(gx <= x and gy <= y and end <= ge and low <= gl for gx, gy, ge, gl in groups)
         over = [ox < end and x < oe and oy < low and y < ol for ox, oy, oe, ol in boxes]
         assert over.count(True) == 1  # itself
-
-
-# ---- The pictures --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -136,8 +129,6 @@ def test_the_prompt_has_the_trigger_of_the_dataset_config_as_it_was_trained():
     assert prompt["widgets_values"][0].startswith("A [v] ")
     assert 'class_tokens = "A [v]"' in (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
 
-
-# ---- ComfyUI itself ------------------------------------------------------------------------------
 
 COMFYUI = os.environ.get("COMFYUI_ROOT", ""), os.environ.get("COMFYUI_PYTHON", "")
 

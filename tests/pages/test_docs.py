@@ -19,11 +19,11 @@ import toml
 import torch
 from accelerate.commands.launch import launch_command_parser
 from kohya_folder import BASH, ROOT, install
+from lora_files import lora_module
 from make_dataset import draw
 from PIL import Image
-from preset_modules import lora_parameters
 from readme_commands import PAGES, blocks_of, check_launcher, check_setting
-from rehearsed_networks import made, network, prodigy_state
+from rehearsed_networks import made, network
 from safetensors.torch import save_file
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 from sdxl_train_network_options import build_parser
@@ -35,7 +35,7 @@ from blora.preflight import plan
 from blora.preflight.folders import check_config
 from blora.preflight.report import Report
 from blora.preflight.trainer_errors import refusal
-from blora.sdxl import layers_by_module, load_traits, sdxl_layers
+from blora.sdxl import load_traits
 from blora.tensorfile import read_header
 
 CONFIG = "_in/lora/sdxl/my_project/config.toml"
@@ -63,12 +63,10 @@ RESIZE.add_argument("--verbose", action="store_true")
 
 
 def check_resize(line: str) -> None:
-    """Options that the resize tool takes."""
     assert RESIZE.parse_args(shlex.split(line)[2:]).save_precision == "fp16"
 
 
 def check_slicer(line: str) -> None:
-    """Options that the slicer takes, and traits that it has."""
     args = blora_slicer.build_parser().parse_args(shlex.split(line)[2:])
     known = load_traits(args.traits_file)
     assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
@@ -153,16 +151,14 @@ def test_the_presets_settings_and_options_that_it_names_exist(page):
 
 
 # ---- The GUI -------------------------------------------------------------------------------------
-
-
 def test_the_page_copies_the_recipes_by_either_shell_to_where_the_gui_lists_them(kohya):
     [bash], [cmd] = blocks_of("gui", "bash"), blocks_of("gui", "bat")
     assert cmd.split()[1:] == [word.replace("/", "\\") for word in bash.split()[1:]]
     presets = Path("presets/lora/user_presets")
     presets.mkdir(parents=True)
     subprocess.run([BASH, "-c", bash], check=True)
-    copied = [path.name for path in sorted(presets.iterdir())]
-    assert copied == ["blora_gui_classic.json", "blora_gui_fast.json"]
+    copied = {path.name for path in presets.iterdir()}
+    assert copied == {"blora_gui_classic.json", "blora_gui_fast.json"}
 
 
 def test_the_line_that_the_page_gives_to_preflight_ends_as_fast_does():
@@ -179,8 +175,6 @@ def test_the_pages_picture_is_there_and_small():
 
 
 # ---- The sample dataset config -------------------------------------------------------------------
-
-
 @pytest.fixture
 def kohya(tmp_path, monkeypatch) -> Path:
     """A folder as the README sets it up, with one picture; it is the working directory."""
@@ -216,8 +210,6 @@ def test_the_sample_dataset_config_has_the_launchers_paths():
 
 
 # ---- See what it learned -------------------------------------------------------------------------
-
-
 def test_the_sample_prompts_name_the_pages_command():
     prompts = (ROOT / "blora_prompts.txt").read_text(encoding="utf-8")
     command, in_cmd, _ = "".join(blocks_of("see_what_it_learned", "")).splitlines()
@@ -234,41 +226,16 @@ def test_the_plots_values_replace_what_is_in_its_prompt():
 
 
 # ---- Your own blocks -----------------------------------------------------------------------------
-
-
-def slot(block: str) -> str:
-    """Of a block in a list of block weights: IN08, MID, OUT00."""
-    way, number, *_ = block.split(".")
-    return "MID" if way == "middle_block" else f"{way.removesuffix('put_blocks').upper()}0{number}"
-
-
-def test_the_table_of_blocks_is_that_of_the_model():
-    layers, rows = sdxl_layers()["unet"], {}
-    for name, layer in layers.items():
-        if found := re.match(r"(.+)\.transformer_blocks\.\d+\.attn[12]\.to_", name):
-            modules, parameters = rows.get(found[1], (0, 0))
-            rows[found[1]] = modules + 1, parameters + lora_parameters(layer, 1)
-    told = re.findall(r"^\| `([a-z]+_.*?)` \| (.+) \|$", PAGES["own_blocks"], re.MULTILINE)
-    assert [block for block, _ in told] == list(rows)
-    for block, rest in told:
-        modules, parameters = rows[block]
-        diffusers = layers[f"{block}.proj_in"].diffusers.removesuffix(".proj_in")
-        names = f"`lora_unet_{block.replace('.', '_')}_` | `{diffusers}` | {slot(block)}"
-        assert rest == f"{names} | {modules} | {parameters:,}"
-
-
-LINES = "".join(blocks_of("own_blocks", "")).splitlines()
-[LOOK] = [line for line in LINES if line.startswith("python blora_preflight.py")]
-[CUT] = [line for line in LINES if line.startswith("python blora_slicer.py")]
-
-
 def shown(*starts: str) -> list[str]:
-    return [line for line in LINES if line.startswith(starts)]
+    lines = "".join(blocks_of("own_blocks", "")).splitlines()
+    return [line for line in lines if line.startswith(starts)]
+
+
+[LOOK], [CUT] = shown("python blora_preflight.py"), shown("python blora_slicer.py")
 
 
 @pytest.fixture
 def own_blocks(kohya) -> Path:
-    """The folder with the preset and the trait, written as the page says."""
     [preset], [trait] = blocks_of("own_blocks", "toml"), blocks_of("own_blocks", "json")
     Path("my_middle.toml").write_text(preset)
     traits = json.loads(Path("blora_traits.json").read_text()) | json.loads(f"{{{trait}}}")
@@ -286,9 +253,8 @@ def own_plan() -> dict[str, str]:
 
 
 def run(command: str) -> tuple[int, str, str]:
-    """A command of the page, in the folder, by this Python."""
     words = [sys.executable, *shlex.split(command)[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -318,12 +284,9 @@ def test_a_preset_that_fits_nothing_is_refused_as_shown(own_blocks):
 
 
 def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(own_blocks):
-    layers, tensors = layers_by_module(), {}
+    tensors = {}
     for name in network(1, "my_middle.toml").modules:
-        outputs, inputs = layers[name].shape
-        tensors[f"{name}.lora_down.weight"] = torch.zeros(64, inputs, dtype=torch.float16)
-        tensors[f"{name}.lora_up.weight"] = torch.zeros(outputs, 64, dtype=torch.float16)
-        tensors[f"{name}.alpha"] = torch.tensor(64.0, dtype=torch.float16)
+        tensors |= lora_module(name, 64, 64.0)
     Path(LORA).parent.mkdir(parents=True)
     save_file(tensors, LORA)
     _, out, err = run(CUT)
@@ -333,33 +296,14 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(own_blocks):
 
 
 # ---- Several GPUs --------------------------------------------------------------------------------
-
-
 def test_preflight_shows_what_two_gpus_change():
-    """Six images with two repeats, by the launcher as it is."""
     args = build_parser().parse_args(["--max_train_steps=3000", "--mixed_precision=fp16"])
-    report, two = Report(), plan.Started(2)
-    plan.plan_length(plan.length(args, 12, 2), [1], two, args, report)
+    report, images = Report(), 6 * 2  # with two repeats
+    plan.plan_length(plan.length(args, images, 2), [1], plan.Started(2), args, report)
     assert f"  training  {report.plan['training']}\n" in blocks_of("several_gpus", "")
 
 
 # ---- Recipes -------------------------------------------------------------------------------------
-
-
-def test_the_memory_that_the_pages_speak_of_is_what_preflight_computes():
-    # AdamW8bit, which needs a card to be counted, keeps two numbers of a byte each.
-    small, large = (
-        4 * rank * network(1).parameters * (2 + state) / 1e9
-        for rank, state in ((64, 2 / 4), (1024, prodigy_state()))
-    )
-    text = re.sub(r"\s+", " ", PAGES["recipes"])
-    assert f"take {small:.2f} GB at rank 64 with AdamW8bit" in text
-    kept, _ = plan.FROM_BLOCK["output_blocks.0.1"]
-    assert f"takes {small + (2 * plan.UNET + kept) / 1e9:.2f} GB of the card's" in text
-    assert f"{large:.1f} GB at rank 1024 with Prodigy" in text
-    assert f"takes {large:.1f} GB" in PAGES["when_something_fails"]
-
-
 def test_the_recipe_for_one_image_is_the_papers():
     section = PAGES["recipes"].split("## One image")[1]
     [command] = re.findall(r"^BLORA_RANK=64 .*$", section.split("##")[0], re.MULTILINE)
@@ -368,19 +312,11 @@ def test_the_recipe_for_one_image_is_the_papers():
     assert (args.optimizer_type, args.optimizer_args) == ("AdamW8bit", ["weight_decay=1e-04"])
 
 
-def test_optimizer_arguments_are_cleared_by_an_empty_list():
-    line = ["--optimizer_args", "decouple=True", "--optimizer_args", "--max_train_steps=1"]
-    assert build_parser().parse_args(line).optimizer_args == []
-
-
 # ---- When something fails ------------------------------------------------------------------------
-
-
 def quoted(section: str) -> list[str]:
     """The messages that a section of the page is about."""
     text = PAGES["when_something_fails"].split(f"\n## {section}\n")[1].split("\n## ")[0]
-    found = re.findall(r"^- (?:``(.+)``|`(.+)`)$", text, re.MULTILINE)
-    return [double or single for double, single in found]
+    return [quote for _, quote in re.findall(r"^- (``?)(.+)\1$", text, re.MULTILINE)]
 
 
 def templates(*sources: Path) -> list[str]:

@@ -6,7 +6,6 @@ run as it is.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -18,18 +17,13 @@ import pytest
 from bundle_files import unpack
 from kohya_folder import ONE_PROCESS, ROOT, copy_command
 from make_dataset import main as make_dataset
-from preset_modules import CONTENT, block_modules, lora_parameters
-from readme_commands import PAGES, blocks_of, check_launcher
-from rehearsed_networks import prodigy_state
+from readme_commands import blocks_of, check_launcher
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
-from blora.sdxl import layers_by_module
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the page is for Linux")
 pytestmark = [pytest.mark.slow, linux]
-PAGE = PAGES["rented_machine"]
 LINES = "".join(blocks_of("rented_machine", "bash")).splitlines()
 TIME_LIMIT = "300"  # seconds; all of it takes 40
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
@@ -129,15 +123,3 @@ def test_a_person_types_no_placeholder_but_the_named_ones():
 
 def test_every_substitute_stands_for_a_line_of_the_page():
     assert all(any(re.fullmatch(pattern, line) for line in LINES) for pattern in SUBSTITUTES)
-
-
-def test_its_sizes_are_those_of_the_files():
-    layers = layers_by_module()
-    content = sum(lora_parameters(layers[m], 1) for m in block_modules(CONTENT))
-    size = sum(2 * math.prod(shape) for shape in sdxl_shapes().values())
-    assert f"The file is {size / 1e9:.2f} GB" in PAGE
-    # A slice is in fp16. A state has both blocks in fp32, and what Prodigy keeps of them.
-    assert f"rank 64 each slice is {2 * 64 * content / 1e6:.0f} MB" in PAGE
-    assert f"rank 1024, {2 * 1024 * content / 1e6:.0f} MB" in PAGE
-    state = 4 * (1 + prodigy_state()) * 64 * 2 * content
-    assert f"takes {state / 1e9:.2f} GB of disk every 1,000 steps" in PAGE

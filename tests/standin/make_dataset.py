@@ -35,7 +35,6 @@ batch_size = 1
 
 
 def describe(number: int) -> list[str]:
-    """The shape, colour, background and style of a drawing."""
     lists = (SHAPES, list(COLOURS), list(BACKGROUNDS), STYLES)
     numbers = (number, number, number // 2, number)
     return [of[n % len(of)] for of, n in zip(lists, numbers, strict=True)]

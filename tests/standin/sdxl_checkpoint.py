@@ -27,7 +27,6 @@ def leaves(tree: dict[str, Any], start: str = "") -> Iterator[tuple[str, tuple[i
 
 
 def sdxl_shapes() -> Shapes:
-    """{name: shape} of every tensor."""
     places = (folder / "sdxl_checkpoint.json" for folder in (HERE, HERE.parent / "data"))
     return dict(leaves(json.loads(next(filter(Path.is_file, places)).read_text(encoding="utf-8"))))
 

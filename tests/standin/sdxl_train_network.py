@@ -81,8 +81,6 @@ def pairs(items: list[str] | None) -> dict[str, str]:
 
 
 # ---- dataset --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Subset:
     image_dir: Path
@@ -160,8 +158,6 @@ def build_loader(subsets: list[Subset], args: Namespace):
 
 
 # ---- network and optimizer ------------------------------------------------------------------
-
-
 Models = tuple[nn.Module, list[nn.Module]]  # U-Net, text encoders
 
 
@@ -222,8 +218,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, total: in
 
 
 # ---- training -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Run:
     args: Namespace
@@ -237,10 +231,9 @@ class Run:
     metadata: dict[str, str]
 
 
-def signal_share() -> Tensor:
-    """What is left of the image at each of SDXL's 1000 timesteps."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0).float()
+# What is left of the image at each of SDXL's timesteps.
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+SIGNAL_SHARE = torch.cumprod(1 - BETAS, dim=0).float()
 
 
 def predict_noise(run: Run, batch: dict[str, Tensor], noisy: Tensor, times: Tensor) -> Tensor:
@@ -251,15 +244,14 @@ def predict_noise(run: Run, batch: dict[str, Tensor], noisy: Tensor, times: Tens
     if run.args.gradient_checkpointing:
         for tensor in (*noisy, context1, context2, pooled):
             tensor.requires_grad_(True)
-    noisy.requires_grad_(True)
     context = torch.cat([context1, context2], dim=-1)
-    return unet(noisy, times, context, pooled, batch["sizes"])
+    return unet(noisy.requires_grad_(True), times, context, pooled, batch["sizes"])
 
 
 def batch_loss(run: Run, batch: dict[str, Tensor]) -> Tensor:
     noise = torch.randn_like(latents := batch["latents"])
     times = torch.randint(0, TIMESTEPS, (len(latents),), device=latents.device)
-    share = signal_share().to(latents.device)[times][:, None, None, None]
+    share = SIGNAL_SHARE.to(latents.device)[times][:, None, None, None]
     noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
     with run.accelerator.autocast():
         predicted = predict_noise(run, batch, noisy, times)
@@ -311,16 +303,13 @@ def train(run: Run) -> None:
 
 
 # ---- files ----------------------------------------------------------------------------------
-
-
 def save(run: Run, suffix: str, step: int, epoch: int) -> None:
     """Write the network; only the main process does, the others wait for it."""
     args = run.args
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{args.output_name}{suffix}.{args.save_model_as}"
+        file = Path(args.output_dir, f"{args.output_name}{suffix}.{args.save_model_as}")
+        file.parent.mkdir(parents=True, exist_ok=True)
         run.accelerator.print(f"\nsaving checkpoint: {file.as_posix()}")
         metadata = {**run.metadata, "ss_steps": str(step), "ss_epoch": str(epoch)}
         metadata["ss_training_finished_at"] = str(time.time())
@@ -350,7 +339,6 @@ def dataset_metadata(subsets: list[Subset]) -> dict[str, str]:
 
 
 def run_metadata(args: Namespace, **known: Any) -> dict[str, str]:
-    """What the file will say of this run, less what only the save knows."""
     width, height = read_resolution(args.resolution)
     given = ",".join(f"{key}={value}" for key, value in optimizer_kwargs(args).items())
     fields = {name: getattr(args, name) for name in RECORDED} | known
@@ -376,8 +364,6 @@ def run_metadata(args: Namespace, **known: Any) -> dict[str, str]:
 
 
 # ---- main -----------------------------------------------------------------------------------
-
-
 def prepare(args: Namespace) -> Run:
     started = time.time()
     # The toy's matrices are too small to share between threads, and a launcher may ask for more
@@ -422,8 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in REFUSED:
         if getattr(args, name):
             sys.exit(f"error: the stand-in does not do --{name}")
-    run = prepare(args)
-    train(run)
+    train(run := prepare(args))
     run.accelerator.end_training()
 
 

@@ -33,14 +33,12 @@ TIME_WIDTH = 32
 SIZE_WIDTH = 8  # sinusoid of each of the six size-conditioning numbers
 NORM_GROUPS = 4
 HEAD_WIDTH = 8
-
 # Text encoders: width and layers of each; the second one also has a text_projection.
 ENCODER_SHAPES = ((8, 12), (16, 32))
 CONTEXT_WIDTH = sum(width for width, _ in ENCODER_SHAPES)
 POOLED_WIDTH = ENCODER_SHAPES[1][0]
 # Of SDXL's output_blocks.0.1 and 1.1: attention, and the text that it looks at.
 REAL_WIDTH, REAL_CONTEXT = 1280, 2048
-
 TOKENS = 16  # CLIP has 77
 VOCABULARY = 1024
 START, END = VOCABULARY, VOCABULARY + 1
@@ -49,10 +47,9 @@ START, END = VOCABULARY, VOCABULARY + 1
 def make_unet() -> nn.Module:
     unet = with_full_signal(ToyUNet())
     if os.environ.get("TOY_REAL_ATTENTION") == "1":
-        for number in (0, 1):
-            for block in unet.output_blocks[number][1].transformer_blocks:
-                block.attn1 = RealAttention(REAL_WIDTH)
-                block.attn2 = RealAttention(REAL_CONTEXT)
+        for _, transformer, *_ in unet.output_blocks[:2]:
+            for block in transformer.transformer_blocks:
+                block.attn1, block.attn2 = RealAttention(REAL_WIDTH), RealAttention(REAL_CONTEXT)
     return unet
 
 
@@ -88,9 +85,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     q, k, v = (x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for x in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return mixed.transpose(1, 2).flatten(2)
-
-
-# ---- U-Net ----------------------------------------------------------------------------------
 
 
 class Checkpointed(nn.Module):
@@ -275,9 +269,7 @@ class ToyUNet(nn.Module):
             if isinstance(module, Checkpointed):
                 module.gradient_checkpointing = True
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor):
         """The noise in the latents x. sizes: [batch, 6], as SDXL's size conditioning."""
         label = torch.cat([pooled, sinusoid(sizes, SIZE_WIDTH).flatten(1)], dim=1)
         emb = self.time_embed(sinusoid(timesteps, LEVELS[0][0])) + self.label_emb(label)
@@ -289,9 +281,6 @@ class ToyUNet(nn.Module):
         for block in self.output_blocks:
             x = run_block(block, torch.cat([x, skips.pop()], dim=1), emb, context)
         return run_block(self.out, x, emb, context)
-
-
-# ---- text encoders --------------------------------------------------------------------------
 
 
 class CLIPAttention(nn.Module):

@@ -50,7 +50,6 @@ def definition(path: Path, name: str, **names: Any) -> Any:
 
 
 def diffusers_path(path: str) -> str:
-    """diffusers' name of a layer of the U-Net."""
     [(ours, theirs)] = [pair for pair in DIFFUSERS.items() if path.startswith(pair[0])]
     return theirs + path.removeprefix(ours)
 
@@ -72,7 +71,6 @@ def set_weight(layer: nn.Module, name: str) -> None:
 
 
 def tree(part: str, diffusers: bool = False) -> nn.Module:
-    """A module tree of a part's layers: unet, te1 or te2."""
     rename = diffusers_path if diffusers else str
     names = {name: rename(path) for name, (of, path) in PATHS.items() if of == part}
     kinds = {path: shape(name) for name, path in names.items()}
@@ -101,16 +99,12 @@ def acting_weight(layer: nn.Module, shape: torch.Size) -> Tensor:
 
 
 def acting_weights(models: dict[str, nn.Module], names: Iterable[str], diffusers=False) -> Weights:
-    """The acting weight of each of these layers of the models."""
     found = {}
     for name in names:
         part, path = PATHS[name]
         layer = submodule(models[part], path, diffusers and part == "unet")
         found[name] = acting_weight(layer, base(name).shape)
     return found
-
-
-# ---- ComfyUI and what comes of it ------------------------------------------------------------
 
 
 def sgm_model() -> nn.Module:
@@ -125,9 +119,8 @@ def sgm_model() -> nn.Module:
 
 def text_model() -> nn.Module:
     """Both text encoders, under the names that checkpoints are read into."""
-    parts = {"clip_l": "te1", "clip_g": "te2"}
-    named = {name: nn.ModuleDict({"transformer": tree(part)}) for name, part in parts.items()}
-    return nn.ModuleDict(named)
+    clip_l, clip_g = (nn.ModuleDict({"transformer": tree(part)}) for part in ("te1", "te2"))
+    return nn.ModuleDict({"clip_l": clip_l, "clip_g": clip_g})
 
 
 class Clip:
@@ -299,10 +292,8 @@ class SdScriptsReader(LycorisReader):
     def models(self) -> dict[str, nn.Module]:
         """The untouched models: their layers are new, as a network changes them."""
         small = tree("unet")
-        for part, path in PATHS.values():
-            if part == "unet":
-                parent, _, leaf = path.rpartition(".")
-                setattr(self.unet.get_submodule(parent), leaf, small.get_submodule(path))
+        for path in (path for part, path in PATHS.values() if part == "unet"):
+            self.unet.set_submodule(path, small.get_submodule(path))
         return {"unet": self.unet, "te1": tree("te1"), "te2": tree("te2")}
 
 
@@ -356,8 +347,6 @@ class OneTrainerReader:
 
 
 class DiffusersReader:
-    """diffusers with PEFT, as installed."""
-
     title = "diffusers"
 
     def __init__(self, folder: None) -> None:

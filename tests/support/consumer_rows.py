@@ -116,7 +116,6 @@ def tamed(name: str, module: Module, form: Form) -> Module:
 
 @lru_cache(maxsize=1)
 def source_modules(row: Row) -> dict[str, Module]:
-    """The modules that the row's LoRA holds."""
     made = {}
     for seed, name in enumerate(row.names):
         module = make_module(name, row.form, RANK, row.alpha, torch.float32, seed)
@@ -154,5 +153,4 @@ def cuts(titles: list[str]) -> Iterator[tuple[str, float]]:
 
 
 def slice_path(folder: Path, title: str, strength: float) -> Path:
-    """Where a row's slice at a strength lies."""
     return folder / f"{list(ROWS).index(title)} at {strength}.safetensors"

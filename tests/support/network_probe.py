@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 TIME = torch.tensor([500])
-SIDE = 16  # latents
 CHANGE = 0.05  # how large a layer's up @ down is beside its weight
 
 
@@ -95,9 +94,9 @@ def build_network(models: Toy | Kohya, case: dict[str, Any]) -> nn.Module:
     return network
 
 
-def watch(unet: nn.Module, seen: set[str]) -> None:
-    """Note the layers whose output requires a gradient, by their place in the lists of blocks."""
-    names = {module: name for name, module in unet.named_modules()}
+def watch(unet: nn.Module) -> set[str]:
+    """The layers whose output will require a gradient, by their place in the lists of blocks."""
+    seen, names = set(), {module: name for name, module in unet.named_modules()}
 
     def note(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
         if output.requires_grad:
@@ -106,6 +105,7 @@ def watch(unet: nn.Module, seen: set[str]) -> None:
     for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks, unet.out):
         for layer in block:
             layer.register_forward_hook(note)
+    return seen
 
 
 def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
@@ -120,12 +120,9 @@ def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
     called = torch.compile(unet, backend="eager") if case.get("compile") else unet
     network.prepare_grad_etc(list(models.text_encoders), called)
     network.train()
-    reached: set[str] = set()
-    if not (case.get("compile") or case.get("wrapped")):
-        watch(unet, reached)
-
+    reached = set() if case.get("compile") or case.get("wrapped") else watch(unet)
     torch.manual_seed(2)
-    noisy = torch.randn(1, 4, SIDE, SIDE)
+    noisy = torch.randn(1, 4, 16, 16)
     with torch.set_grad_enabled(case.get("text_encoders", False)):
         conditions = models.conditions()
     if checkpointing:
@@ -148,7 +145,6 @@ def step(models: Toy | Kohya, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest(tensors: dict[str, Tensor | None]) -> str:
-    """The sha256 of every name and every byte."""
     summed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         summed.update(name.encode())
@@ -216,7 +212,6 @@ def errors(found: list[Tensor], true: list[Tensor]) -> list[float]:
 
 
 def main(argv: list[str]) -> None:
-    """Answer the question on stdin."""
     question = json.load(sys.stdin)
     sys.path[:0] = argv
     torch.set_num_threads(1)  # the toy's matrices are too small to share

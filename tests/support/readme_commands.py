@@ -38,7 +38,6 @@ def check_setting(word: str) -> None:
 
 
 def check_launcher(line: str) -> None:
-    """Known settings, a launcher that is there, and options that sd-scripts takes."""
     settings = list(takewhile(re.compile(r"[A-Z_]+=").match, shlex.split(line)))
     launcher, *options = shlex.split(line)[len(settings) :]
     for setting in settings:
