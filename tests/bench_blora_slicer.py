@@ -2,10 +2,10 @@
 
     python tests/bench_blora_slicer.py [--runs 5] [--folder DIR]
 
-Makes B-LoRAs of real shapes (two blocks, fp16) in a temporary folder, keeps the content of each
-in three ways, and prints the ratios as a Markdown table. Exits 1 where a target is missed. Each
-measurement is of a whole process, start of Python included; the ways take turns, and medians are
-compared. Where others use the disk, a --folder in memory (/dev/shm) gives steadier numbers.
+Makes B-LoRAs of real shapes (two blocks, fp16), keeps the content of each in three ways, and prints
+the ratios as a Markdown table. Exits 1 where a target is missed. Each measurement is of a whole
+process; the ways take turns, and medians are compared. Where others use the disk, a --folder in
+memory (/dev/shm) gives steadier numbers.
 
 Needs 3 GB of disk, and Linux or macOS: other systems do not tell a child's peak memory.
 """
@@ -152,17 +152,6 @@ def compare(lora: Path, strength: float, folder: Path, runs: int) -> dict[str, R
     }
 
 
-def row(rank: int, strength: float, found: dict[str, Run]) -> tuple[list[str], bool]:
-    least, most, highest = TARGETS[rank, strength]
-    ours, usual = found["ours"], found["usual"]
-    faster, copies = usual.seconds / ours.seconds, ours.seconds / found["copy"].seconds
-    reached = faster >= least and copies <= most and ours.peak <= highest
-    cells = [f"{rank}", f"{strength:g}", f"{faster:.1f} times (at least {least:g})"]
-    cells += [f"{copies:.1f} times (at most {most:g})"]
-    cells += [f"{ours.peak:.0f} MiB (at most {highest:g})", f"{usual.peak:.0f} MiB"]
-    return [*cells, "pass" if reached else "miss"], reached
-
-
 def bench(folder: Path, runs: int) -> bool:
     """Measure everything, a line of the table at a time; True when all targets are reached."""
     on = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, "
@@ -176,7 +165,13 @@ def bench(folder: Path, runs: int) -> bool:
     for rank, strength in TARGETS:
         measure([*RUN, MAKE, rank, lora])
         found = compare(lora, strength, folder, runs)
-        cells, reached = row(rank, strength, found)
+        (least, most, highest), (ours, usual, copy) = TARGETS[rank, strength], found.values()
+        faster, copies = usual.seconds / ours.seconds, ours.seconds / copy.seconds
+        reached = faster >= least and copies <= most and ours.peak <= highest
+        cells = [f"{rank}", f"{strength:g}", f"{faster:.1f} times (at least {least:g})"]
+        cells += [f"{copies:.1f} times (at most {most:g})"]
+        cells += [f"{ours.peak:.0f} MiB (at most {highest:g})", f"{usual.peak:.0f} MiB"]
+        cells += ["pass" if reached else "miss"]
         print(f"| {' | '.join(cells)} |", flush=True)
         seconds = ", ".join(f"{way} {run.seconds:.3f} s" for way, run in found.items())
         print(f"rank {rank} at {strength:g}: {seconds}", file=sys.stderr)

@@ -12,9 +12,8 @@ prints the table of docs/speed.md:
   autocast rules for fp16, and attention that keeps no matrix, which is what --sdpa, --xformers and
   --mem_eff_attn have there. The weights are not among it.
 
-The second also takes steps with random weights in bf16 on the CPU, the recipes in turns, all with
-torch's own attention, and prints medians as ratios. It needs 16 GB of memory and, at 512 pixels,
-some eight minutes on two cores.
+The second also takes steps with random weights in bf16 on the CPU, the recipes in turns, and prints
+medians as ratios. It needs 16 GB of memory and, at 512 pixels, some eight minutes on two cores.
 """
 
 from __future__ import annotations
@@ -114,8 +113,7 @@ IN_32_BITS = (F.layer_norm, F.group_norm)
 class OnACard(TorchFunctionMode):
     """CUDA's autocast for fp16 and its attention, which the meta device does not have.
 
-    The rules are those of https://docs.pytorch.org/docs/stable/amp.html for the operations that
-    SDXL and LyCORIS use.
+    The rules: https://docs.pytorch.org/docs/stable/amp.html, as far as SDXL and LyCORIS go.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -214,19 +212,17 @@ def seconds(unet: nn.Module, network: nn.Module, given: list[Tensor]) -> float:
 
 def measure(sdxl: Any, size: int, rank: int, runs: int) -> None:
     """Each recipe's median, and how many times faster it is than the first."""
-    noise, trained = make_unet(sdxl), []
+    noise, trained, rounds = make_unet(sdxl), [], []
     fill(noise)
     weights = {name: p.detach().bfloat16() for name, p in noise.named_parameters()}
     for recipe in RECIPES:
         unet = make_unet(sdxl, weights)
         network = add_network(unet, recipe, CONTENT_STYLE, rank, "cpu")
         trained.append((unet, network, inputs(size, recipe, "cpu", torch.bfloat16)))
-    times: list[list[float]] = [[] for _ in RECIPES]
     for run in range(runs + 1):  # the first warms up
-        for found, step in zip(times, trained, strict=True):
-            found.append(seconds(*step))
-        print(f"round {run}: {', '.join(f'{f[-1]:.2f} s' for f in times)}", file=sys.stderr)
-    medians = [statistics.median(found[1:]) for found in times]
+        rounds.append([seconds(*step) for step in trained])
+        print(f"round {run}: {', '.join(f'{t:.2f} s' for t in rounds[-1])}", file=sys.stderr)
+    medians = [statistics.median(found) for found in zip(*rounds[1:], strict=True)]
     print(f"\n| {size} x {size}, rank {rank}, CPU | seconds a step | times faster |")
     print("|" + " --- |" * 3)
     for recipe, median in zip(RECIPES, medians, strict=True):

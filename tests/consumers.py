@@ -2,9 +2,9 @@
 
   python tests/consumers.py --comfyui DIR --forge DIR --onetrainer DIR ...
 
-DIR is a checkout of the program; each option is optional, and what is not given is not in the
-table. diffusers with PEFT and, without --lycoris, LyCORIS are read as this Python has them. The
-table goes into docs/what_loads_where.md, between its comments.
+DIR is a checkout of the program; what is not given is not in the table. diffusers with PEFT and,
+without --lycoris, LyCORIS are read as this Python has them. The table goes into
+docs/what_loads_where.md, between its comments.
 
 Small LoRAs of SDXL's layers are cut by blora_slicer at strengths 1, 0.5 and -1, a DoRA with its
 base model. Each slice is loaded at strength 1 by the program, in a process of its own, on a CPU. A
@@ -20,7 +20,6 @@ opencv-python-headless (sd-scripts). A minute or two a program on two cores.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -28,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,10 @@ def read_apart(name: str, folder: Path | None, slices: Path) -> Outcomes:
 
 def chosen(args: Namespace) -> dict[str, Path | None]:
     """The programs to run, and where each is; None is a package that this Python has."""
-    found = {}
-    for name in READERS:
-        folder = getattr(args, name, None)
-        # lycoris_lora is lycoris
-        modules = [package.split("_")[0] for package in INSTALLED.get(name, ())]
-        if folder or (modules and all(map(importlib.util.find_spec, modules))):
-            found[name] = folder
-    return found
+    found = {name: getattr(args, name, None) for name in READERS}
+    # lycoris_lora is lycoris
+    there = {n for n, of in INSTALLED.items() if all(find_spec(name.split("_")[0]) for name in of)}
+    return {name: folder for name, folder in found.items() if folder or name in there}
 
 
 def build_parser() -> ArgumentParser:

@@ -17,17 +17,7 @@ from typing import Any
 import pytest
 from kohya_folder import ROOT
 from lycoris_releases import LYCORIS, NEWEST, RELEASES
-from network_cases import (
-    MODULES,
-    MORE,
-    PLAIN,
-    REFUSED,
-    STOPS,
-    alone,
-    cases,
-    preset_files,
-    with_both,
-)
+from network_cases import MODULES, MORE, PLAIN, REFUSED, STOPS, asked, preset_files
 
 from blora.preflight.plan import position
 
@@ -39,12 +29,8 @@ FULL = {
     for inputs, outputs in [(640, 640), (1280, 1280), (2048, 1280)]
     for rank, alpha in [(1, 1), (16, 1), (64, 64), (256, 128)]
 }
-HALF = {
-    f"{name}, {dtype}": (*layer[:4], dtype)
-    for name, layer in FULL.items()
-    for dtype in ("float16", "bfloat16")
-    if layer[0] == 640
-}
+SMALL = {name: layer for name, layer in FULL.items() if layer[0] == 640}
+HALF = {f"{name}, {d}": (*of[:4], d) for name, of in SMALL.items() for d in ("float16", "bfloat16")}
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +39,12 @@ def answers(tmp_path_factory) -> Answers:
     files = preset_files(tmp_path_factory.mktemp("presets"))
 
     def ask(release: str) -> dict[str, Any]:
-        steps = with_both(cases(files, release)) | alone(files, release)
         # The newest has no such folder: it is in the environment.
         path = map(str, (RELEASES / release, ROOT, ROOT / "tests/standin"))
         printed = subprocess.check_output(
             [sys.executable, ROOT / "tests/support/network_probe.py"],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-            input=json.dumps({"steps": steps, "layers": FULL | HALF}),
+            input=json.dumps({"steps": asked(files, release), "layers": FULL | HALF}),
             text=True,
         )
         return json.loads(printed)

@@ -57,13 +57,10 @@ COMMANDS = [
 # Of sd-scripts' networks/resize_lora.py what the recipe speaks of; test_real_tools.py runs its
 # command on the real one.
 RESIZE = argparse.ArgumentParser()
-for option in "model save_to new_rank save_precision dynamic_method device".split():
+for option in "model save_to new_rank dynamic_method device".split():
     RESIZE.add_argument(f"--{option}")
+RESIZE.add_argument("--save_precision", choices=["fp16"], required=True)
 RESIZE.add_argument("--verbose", action="store_true")
-
-
-def check_resize(line: str) -> None:
-    assert RESIZE.parse_args(shlex.split(line)[2:]).save_precision == "fp16"
 
 
 def check_slicer(line: str) -> None:
@@ -94,7 +91,7 @@ CHECKS = {
     # run below, with the trait that the page adds
     r"python blora_slicer\.py .* middle ": None,
     r"python blora_slicer\.py ": check_slicer,
-    r"python networks/resize_lora\.py ": check_resize,
+    r"python networks/resize_lora\.py ": lambda line: RESIZE.parse_args(shlex.split(line)[2:]),
     r"python blora_preflight\.py ": check_preflight,
 }
 IN_README = {
@@ -190,10 +187,12 @@ def kohya(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_sample_dataset_config_loads_and_preflight_accepts_it(kohya):
+def test_the_sample_dataset_config_has_the_launchers_paths_and_works_there(kohya):
+    assert CONFIG in Path(CONFIG).read_text(encoding="utf-8")
     args = build_parser().parse_args([f"--dataset_config={CONFIG}", "--caption_extension=.txt"])
     [subset] = sdxl_train_network.load_subsets(args)
     assert (subset.resolution, subset.batch_size, subset.repeats) == ((1024, 1024), 1, 1)
+    assert subset.image_dir == Path(CONFIG).parent / "images"
     assert [caption for _, caption in subset.pairs] == ["A [v]"]
     report = Report()
     check_config(args, {}, report)
@@ -201,12 +200,6 @@ def test_the_sample_dataset_config_loads_and_preflight_accepts_it(kohya):
     (subset.image_dir / "hero.txt").write_text("a knight")
     [subset] = sdxl_train_network.load_subsets(args)
     assert [caption for _, caption in subset.pairs] == ["a knight"]
-
-
-def test_the_sample_dataset_config_has_the_launchers_paths():
-    text = (ROOT / "blora_dataset.toml").read_text(encoding="utf-8")
-    assert CONFIG in text
-    assert f'"{Path(CONFIG).parent.as_posix()}/images"' in text
 
 
 # ---- See what it learned -------------------------------------------------------------------------

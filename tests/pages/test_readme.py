@@ -45,15 +45,13 @@ def test_the_install_lines_for_linux_install_the_bundle_and_its_packages(tmp_pat
     assert {path.name for path in kohya.iterdir()} == {*BUNDLE, "venv"}
 
 
-# What venv puts into Scripts, as far as these lines need it.
-ACTIVATE = '@echo off\r\nset "PATH=%~dp0;%PATH%"\r\n'
-
-
 def test_the_install_lines_for_cmd_install_the_bundle_and_its_packages(cmd, tmp_path):
     kohya, log, unpacked = tmp_path / "my kohya", tmp_path / "log", unpack(tmp_path / "bundle")
     log.mkdir()
     Bat(cmd).install_recorder(kohya / "venv/Scripts", "pip")
-    (kohya / "venv/Scripts/activate.bat").write_bytes(ACTIVATE.encode())
+    # What venv puts into Scripts, as far as these lines need it.
+    activate = b'@echo off\r\nset "PATH=%~dp0;%PATH%"\r\n'
+    (kohya / "venv/Scripts/activate.bat").write_bytes(activate)
     lines = [line.replace("<kohya folder>", "..\\my kohya") for line in shell_block('"')]
     # What is typed needs no call; in a .bat the lines behind another .bat would never run.
     lines[0] = f"call {lines[0]}"

@@ -35,9 +35,8 @@ batch_size = 1
 
 
 def describe(number: int) -> list[str]:
-    lists = (SHAPES, list(COLOURS), list(BACKGROUNDS), STYLES)
-    numbers = (number, number, number // 2, number)
-    return [of[n % len(of)] for of, n in zip(lists, numbers, strict=True)]
+    lists = {SHAPES: number, (*COLOURS,): number, (*BACKGROUNDS,): number // 2, STYLES: number}
+    return [of[n % len(of)] for of, n in lists.items()]
 
 
 def draw(number: int, size: int) -> Image.Image:

@@ -9,8 +9,7 @@ Real: every option of sd-scripts with its type (an unknown one is an error), the
 your images and captions, accelerate with any number of processes, the network module (LyCORIS,
 called as sd-scripts calls it), going on from a file, gradient checkpointing of the U-Net, Prodigy,
 warm-up and cosine, gradient clipping and accumulation, mixed precision, the names, tensors and
-metadata of the files it saves. A step is saved whenever save_every_n_steps divides it, the last one
-included, as sd-scripts does.
+metadata of the files it saves, and when it saves them.
 
 Not real: the U-Net, the text encoders, the tokens (hashed words) and the latents (the image
 averaged over 8 x 8 pixels, and its luminance). The checkpoint is not read.
@@ -147,14 +146,11 @@ def make_batches(subset: Subset) -> Iterator[dict[str, Tensor]]:
 def build_loader(subsets: list[Subset], args: Namespace):
     """Of whole batches, so that different resolutions can be mixed."""
     workers = min(args.max_data_loader_n_workers, os.cpu_count() or 1)
-    return torch.utils.data.DataLoader(
-        [batch for subset in subsets for batch in make_batches(subset)],
-        shuffle=True,
-        collate_fn=itemgetter(0),
-        num_workers=workers,
-        # torch refuses persistent workers where there are none
-        persistent_workers=args.persistent_data_loader_workers and workers > 0,
-    )
+    batches = [batch for subset in subsets for batch in make_batches(subset)]
+    # torch refuses persistent workers where there are none
+    how = {"persistent_workers": args.persistent_data_loader_workers and workers > 0}
+    how |= {"shuffle": True, "collate_fn": itemgetter(0), "num_workers": workers}
+    return torch.utils.data.DataLoader(batches, **how)
 
 
 # ---- network and optimizer ------------------------------------------------------------------

@@ -15,12 +15,9 @@ OPTIONS_FILE = "sdxl_train_network_options.json"
 
 def int_or_float(text: str) -> int | float:
     """A number of steps (500), or a share of them (0.1 or 10%)."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return int(text) if float(text) >= 1 else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"not a number of steps or a share: {text!r}") from None
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return int(text) if float(text) >= 1 else float(text)
 
 
 def build_parser(description: str = "") -> argparse.ArgumentParser:

@@ -108,8 +108,7 @@ def tamed(name: str, module: Module, form: Form) -> Module:
     if {"lokr_w1", "lokr_w2"} <= set(module):  # LyCORIS writes one that changes nothing
         module["alpha"] = torch.tensor(float(RANK))
     if "dora_scale" in module:
-        axis = 1 if module["dora_scale"].shape[0] == 1 else 0
-        lengths = weight.norm(dim=1 - axis, keepdim=True)
+        lengths = weight.norm(dim=0 if len(module["dora_scale"]) == 1 else 1, keepdim=True)
         module["dora_scale"] = lengths * (1 + 0.05 * module["dora_scale"])
     return module
 

@@ -67,18 +67,19 @@ def cases(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def alone(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
-    """Steps of blora_network alone: what it refuses, by algorithm, and under torch.compile."""
+def with_both(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each case with each network module, as "CASE|MODULE"."""
+    return {f"{n}|{m}": {**c, "module": m} for n, c in found.items() for m in MODULES}
+
+
+def asked(files: dict[str, str], release: str) -> dict[str, dict[str, Any]]:
+    """All of a release; of blora_network alone what it refuses, by algorithm, and torch.compile."""
     style, both = files["blora_content_style"], DORA | BYPASS
     found = {algo: case(style, args={"algo": algo, **both}) for algo in REFUSED}
     if release == NEWEST:
         found["compiled"] = case(style, compile=True)
-    return {name: step | {"module": "blora_network"} for name, step in found.items()}
-
-
-def with_both(asked: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each case with each network module, as "CASE|MODULE"."""
-    return {f"{n}|{m}": {**c, "module": m} for n, c in asked.items() for m in MODULES}
+    alone = {name: step | {"module": "blora_network"} for name, step in found.items()}
+    return with_both(cases(files, release)) | alone
 
 
 PLAIN = list(cases(defaultdict(str), ""))

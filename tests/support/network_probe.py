@@ -66,9 +66,8 @@ class Kohya:
     def __init__(self) -> None:
         from library import sdxl_original_unet
 
-        sdxl_original_unet.MODEL_CHANNELS = 32
-        sdxl_original_unet.TIME_EMBED_DIM = 128
-        sdxl_original_unet.ADM_IN_CHANNELS = 96
+        widths = {"MODEL_CHANNELS": 32, "TIME_EMBED_DIM": 128, "ADM_IN_CHANNELS": 96}
+        vars(sdxl_original_unet).update(widths)
         self.unet = sdxl_original_unet.SdxlUNet2DConditionModel()
         self.unet.set_use_sdpa(True)
 
@@ -155,10 +154,9 @@ def digest(tensors: dict[str, Tensor | None]) -> str:
 def told(case: dict[str, Any], make: type[Toy | Kohya]) -> dict[str, Any]:
     """A step on models of its own, and what the network logged; or how it was refused."""
     torch.manual_seed(0)
-    models = make()
+    models, log = make(), BufferingHandler(capacity=1000)
     if case.get("wrapped"):
         models.unet = Wrapped(models.unet)
-    log = BufferingHandler(capacity=1000)
     logging.getLogger("LyCORIS").handlers = [log]
     try:
         answer = step(models, case)
