@@ -369,10 +369,9 @@ def prepare(args: Namespace) -> Run:
     set_seed(seed)
     subsets = load_subsets(args)
     # said aloud, or the processes that --multi_gpu starts on a CPU do not find each other
-    on_cpu, gathered = not torch.cuda.is_available(), args.gradient_accumulation_steps
-    accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision=args.mixed_precision, gradient_accumulation_steps=gathered
-    )
+    how = {"cpu": not torch.cuda.is_available(), "mixed_precision": args.mixed_precision}
+    gathered = args.gradient_accumulation_steps
+    accelerator = Accelerator(gradient_accumulation_steps=gathered, **how)
     models = load_models(accelerator.device)
     network = build_network(models, args)
     optimizer = build_optimizer(network, args)

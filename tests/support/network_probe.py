@@ -197,12 +197,9 @@ def layer(inputs: int, outputs: int, rank: int, alpha: float, dtype: str) -> dic
             output = module(given)
         output.backward(seed.to(output.dtype))
         forms.append([output.detach(), *(factor.grad for factor in factors), given.grad])
-    default, bypass = forms
-    return {
-        "default": errors(default, [exact.detach(), *(t.grad for t in wide)]),
-        "bypass": errors(bypass, [exact.detach(), *(t.grad for t in wide)]),
-        "apart": errors(bypass, default),
-    }
+    (default, bypass), true = forms, [exact.detach(), *(t.grad for t in wide)]
+    found = {"default": errors(default, true), "bypass": errors(bypass, true)}
+    return found | {"apart": errors(bypass, default)}
 
 
 def errors(found: list[Tensor], true: list[Tensor]) -> list[float]:
