@@ -304,7 +304,7 @@ def solve_dora(
         length = norm(trained)
         c = values(module.tensors[DORA]).reshape(length.shape) / length
         if module.tensors[(LORA_UP, LORA_DOWN)[axis]].shape[axis] != c.size:
-            raise ValueError("the factor and dora_scale disagree")
+            raise ValueError  # the factor and dora_scale disagree
     except (IndexError, ValueError, TypeError) as error:
         raise BloraError(
             f"{module.name} does not fit its weight in {weight.path}: give the checkpoint that the "
