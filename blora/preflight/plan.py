@@ -321,7 +321,7 @@ def plan_saves(
     length: Length, network: Built, state: float | None, args: Namespace, report: Report
 ) -> None:
     """The saves to come against the free space of the output folder."""
-    output = Path(args.output_dir or ".")
+    output = Path(args.output_dir or "")
     folder = next(
         parent for parent in (output.absolute(), *output.absolute().parents) if parent.is_dir()
     )

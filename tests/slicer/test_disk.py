@@ -26,7 +26,7 @@ from lora_files import STYLE, write
 from slicing import CUTS, LOOKS, OLD, SMALL, cut, fingerprint, opens, refusal, refused
 
 import blora_slicer
-from blora.tensorfile import CHUNK, read_header, write_file, write_hashed
+from blora.tensorfile import CHUNK, read_header, with_progress, write_file, write_hashed
 from blora.text import BloraError
 
 SCRIPT = Path(blora_slicer.__file__)
@@ -252,3 +252,10 @@ def test_a_cut_stopped_half_way_leaves_what_there_was(tmp_path, name):
     # Who kills it outright must throw the half file away, which has no LoRA's name.
     assert all(path.name.startswith(".") and path.suffix == ".part" for path in left)
     assert name != "SIGINT" or left == []
+
+
+def test_only_a_file_of_200_mb_and_more_loads_the_bar(monkeypatch):
+    for total, is_loaded in ((199_999_999, False), (200_000_000, True)):
+        monkeypatch.delitem(sys.modules, "tqdm", raising=False)
+        assert list(with_progress([b"all"], total)) == [b"all"]
+        assert ("tqdm" in sys.modules) == is_loaded
