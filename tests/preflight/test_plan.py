@@ -218,6 +218,14 @@ def test_so_many_files_and_states_are_there_before_the_last():
         assert (saves(training, args), saves(training, args, "_state")) == numbers, given
 
 
+def test_an_option_that_a_release_does_not_have_is_off():
+    args = options("--output_dir=.")
+    del args.save_state_on_train_end
+    training = Length(3000, 250)
+    report = reported(plan.plan_saves, training, network(), 1.0, args)
+    assert report.plan["saves"].startswith("1 of 112.7 MB in . (")
+
+
 @pytest.fixture
 def little_room(monkeypatch) -> None:
     """A disk with 200 MB free."""
