@@ -244,7 +244,9 @@ def test_a_cut_stopped_half_way_leaves_what_there_was(tmp_path, name):
             child.send_signal(getattr(signal, name))
             break
         time.sleep(0.0005)
-    assert "Traceback" not in child.communicate(timeout=20)[1]
+    printed = child.communicate(timeout=20)[1]
+    assert (printed.splitlines()[-1:] == ["error: interrupted"]) == (name == "SIGINT"), printed
+    assert "Traceback" not in printed
     assert child.returncode != 0, "it was done before it could be stopped"
     assert fingerprint(large) == before
     assert output.read_bytes() == OLD

@@ -30,6 +30,7 @@ NAME, OTHER = CONTENT.format(0, 1, "q"), STYLE.format(0, 1, "q")
 UP, DOWN = "lora_up.weight", "lora_down.weight"
 F8, F8B, HALF, BF = torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16
 F32, F64 = torch.float32, torch.float64
+WHOLE_NUMBERS = [getattr(torch, f"{u}int{bits}") for bits in (8, 16, 32, 64) for u in ("", "u")]
 FLOATS = {HALF: "F16", BF: "BF16", F32: "F32", F64: "F64"}
 PRECISIONS = {"float": F32, "fp16": HALF, "bf16": BF}
 
@@ -155,9 +156,8 @@ CASES: dict[str, Case] = {
     "alpha huge": with_alpha(torch.tensor(3e38), 320 * 3e38, TOO_LARGE),
     "alpha beyond fp32": with_alpha(torch.tensor(1e300, dtype=F64), 320 * 1e300, NO_FP32),
     **{f"alpha as {t}": with_alpha(numbers(dtype=t), 160) for t in (BF, F64, F8, F8B)},
-    "alpha as int64": with_alpha(torch.tensor(2), 640),
+    **{f"alpha as {t}": with_alpha(torch.tensor(2, dtype=t), 640) for t in WHOLE_NUMBERS},
     "alpha as the largest int64": with_alpha(torch.tensor(2**63 - 1), 320 * 2**63, TOO_LARGE),
-    "alpha as uint8": with_alpha(torch.tensor(2, dtype=torch.uint8), 640),
     "alpha as bool": with_alpha(torch.tensor(True), 320),
     "alpha as complex": with_alpha(torch.tensor(1 + 2j), None, NO_FP32),
     **{
