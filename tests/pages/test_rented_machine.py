@@ -19,7 +19,7 @@ from kohya_folder import ONE_PROCESS, ROOT, copy_command
 from make_dataset import main as make_dataset
 from readme_commands import blocks_of, check_launcher
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the page is for Linux")

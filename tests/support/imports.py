@@ -14,10 +14,13 @@ FOLDERS = (ROOT / "tests/support", ROOT, ROOT / "tests/standin", ROOT / "tools")
 
 
 @cache
-def imported_modules(path: Path) -> set[str]:
-    """The modules that a file imports, anywhere in it, with their packages: "blora.slicer.cut"."""
+def imported_modules(path: Path, late: bool = True) -> set[str]:
+    """The modules that a file imports, with their packages: "blora.slicer.cut"; anywhere in it,
+    or without those that only some of its functions or a type checker load.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -34,7 +37,9 @@ def needed(path: Path) -> set[str]:
     """The packages that a file imports, itself or by the files of the repository it imports."""
     found, files = set(), [path]
     for file in files:
-        for name in imported_modules(file):
+        # The product loads some packages only where it needs them; a test, to use them.
+        is_product = file.parent == ROOT or ROOT / "blora" in file.parents
+        for name in imported_modules(file, late=not is_product):
             places = [folder / f"{name.replace('.', '/')}.py" for folder in FOLDERS]
             ours = next(filter(Path.is_file, places), None)
             if not ours:
