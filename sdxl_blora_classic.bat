@@ -1,4 +1,5 @@
 @echo off
+setlocal EnableExtensions DisableDelayedExpansion
 if not exist "%~dp0blora\launch.bat" echo No blora folder beside "%~f0": copy the B-LoRA files again.& pause & exit /b 1
 "%~dp0blora\launch.bat" "%~f0" %*
 

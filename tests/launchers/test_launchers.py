@@ -206,7 +206,7 @@ def test_a_sh_in_utf_16_gives_the_message_of_the_page(bash, tmp_path):
 
 def test_a_wrong_line_is_named_and_nothing_starts(kohya):
     done, calls = kohya.launch(kohya.with_line("BLORA_RANK=1024", "BLORA_RANK=64.0"))
-    line = {".sh": 19, ".bat": 20}[kohya.shell.suffix]
+    line = {".sh": 19, ".bat": 21}[kohya.shell.suffix]
     sentence = f'error: BLORA_RANK is "64.0" in line {line} of my copy{kohya.shell.suffix}: '
     assert done.stderr == f"{sentence}give a whole number, such as 64\n"
     assert (done.returncode, done.stdout, calls) == (1, "", [])
@@ -358,9 +358,11 @@ CALLERS = {
 
 @pytest.mark.parametrize("caller", CALLERS)
 def test_a_bat_does_the_same_whatever_calls_it(bat, tmp_path, caller):
-    path = make_kohya(tmp_path / "kohya", name=ODD)
+    path = make_kohya(tmp_path / "wow!x!" / "kohya", name=ODD)
     bat.make_venv(path / "venv")
-    lines = f'@{CALLERS[caller]}\n@"{bat.shown(path)}\\sdxl_blora_fast.bat" "--seed=1" --x=2\n'
+    # What a caller itself expands would lose the exclamation marks.
+    folder = f"{bat.shown(path)}\\" if "drive" in caller else ""
+    lines = f'@{CALLERS[caller]}\n@"{folder}sdxl_blora_fast.bat" "--seed=1" --x=2\n'
     (path / "caller.bat").write_text(lines, newline="\r\n")
     argv = Kohya(bat, path, tmp_path / "log", SETTINGS | {"BLORA_NAME": ODD}).argv("caller")
     assert argv[6:] == [f"--output_name={ODD}_1", *FAST[4:], "--seed=1", "--x=2"]
@@ -451,12 +453,12 @@ def test_the_twins_are_the_same_text_below_the_lines_that_start_them(name):
         *((ROOT / f"{name}{s}").read_text().split("\n\n", 1) for s in (".sh", ".bat")), strict=True
     )
     assert texts[0] == texts[1]
-    assert [len(head.splitlines()) for head in heads] == [2, 3]
+    assert [len(head.splitlines()) for head in heads] == [2, 4]
 
 
 @pytest.mark.parametrize("suffix", [".sh", ".bat"])
 def test_all_launchers_start_alike(suffix):
-    first, second = ((ROOT / f"{name}{suffix}").read_bytes().splitlines()[:3] for name in NAMES)
+    first, second = ((ROOT / f"{name}{suffix}").read_text().split("\n\n")[0] for name in NAMES)
     assert first == second
 
 
