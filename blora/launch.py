@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from blora import ROOT
-from blora.text import BloraError, escape_unencodable, printable, say
+from blora.text import BloraError, escape_unencodable, say, shortened
 
 SCRIPTS = ("sdxl_train_network.py", "sd-scripts/sdxl_train_network.py")  # sd-scripts, kohya_ss
 PATHS = ("BLORA_CHECKPOINT", "BLORA_PRESET")
@@ -98,7 +98,7 @@ def words(line: str) -> list[str]:
 
 
 def refused(name: str, value: str, place: str, advice: str) -> BloraError:
-    return BloraError(f'{name} is "{printable(value)}" in {place}: {advice}')
+    return BloraError(f'{name} is "{shortened(value)}" in {place}: {advice}')
 
 
 def read_launcher(path: Path) -> Launcher:
@@ -189,7 +189,7 @@ def accelerate_line(launcher: Launcher, environ: Mapping[str, str], given: list[
     try:
         own = words(args)
     except ValueError:
-        message = f'BLORA_ACCELERATE_ARGS is "{printable(args)}": close its quote mark'
+        message = f'BLORA_ACCELERATE_ARGS is "{shortened(args)}": close its quote mark'
         raise BloraError(message) from None
     script = next((script for script in SCRIPTS if (ROOT / script).is_file()), SCRIPTS[0])
     threads = "--num_cpu_threads_per_process=8"

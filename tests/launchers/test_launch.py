@@ -155,6 +155,11 @@ WRONG = [
         for value in ("yes", "10", "0 & 1)", "")
     ),
     (
+        "RANK=1024",
+        f"RANK={'x' * 201}",
+        f'BLORA_RANK is "{"x" * 200}..." in {{}}: give a whole number, such as 64',
+    ),
+    (
         "CHECK_ONLY=0",
         "CHECK_ONLY=\x1b[2Jyes",
         'BLORA_CHECK_ONLY is "\\x1b[2Jyes" in {}: give 1 to check and stop, or 0 to train',
