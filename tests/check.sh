@@ -7,12 +7,12 @@ set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 # a core a test
 
-selection=()
+how=(--numprocesses=auto --dist=worksteal)
 if [[ "${1:-}" == quick ]]; then
   shift
   version="$("${PYTHON:-python3}" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
   source tests/environment.sh tests/requirements-quick.txt ".venv/quick-$version"
-  selection=(-m "not slow and not shell" --only-importable)
+  how=(-m "not slow and not shell" --only-importable) # in one process, which names what it leaves out
 else
   source tests/environment.sh tests/requirements-check.txt
   source tests/lycoris_releases.sh
@@ -23,4 +23,4 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck blora/*.sh tests/*.sh .ci/run
-python -m pytest tests --numprocesses=auto --dist=worksteal "${selection[@]}" "$@"
+python -m pytest tests "${how[@]}" "$@"
