@@ -1,18 +1,18 @@
 """sd-scripts' datasets in plain words: folders, pictures, captions, and what an epoch holds.
 
-Known to work with sd-scripts 0.9.0, 0.9.1 and 0.10.1. Datasets are left as they were.
+Datasets are left as they were.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from blora.preflight.trainer import own
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,6 @@ def letters_kept(text: str, count: Callable[[str], int], most: int) -> int:
 
 
 # ---- As sd-scripts holds them --------------------------------------------------------------------
-
-
-def module_of(dataset: Any) -> ModuleType:
-    """The module of sd-scripts that a dataset is from, and that reads its pictures."""
-    return sys.modules[type(dataset).__module__]
 
 
 def without_augmentation(subset: Any) -> Any:
@@ -158,10 +153,9 @@ def read_folder(dataset: Any, subset: Any, caches_text: bool) -> Folder:
 
 def seen_files(dataset: Any, subset: Any) -> frozenset[Path]:
     """The files that sd-scripts takes for pictures, also those that it keeps for validation."""
-    glob_images = getattr(module_of(dataset), "glob_images", None)
-    if not glob_images or not subset.image_dir or getattr(subset, "cache_info", False):
+    if not subset.image_dir or getattr(subset, "cache_info", False):
         return frozenset()
-    return frozenset(map(Path, glob_images(subset.image_dir, "*")))
+    return frozenset(map(Path, own("glob_images", type(dataset))(subset.image_dir, "*")))
 
 
 def read_epoch(datasets: Iterable[Any], folders: Iterable[Folder]) -> Epoch:

@@ -18,6 +18,7 @@ from typing import Any
 
 from blora.preflight.checkpoint import check_checkpoint, looks_like_hub_id
 from blora.preflight.report import Report, cause, one_line
+from blora.preflight.trainer import own
 from blora.text import BloraError
 
 # ---- What options name ---------------------------------------------------------------------------
@@ -151,10 +152,9 @@ def ignored_options(lines: list[str]) -> list[str]:
     parts = dict.fromkeys(part for line in lines for part in line.split(" --")[1:])
     if not parts:
         return []
-    from library.train_util import line_to_prompt_dict  # sd-scripts' own
-
     with redirect_stderr(io.StringIO()):  # it may complain of a number
-        settings = {part: line_to_prompt_dict(f" --{part}") for part in parts}
+        read = own("line_to_prompt_dict")
+        settings = {part: read(f" --{part}") for part in parts}
     return [f'"--{part.strip()}"' for part, known in settings.items() if known.keys() == {"prompt"}]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from blora.preflight.dataset import Folder
 from blora.preflight.report import Report
+from blora.preflight.trainer import own
 from blora.text import first_few
 
 # What a file is that holds a picture, by the end of its name or by its first bytes.
@@ -259,11 +260,9 @@ def check_config(args: Namespace, given: Mapping[str, Any], report: Report) -> N
 
     A config that sd-scripts refuses is left to the rehearsal.
     """
-    from library import config_util  # sd-scripts' own
-
-    path = Path(args.dataset_config)
+    path, load = Path(args.dataset_config), own("load_user_config")
     try:
-        config = config_util.load_user_config(args.dataset_config)
+        config = load(args.dataset_config)
         subsets = config_subsets(config)
     except Exception:
         return
@@ -282,10 +281,8 @@ def check_config(args: Namespace, given: Mapping[str, Any], report: Report) -> N
 
 def check_skipped(args: Namespace, trained: Iterable[Path], report: Report) -> None:
     """Folders that exist and are not trained; `trained` are those that are."""
-    from library import config_util
-
     if args.dataset_config:
-        subsets = config_subsets(config_util.load_user_config(args.dataset_config))
+        subsets = config_subsets(own("load_user_config")(args.dataset_config))
         report.warnings += passed_over(subsets, trained)
     elif args.train_data_dir:
         report.warnings += unnumbered(Path(args.train_data_dir))

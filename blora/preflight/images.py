@@ -1,6 +1,6 @@
 """Every picture, opened once by sd-scripts' own code as the training will, and its caches.
 
-Nothing is written. Known to work with sd-scripts 0.9.0, 0.9.1 and 0.10.1.
+Nothing is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TextIO
 
 import numpy as np
@@ -30,7 +29,6 @@ from blora.preflight.dataset import (
     Epoch,
     Folder,
     caption_path,
-    module_of,
     read_epoch,
     read_folders,
     with_strategies,
@@ -39,6 +37,7 @@ from blora.preflight.dataset import (
 from blora.preflight.folders import check_folders, check_skipped
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report, attempt
+from blora.preflight.trainer import own
 from blora.preflight.trainer_errors import frames, in_english
 from blora.sheet import make_thumbnail
 from blora.text import MAX_LISTED, first_few
@@ -97,7 +96,7 @@ def openers(dataset: Any, cached: bool) -> Iterator[tuple[Any, bool, Callable[[]
     if cached:
         for key, info in dataset.image_data.items():
             subset = dataset.image_to_subset[key]
-            yield info, True, partial(open_for_cache, module_of(dataset), info, subset)
+            yield info, True, partial(open_for_cache, type(dataset), info, subset)
     else:
         single = one_by_one(dataset)
         for number, index in enumerate(single.buckets_indices):
@@ -106,13 +105,13 @@ def openers(dataset: Any, cached: bool) -> Iterator[tuple[Any, bool, Callable[[]
             yield info, has_buckets, partial(open_for_step, single, number)
 
 
-def open_for_cache(module: ModuleType, info: Any, subset: Any) -> np.ndarray:
+def open_for_cache(dataset: type, info: Any, subset: Any) -> np.ndarray:
     """What sd-scripts hands to the VAE when it caches latents, before it becomes a tensor."""
-    image = module.load_image(info.absolute_path, subset.alpha_mask)
+    image = own("load_image", dataset)(info.absolute_path, subset.alpha_mask)
     # Since 0.10 the way of resizing can be chosen.
     way = getattr(info, "resize_interpolation", None)
     chosen = {"resize_interpolation": way} if way else {}
-    array: np.ndarray = module.trim_and_resize_if_required(
+    array: np.ndarray = own("trim_and_resize_if_required", dataset)(
         subset.random_crop, image, info.bucket_reso, info.resized_size, **chosen
     )[0]
     return array[:, :, :3]
@@ -257,7 +256,7 @@ def turns_photos(dataset: Any) -> bool:
     exif[ORIENTATION] = 6
     Image.new("RGB", (2, 1)).save(photo, "JPEG", exif=exif)
     photo.seek(0)
-    return bool(module_of(dataset).load_image(photo).shape[:2] == (2, 1))
+    return bool(own("load_image", type(dataset))(photo).shape[:2] == (2, 1))
 
 
 def check_upright(opened: Iterable[Opened], report: Report) -> None:
@@ -317,7 +316,7 @@ def cached_latents(dataset: Any) -> dict[Path, Path]:
             expected = strategy.is_disk_cached_latents_expected
         else:
             npz = os.path.splitext(path)[0] + ".npz"  # noqa: PTH122
-            expected = module_of(dataset).is_disk_cached_latents_is_expected
+            expected = own("is_disk_cached_latents_is_expected", type(dataset))
         if expected(info.bucket_reso, npz, subset.flip_aug, subset.alpha_mask):
             caches[Path(path)] = Path(npz)
     return caches

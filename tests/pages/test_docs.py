@@ -19,6 +19,7 @@ import toml
 import torch
 from accelerate.commands.launch import launch_command_parser
 from kohya_folder import BASH, ROOT, install
+from library import config_util
 from lora_files import lora_module
 from make_dataset import draw
 from PIL import Image
@@ -187,7 +188,9 @@ def kohya(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_sample_dataset_config_has_the_launchers_paths_and_works_there(kohya):
+def test_the_sample_dataset_config_has_the_launchers_paths_and_works_there(kohya, monkeypatch):
+    standin = Path(config_util.__file__).parents[1]
+    monkeypatch.setattr(sys, "argv", [str(standin / "sdxl_train_network.py")])
     assert CONFIG in Path(CONFIG).read_text(encoding="utf-8")
     args = build_parser().parse_args([f"--dataset_config={CONFIG}", "--caption_extension=.txt"])
     [subset] = sdxl_train_network.load_subsets(args)

@@ -37,7 +37,8 @@ from blora_preflight import Training, main
 
 SCRIPT = "sdxl_train_network.py"
 PARSES = (
-    "import sys\nfrom sdxl_train_network_options import build_parser as setup_parser\n"
+    "import sys\nimport library.config_util\n"
+    "from sdxl_train_network_options import build_parser as setup_parser\n"
     "print('it')\nprint('it', file=sys.stderr)\n"
 )
 OPTIONS = {
