@@ -8,9 +8,9 @@
   blora_preflight.py sdxl_train_network.py --pretrained_model_name_or_path=... --dataset_config=...
       takes the command line of the training, as the launchers pass it and the kohya_ss GUI
       prints it. The trainer's own parser reads the options; then files, folders, the checkpoint
-      and the output are checked. Then it rehearses: it runs the trainer's own code up to its
-      first step, without the weights, and opens every picture as the trainer does. Nothing is
-      written
+      and the output are checked. Then it rehearses: it runs the trainer's own code through its
+      first two steps, without the weights, and opens every picture as the trainer does. Nothing
+      is left behind
   blora_preflight.py --preview sheet.html sdxl_train_network.py ...
       writes a web page that shows the pictures as the trainer will see them
   blora_preflight.py --json sdxl_train_network.py ...
@@ -47,7 +47,7 @@ try:
 
     if getattr(blora, "VERSION", "unknown") != VERSION:
         raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
-    from blora.preflight.checkpoint import NOT_SET, PLACEHOLDER
+    from blora.preflight.checkpoint import NOT_SET, PLACEHOLDER, explain_model
     from blora.preflight.files import check_files
     from blora.preflight.option_warnings import check_options
     from blora.preflight.plan import plan
@@ -56,11 +56,12 @@ try:
         Rehearsal,
         read_options,
         rehearse,
-        state_per_byte,
         trainer_environment,
     )
     from blora.preflight.report import Report, attempt, cause, print_report
-    from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, refusal
+    from blora.preflight.steps import check_steps, is_unknown, other_optimizer
+    from blora.preflight.trainer import check_release
+    from blora.preflight.trainer_errors import ended_sentence, frames, refusal
     from blora.sheet import check_page, thumbnail_limit
     from blora.text import BloraError, counted, escape_unencodable, printable
 except ImportError as error:
@@ -89,18 +90,30 @@ def conclude(rehearsal: Rehearsal, report: Report) -> None:
     printed, failure = rehearsal.printed.getvalue(), rehearsal.failure
     if rehearsal.missing:
         report.notes.append(f"{rehearsal.missing}, so the training was not rehearsed")
-    elif failure and is_of_the_rehearsal(failure):
-        report.notes.append(
-            f"without weights the rehearsal goes no further than the network ({failure})"
-        )
+    elif failure is None:
+        if not rehearsal.ready and not report.errors:
+            report.errors.append(ended_sentence(printed))
     elif isinstance(failure, ImportError):
         report.errors.append(refusal(failure, rehearsal.args, printed))
-    elif failure:
-        from blora.preflight.images import stumbled_over
+    else:
+        check_failure(failure, rehearsal, report)
 
-        report.errors += stumbled_over(failure) or [refusal(failure, rehearsal.args, printed)]
-    elif not rehearsal.ready and not report.errors:
-        report.errors.append(ended_sentence(printed))
+
+def check_failure(failure: BaseException, rehearsal: Rehearsal, report: Report) -> None:
+    """Why the trainer stopped, unless broken pictures say it already."""
+    from blora.preflight.images import stumbled_over
+
+    words = refusal(failure, rehearsal.args, rehearsal.printed.getvalue())
+    is_reading = any(frame.f_code.co_name == "__getitem__" for frame in frames(failure))
+    if is_unknown(rehearsal):
+        report.warnings.append(
+            "the rehearsal could not go through the first steps, so the optimizer, the saves and "
+            f"--resume were not tried ({cause(failure)})"
+        )
+    elif sentence := explain_model(rehearsal.args, failure) or other_optimizer(rehearsal):
+        report.errors.append(sentence)
+    elif not (is_reading and report.errors):
+        report.errors += stumbled_over(failure) or [words]
 
 
 def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> int:
@@ -122,34 +135,20 @@ def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> 
     return dataset.epoch.largest_batch if dataset.epoch else 0
 
 
-def count_state(rehearsal: Rehearsal, report: Report) -> None:
-    """What the optimizer keeps of a LoRA, by a first step; deepspeed has its own optimizer."""
-    if rehearsal.args.deepspeed:
-        return
-    try:
-        rehearsal.optimizer_state = state_per_byte(rehearsal.args)
-    except (TypeError, ValueError) as failure:  # arguments that it uses only now
-        report.errors.append(refusal(failure, rehearsal.args, rehearsal.printed.getvalue()))
-    except Exception as failure:
-        report.notes.append(f"could not count the optimizer's memory ({cause(failure)})")
-
-
 def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) -> None:
     """Everything that the trainer's own code says of the training, and what it does not say."""
     rehearse(training.script, rehearsal)
+    pixels = check_pictures(training, rehearsal, report) if rehearsal.group else 0
     conclude(rehearsal, report)
-    pixels = 0
-    if rehearsal.group:
-        pixels = check_pictures(training, rehearsal, report)
-    elif training.preview and not report.errors:
+    if training.preview and not rehearsal.group and not report.errors:
         why = rehearsal.missing or "the rehearsal ended before the trainer built its datasets"
         report.errors.append(f"cannot draw the pictures ({why}): remove --preview (BLORA_PREVIEW)")
     if rehearsal.ready:
-        count_state(rehearsal, report)
         line = training.accelerate, str(training.script)
         started = attempt(report, "count the processes", processes, *line) or Started()
         attempt(report, "work out the plan", plan, rehearsal, started, pixels, report)
         attempt(report, "check the options", check_options, rehearsal, report)
+        attempt(report, "check the rehearsed steps", check_steps, rehearsal, report)
         check_device(rehearsal.accelerator.device.type, training.accelerate, report)
         check_processes(started, report)
 
@@ -171,6 +170,7 @@ def check_trainer(training: Training, rehearsal: Rehearsal, report: Report) -> N
     if rehearsal.missing or rehearsal.failure:
         conclude(rehearsal, report)
         return
+    check_release(training.script, report)
     check_files(rehearsal.args, report)
     if rehearsal.args.dataset_config and not report.errors:
         from blora.preflight.folders import check_config

@@ -7,8 +7,10 @@ the loader says of another kind of model does not name it; that is what this fil
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Set
 from pathlib import Path
+from traceback import extract_tb
 
 from blora.preflight.report import Report
 from blora.sdxl import sdxl_layers
@@ -68,13 +70,21 @@ def other_unet(shapes: dict[str, Shape]) -> str | None:
     return None
 
 
+def explain_model(args: Namespace, failure: BaseException) -> str:
+    """A sentence on a U-Net that is not SDXL's, where sd-scripts' loader has refused it; or ""."""
+    path = target_of(Path(args.pretrained_model_name_or_path or ""))
+    is_loading = any(f.name == "load_target_model" for f in extract_tb(failure.__traceback__))
+    if not is_loading or not path.is_file() or path.suffix.lower() != ".safetensors":
+        return ""
+    kind = other_unet({key: tensor.shape for key, tensor in read_header(path)[0].items()})
+    return f'"{path}" is {kind}: give a checkpoint of SDXL itself' if kind else ""
+
+
 def check_model(path: Path, predicts_v: bool, report: Report) -> None:
     """Whether a .safetensors file holds SDXL; BloraError where it holds another model."""
     shapes = {key: tensor.shape for key, tensor in read_header(path)[0].items()}
     if kind := other_model(shapes.keys()):
         raise BloraError(f'"{path}" is {kind}, not an SDXL checkpoint: give the one to train on')
-    if kind := other_unet(shapes):
-        raise BloraError(f'"{path}" is {kind}: give a checkpoint of SDXL itself')
     if not any(key.startswith(VAE) for key in shapes):
         raise BloraError(
             f'"{path}" has no VAE, and sd-scripts loads no checkpoint without one, not even with '

@@ -12,7 +12,7 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +58,6 @@ def check_images(args: Namespace, report: Report) -> None:
         )
     if folder and not (config or args.in_json) and not Path(folder).is_dir():
         raise BloraError(f'no folder of images at "{folder}": correct --train_data_dir')
-
-
-def check_resume(args: Namespace, report: Report) -> None:
-    """Whether there is a state to resume from, and steps left to train."""
-    if not args.resume or args.resume_from_huggingface:
-        return
-    folder = Path(args.resume).expanduser()  # as accelerate does
-    if not folder.is_dir() or not any(folder.iterdir()):
-        raise BloraError(f'no saved state in "{args.resume}": correct --resume')
-    with suppress(OSError, ValueError, TypeError, KeyError):  # it may not say its step
-        saved = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
-        step, counts_anew = float(saved["current_step"]), args.initial_epoch or args.initial_step
-        if step >= args.max_train_steps and not (args.max_train_epochs or counts_anew):
-            raise BloraError(
-                f'the state in "{args.resume}" is of step {step:g}, and --max_train_steps='
-                f"{args.max_train_steps} counts from the beginning: raise it"
-            )
 
 
 # ---- The prompts of samples ----------------------------------------------------------------------
@@ -224,27 +207,9 @@ def check_overwriting(args: Namespace, report: Report) -> None:
         )
 
 
-# What sd-scripts divides the step or the epoch by. It leaves 0 out by itself of sample_every_n_.
-DIVISORS = {
-    "save_every_n_steps": "step",
-    "save_every_n_epochs": "epoch",
-    "validate_every_n_steps": "step",
-    "validate_every_n_epochs": "epoch",
-}
-
-
-def check_divisors(args: Namespace, report: Report) -> None:
-    """Refuse a 0 by which the training would end at the first step or epoch, with nothing saved."""
-    for name, unit in DIVISORS.items():
-        # --save_n_epoch_ratio takes the place of --save_every_n_epochs.
-        replaced = name == "save_every_n_epochs" and args.save_n_epoch_ratio
-        if getattr(args, name, None) == 0 and not replaced:  # 0.9 validates nothing
-            report.errors.append(f"--{name}=0 ends the training after its first {unit}: remove it")
-
-
 CHECKS: tuple[Callable[[Namespace, Report], Any], ...] = (
-    check_base, check_late_files, check_vae, check_resume, check_samples, check_folders,
-    check_output_name, check_overwriting, check_divisors, check_images,
+    check_base, check_late_files, check_vae, check_samples, check_folders,
+    check_output_name, check_overwriting, check_images,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from importlib import metadata
 from typing import Any
 
-from blora.preflight.plan import MANY_BLOCKS, Built, built
+from blora.preflight.plan import MANY_BLOCKS, Built
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 
@@ -113,7 +113,7 @@ def check_options(rehearsal: Rehearsal, report: Report) -> None:
     """Every warning that the options, the network and the optimizer give cause for."""
     args, printed = rehearsal.args, rehearsal.printed.getvalue()
     if rehearsal.network:
-        network = built(rehearsal.network)
+        network = Built(rehearsal.modules)
         check_network(network, args, report)
         check_dora(rehearsal.network, report)
         check_text_encoders(printed, network, args, report)

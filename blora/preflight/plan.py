@@ -14,7 +14,6 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from blora import ROOT
 from blora.preflight.processes import Started
@@ -49,14 +48,6 @@ class Built:
     @property
     def trains_text(self) -> bool:
         return any(name.startswith("lora_te") for name in self.modules)
-
-
-def built(network: Any) -> Built:
-    """The modules of a network and their trained parameters."""
-    modules: Counter[str] = Counter()
-    for name, parameter in network.named_parameters():
-        modules[name.split(".")[0]] += parameter.numel()
-    return Built(dict(modules))
 
 
 def bytes_trained(args: Namespace) -> int:
@@ -360,7 +351,7 @@ def plan(rehearsal: Rehearsal, started: Started, pixels: int, report: Report) ->
     plan_length(duration, batches, started, args, report)
     if rehearsal.network is None:  # deepspeed wraps it
         return
-    network = built(rehearsal.network)
+    network = Built(rehearsal.modules)
     report.plan["network"] = args.network_module
     report.modules = list(network.modules)
     report.plan["modules"] = count_by_trait(report.modules, known_traits(report))

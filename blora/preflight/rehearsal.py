@@ -1,11 +1,11 @@
-"""A rehearsal of a training: sd-scripts' own train(), up to its first step, without the weights.
+"""A rehearsal of a training: sd-scripts' own train(), through two steps, without the weights.
 
 Whatever sd-scripts, LyCORIS, accelerate and the optimizer say to these options is asked of them, in
 the release that is here: reading and checking of options, the dataset and its buckets, the network
-on SDXL, the optimizer, the scheduler, the DataLoader. The checkpoint is read as far as its header,
-and its tensors are torch's meta tensors, which have a shape and no numbers. Nothing is computed,
-cached or written, but that SDXL's tokenizers are downloaded where they are missing, as the training
-would.
+on SDXL, the optimizer, the scheduler, the DataLoader, the state to resume from, two steps, and the
+saves. The checkpoint is read as far as its header. The models compute nothing, and before the first
+step each parameter of the network becomes a small one. What is saved goes to a scratch folder that
+is gone afterwards; SDXL's tokenizers are downloaded where they are missing, as the training would.
 """
 
 from __future__ import annotations
@@ -14,28 +14,46 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
 from blora import ROOT
 from blora.preflight.checkpoint import target_of
+from blora.preflight.trainer import own, own_modules
+from blora.preflight.weightless import (
+    BLANK,
+    blank_latents,
+    header_tensors,
+    kept_apart,
+    on_meta,
+    silence_encoder,
+    silence_unet,
+    silence_vae,
+)
 
 
-class Ready(BaseException):
-    """The trainer is about to train. A BaseException, so `except Exception` misses it."""
+class Ended(BaseException):
+    """Two steps are done. A BaseException, so `except Exception` misses it."""
 
 
-# What train() calls of accelerate's Accelerator before it reads the first batch, and the batch: a
-# release that drops one of them is stopped at the next.
-BRAKES = ("register_load_state_pre_hook", "init_trackers")
-FIRST_BATCH = "__iter__"  # of torch's DataLoader
+# The two brakes, each of which would do: the DataLoader gives so many batches once, and the U-Net
+# is asked so often: two steps with accumulation, and a validation at four timesteps.
+MOST_BATCHES = 8
+MOST_PREDICTIONS = 40
+# A parameter's sides in the steps: enough for the optimizers' kinds of state, and Prodigy's for 160
+# modules of any rank takes 26 MB.
+SIDE = 64
+# Of each number, and of the size that training has: fp16 underflows where it would.
+GRADIENT = 1e-5
 
 
 @dataclass
@@ -48,9 +66,12 @@ class Rehearsal:
     group: Any = None  # the DatasetGroup
     validation: list[Any] = field(default_factory=list)  # datasets of the validation split
     accelerator: Any = None
-    network: Any = None
+    network: Any = None  # with small parameters
+    modules: dict[str, int] = field(default_factory=dict)  # the network's own parameters, by module
     optimizer_state: float | None = None  # bytes that it keeps for each byte of a parameter
-    ready: bool = False
+    resumed: list[Resumed] = field(default_factory=list)  # of each optimizer
+    ready: bool = False  # before the first batch
+    predictions: int = 0  # that the U-Net was asked for
     failure: BaseException | None = None
     missing: str = ""  # what the script lacks for a rehearsal
     printed: io.StringIO = field(default_factory=io.StringIO)
@@ -60,59 +81,18 @@ class Rehearsal:
         """sd-scripts' datasets, with their pictures in buckets."""
         return list(getattr(self.group, "datasets", []))
 
-
-# ---- Tensors without numbers ---------------------------------------------------------------------
-
-
-def header_tensors(path: str | os.PathLike[str], *_args: Any, **_options: Any) -> dict[str, Any]:
-    """A .safetensors file's tensors on the meta device, in place of safetensors' load_file.
-
-    A single number, such as an alpha, is read: LyCORIS uses its value.
-    """
-    import torch
-    from safetensors import safe_open
-
-    tensors = {}
-    # In on_meta(), a tensor that is read would become a meta tensor.
-    with safe_open(path, framework="pt") as file, torch.device("cpu"):
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            shape = part.get_shape()
-            if all(side == 1 for side in shape):
-                tensors[name] = file.get_tensor(name)
-            else:
-                tensors[name] = torch.empty(shape, dtype=part[:0].dtype, device="meta")
-    return tensors
+    @property
+    def optimizers(self) -> list[Any]:
+        return list(getattr(self.accelerator, "_optimizers", []))
 
 
-def on_meta() -> contextlib.ExitStack:
-    """New tensors are meta tensors, and stay so when they are moved to another device."""
-    import torch
-    from torch.overrides import TorchFunctionMode
+@dataclass(frozen=True)
+class Resumed:
+    """What a state to resume from changes of an optimizer."""
 
-    def no_device(value: Any) -> Any:
-        is_device = isinstance(value, (str, torch.device)) or type(value) is int
-        return "meta" if is_device else value
-
-    class KeepOnMeta(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            kwargs = kwargs or {}
-            # Of a number: an alpha, whose value LyCORIS reads.
-            if func is torch.tensor:
-                kwargs.setdefault("device", "cpu")
-            if func in (torch.Tensor.cpu, torch.Tensor.cuda) and args[0].is_meta:
-                return args[0]
-            if func is torch.Tensor.to and args[0].is_meta:
-                args = (args[0], *map(no_device, args[1:]))
-                kwargs = {name: no_device(value) for name, value in kwargs.items()}
-            return func(*args, **kwargs)
-
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.device("meta"))
-    stack.enter_context(KeepOnMeta())
-    return stack
+    rates: tuple[list[float], list[float]]  # of its groups, before and after
+    groups: tuple[set[str], set[str]]  # names of their settings, before and after
+    kept: set[str]  # names of what the state keeps of a parameter
 
 
 # ---- The trainer's own modules -------------------------------------------------------------------
@@ -130,40 +110,27 @@ def as_started(script: Path, words: list[str]) -> Any:
     return mock.patch.multiple(sys, argv=[str(script), *words], path=[str(folder), *path])
 
 
-def open_to_read(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
-    """Python's open(), but writes are discarded: `cache_info` writes beside the pictures."""
-    if set(mode) & set("wax+"):
-        file, mode = os.devnull, mode.replace("x", "w")
-    return Path(file).open(mode, *args, **options)
+def scratch_open(scratch: Path) -> Callable[..., Any]:
+    """Python's open(), but what is written elsewhere is discarded, as cache_info's files are."""
+
+    def open_there(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if set(mode) & set("wax+") and scratch not in Path(file).resolve().parents:
+            file, mode = os.devnull, mode.replace("x", "w")
+        return Path(file).open(mode, *args, **options)
+
+    return open_there
 
 
-def raise_ready(*_args: Any, **_options: Any) -> None:
-    """In place of each of BRAKES, and of FIRST_BATCH."""
-    raise Ready
+def mapped_load(load: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.load, but tensors of a file stay there until they are used: a state may have 10 GB."""
 
+    def load_mapped(file: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return load(os.fspath(file), *args, **options | {"mmap": True})
+        except (TypeError, RuntimeError):  # not a file's name, or no zip
+            return load(file, *args, **options)
 
-def nothing(*_args: Any, **_options: Any) -> None:
-    """In place of caching."""
-
-
-def blank_models(sdxl: ModuleType) -> Callable[..., Any]:
-    """sd-scripts' loader for a checkpoint that is no .safetensors file: weights stay empty."""
-
-    def load(name: str, vae: Any, version: str, *_args: Any, **_options: Any) -> tuple[Any, ...]:
-        with (
-            mock.patch.multiple(
-                sdxl,
-                load_file=lambda *_args, **_options: {},
-                _load_state_dict_on_device=nothing,
-                convert_sdxl_text_encoder_2_checkpoint=lambda *_args, **_options: ({}, None),
-            ),
-            mock.patch.object(sdxl.model_util, "convert_ldm_vae_checkpoint", lambda *_args: {}),
-        ):
-            return True, *sdxl.load_models_from_sdxl_checkpoint(
-                version, "blank.safetensors", "meta"
-            )
-
-    return load
+    return load_mapped
 
 
 def is_safetensors(name: str) -> bool:
@@ -172,37 +139,19 @@ def is_safetensors(name: str) -> bool:
     return target.is_file() and target.suffix.lower() == ".safetensors"
 
 
-def rehearsing(trainer: Any, rehearsal: Rehearsal, stack: contextlib.ExitStack) -> Any:
-    """sd-scripts' SDXL trainer, which records what it is given and loads no weights."""
+def keep_to(scratch: Path, args: argparse.Namespace) -> None:
+    """Let the options write into `scratch` alone, upload nothing, and read no file whole.
 
-    class Rehearsing(trainer):
-        def assert_extra_args(self, args: argparse.Namespace, group: Any, *others: Any) -> None:
-            for each in (group, *others):
-                for name in ("cache_latents", "new_cache_latents"):
-                    if each is not None:
-                        setattr(each, name, nothing)
-            rehearsal.group = group
-            rehearsal.validation = [d for each in others if each for d in each.datasets]
-            super().assert_extra_args(args, group, *others)
-
-        def load_target_model(self, args: Any, weight_dtype: Any, accelerator: Any) -> Any:
-            rehearsal.accelerator = accelerator
-            stack.enter_context(on_meta())
-            return super().load_target_model(args, weight_dtype, accelerator)
-
-        def cache_text_encoder_outputs_if_needed(self, *args: Any, **options: Any) -> None:
-            """They would be computed here."""
-
-    return Rehearsing()
-
-
-def disable_side_effects(args: argparse.Namespace, folder: str) -> None:
-    """Turn off writes and uploads, and what reads whole files; logs go to `folder`."""
+    Pictures are read in this process: others would import torch each.
+    """
+    args.output_dir, args.output_name = str(scratch), Path(args.output_name or "last").name
     if getattr(args, "logging_dir", None) is not None:
-        args.logging_dir = folder
-    for name in ("wandb_api_key", "console_log_file"):
+        args.logging_dir = str(scratch)
+    for name in ("wandb_api_key", "console_log_file", "huggingface_repo_id"):
         if hasattr(args, name):
             setattr(args, name, None)
+    if getattr(args, "resume_from_huggingface", False):
+        args.resume = None  # it would be downloaded
     args.disable_mmap_load_safetensors = False  # it would read the whole file
     args.debug_dataset = False  # it shows pictures until a key is pressed
     if args.vae and not is_safetensors(args.vae):
@@ -211,62 +160,239 @@ def disable_side_effects(args: argparse.Namespace, folder: str) -> None:
     cache = getattr(args, "tokenizer_cache_dir", None)
     if cache and not (Path(cache).is_dir() and any(Path(cache).iterdir())):
         args.tokenizer_cache_dir = None
+    if args.max_data_loader_n_workers > 0:
+        args.max_data_loader_n_workers, args.persistent_data_loader_workers = 0, False
+
+
+# ---- The steps -----------------------------------------------------------------------------------
+
+
+def trial_parameters(network: Any, device: Any) -> dict[Any, Any]:
+    """Put small parameters into a network; returns them by those that they replace.
+
+    Of each module every second one is zero, as lora_up begins, and its only one; the others are 1.
+    """
+    import torch
+
+    places: Counter[str] = Counter()
+    lengths = Counter(name.split(".")[0] for name, _ in network.named_parameters())
+    trials = {}
+    for name, parameter in list(network.named_parameters()):
+        module, (path, _, leaf) = name.split(".")[0], name.rpartition(".")
+        places[module] += 1
+        value = float(places[module] % 2 and lengths[module] > 1)
+        shape = [min(side, SIDE) for side in parameter.shape]
+        trial = torch.full(shape, value, dtype=parameter.dtype, device=device)
+        trials[parameter] = torch.nn.Parameter(trial, parameter.requires_grad)
+        network.get_submodule(path).register_parameter(leaf, trials[parameter])
+    for name, buffer in list(network.named_buffers()):
+        if buffer.is_meta:
+            owner = network.get_submodule(name.rpartition(".")[0])
+            zeros = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+            setattr(owner, name.rpartition(".")[2], zeros)
+    return trials
+
+
+def begin_steps(rehearsal: Rehearsal, args: argparse.Namespace) -> None:
+    """Before the first batch: the network and its optimizer get small parameters.
+
+    Each step saves, at the full learning rate: a warm-up begins with none.
+    """
+    accelerator, rehearsal.ready = rehearsal.accelerator, True
+    models = [accelerator.unwrap_model(model) for model in accelerator._models]
+    rehearsal.network = next((m for m in reversed(models) if hasattr(m, "apply_to")), None)
+    if rehearsal.network is None:  # deepspeed wraps it
+        raise Ended
+    modules: Counter[str] = Counter()
+    for name, parameter in rehearsal.network.named_parameters():
+        modules[name.split(".")[0]] += parameter.numel()
+    rehearsal.modules = dict(modules)
+    trials = trial_parameters(rehearsal.network, accelerator.device)
+    for optimizer in rehearsal.optimizers:
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["params"] = [trials.get(parameter, parameter) for parameter in group["params"]]
+            group["lr"] = group.get("initial_lr", group["lr"])
+    if args.save_every_n_steps != 0:  # by which the training would end
+        args.save_every_n_steps = 1
+    args.save_state = args.save_state or getattr(args, "save_state_on_train_end", False)
+    if getattr(args, "max_validation_steps", 0) is None:
+        args.max_validation_steps = 1
+
+
+def prediction(rehearsal: Rehearsal) -> Any:
+    """0 with a gradient for every parameter, or the end where the U-Net is asked too often.
+
+    The loss is the squared distance from noise, so that what is predicted, 1, has a gradient of 2.
+    """
+    rehearsal.predictions += 1
+    if rehearsal.predictions > MOST_PREDICTIONS:
+        raise Ended
+    total = sum(p.float().sum() for p in rehearsal.network.parameters() if p.requires_grad)
+    return GRADIENT / 2 * (total - total.detach())
+
+
+def state_per_byte(optimizers: Iterable[Any]) -> float:
+    """Bytes that optimizers keep for each byte of a parameter."""
+    import torch
+
+    def size(tensors: Iterable[Any]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+    optimizers = list(optimizers)
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    states = [state.values() for optimizer in optimizers for state in optimizer.state.values()]
+    kept = [value for state in states for value in state if getattr(value, "ndim", 0)]
+    return size(kept) / size(trained)
+
+
+def resume(rehearsal: Rehearsal, load_state: Callable[..., Any]) -> Callable[..., Any]:
+    """accelerate's load_state, which records what becomes of each optimizer."""
+
+    def rates(optimizer: Any) -> list[float]:
+        return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+
+    def names(tables: Iterable[dict[str, Any]]) -> set[str]:
+        return {name for table in tables for name in table}
+
+    def load(accelerator: Any, *args: Any, **options: Any) -> None:
+        before = [(rates(o), names(o.param_groups)) for o in accelerator._optimizers]
+        load_state(accelerator, *args, **options)
+        for optimizer, (rate, group) in zip(accelerator._optimizers, before, strict=True):
+            groups = group, names(optimizer.param_groups)
+            kept = names(optimizer.state.values())
+            rehearsal.resumed.append(Resumed((rate, rates(optimizer)), groups, kept))
+
+    return load
+
+
+def give_scaler(accelerator: Any) -> None:
+    """fp16 has a scaler of gradients on a card; without a card accelerate makes none."""
+    import torch
+
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+
+
+def rehearsing(
+    rehearsal: Rehearsal, scratch: Path, kept: dict[str, Any], building: contextlib.ExitStack
+) -> Any:
+    """sd-scripts' SDXL trainer, which records what it is given and computes nothing.
+
+    `kept` are the options that only the rehearsal has otherwise. What is created from its models on
+    is on the meta device until `building` is closed.
+    """
+
+    trainer: Any = rehearsal.trainer
+
+    class Rehearsing(trainer):
+        def assert_extra_args(self, args: argparse.Namespace, group: Any, *others: Any) -> None:
+            rehearsal.group = group
+            rehearsal.validation = [d for each in others if each for d in each.datasets]
+            for each in (item for item in (group, *others) if item is not None):
+                each.cache_latents = each.new_cache_latents = partial(blank_latents, each)
+            super().assert_extra_args(args, group, *others)
+            rehearsal.args = argparse.Namespace(**vars(args) | kept)
+
+        def load_target_model(self, args: Any, *others: Any) -> Any:
+            accelerator = rehearsal.accelerator = others[-1]
+            give_scaler(accelerator)
+            blank = scratch / BLANK
+            blank.touch()
+            if not is_safetensors(args.pretrained_model_name_or_path or ""):
+                args.pretrained_model_name_or_path = str(blank)
+            building.enter_context(on_meta())
+            version, encoders, vae, unet = super().load_target_model(args, *others)
+            # For the metadata they would be read whole.
+            args.pretrained_model_name_or_path, args.vae = str(blank), None
+            silence_unet(unet, partial(prediction, rehearsal))
+            silence_vae(vae)
+            for encoder in encoders:
+                silence_encoder(encoder)
+            return version, encoders, vae, unet
+
+        def cache_text_encoder_outputs_if_needed(self, *args: Any, **options: Any) -> None:
+            """They would be computed here."""
+
+        def sample_images(self, *args: Any, **options: Any) -> None:
+            """They would be drawn here."""
+
+    return Rehearsing()
+
+
+def brakes(
+    rehearsal: Rehearsal, args: argparse.Namespace, end_building: Callable[[], None]
+) -> dict[Any, dict[str, Any]]:
+    """What stands in place of methods of accelerate and torch, by their class.
+
+    The optimizer is the last that is created of what the network's parameters are in. The
+    DataLoader gives two batches a step, and once.
+    """
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    prepare, iterate, used = Accelerator.prepare, DataLoader.__iter__, set()
+    number = min(2 * args.gradient_accumulation_steps, MOST_BATCHES)
+    number += getattr(args, "skip_until_initial_step", False)
+
+    def prepare_built(accelerator: Any, *items: Any, **options: Any) -> Any:
+        prepared = prepare(accelerator, *items, **options)
+        if accelerator._optimizers:
+            end_building()
+        return prepared
+
+    def begin(*_args: Any, **_options: Any) -> None:
+        if not rehearsal.ready:
+            begin_steps(rehearsal, args)
+
+    def two_steps(loader: Any) -> Iterator[Any]:
+        begin()
+        if loader.dataset is rehearsal.group and id(loader) in used:
+            raise Ended
+        used.add(id(loader))
+        yield from itertools.islice(iterate(loader), number)
+
+    load_state = resume(rehearsal, Accelerator.load_state)
+    methods = {"prepare": prepare_built, "load_state": load_state, "init_trackers": begin}
+    return {Accelerator: methods, DataLoader: {"__iter__": two_steps}}
+
+
+def uncompiled(model: Any = None, *_args: Any, **_options: Any) -> Any:
+    """torch.compile, also as a decorator: two steps of nothing need none."""
+    return (lambda function: function) if model is None else model
 
 
 def train(rehearsal: Rehearsal) -> None:
-    """sd-scripts' train() up to its first step; raises whatever it raises."""
+    """sd-scripts' train() through two steps; raises whatever it raises."""
     import safetensors.torch
-    from accelerate import Accelerator
-    from library import model_util, sdxl_model_util, sdxl_train_util, train_util
-    from torch.utils.data import DataLoader
-
-    args = rehearsal.args
-    with contextlib.ExitStack() as stack:
-        disable_side_effects(args, stack.enter_context(tempfile.TemporaryDirectory()))
-        for owner, values in (
-            (Accelerator, dict.fromkeys(BRAKES, raise_ready)),
-            (DataLoader, {FIRST_BATCH: raise_ready}),
-            (safetensors.torch, {"load_file": header_tensors}),
-            (sdxl_model_util, {"load_file": header_tensors}),
-            (model_util, {"load_file": header_tensors}),
-            (sys.modules[train_util.DreamBoothDataset.__module__], {"open": open_to_read}),
-        ):
-            stack.enter_context(mock.patch.multiple(owner, create=True, **values))
-        if not is_safetensors(args.pretrained_model_name_or_path or ""):
-            loader = blank_models(sdxl_model_util)
-            stack.enter_context(mock.patch.object(sdxl_train_util, "_load_target_model", loader))
-        try:
-            rehearsing(rehearsal.trainer, rehearsal, stack).train(args)
-            return  # it came back without training
-        except Ready:
-            rehearsal.ready = True
-    models = [rehearsal.accelerator.unwrap_model(m) for m in rehearsal.accelerator._models]
-    rehearsal.network = next((m for m in reversed(models) if hasattr(m, "apply_to")), None)
-
-
-def state_per_byte(args: argparse.Namespace) -> float:
-    """Bytes that the optimizer keeps for each byte of a LoRA, counted after a step on two matrices.
-
-    TypeError or ValueError where it refuses --optimizer_args only now, as it would in the training.
-    """
     import torch
-    from library import train_util
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if args.full_bf16 else torch.float16 if args.full_fp16 else torch.float32
-    # As a LoRA begins: lora_down is not zero, lora_up is, and Prodigy keeps less for zeros.
-    start = torch.ones(256, 256, device=device, dtype=dtype)
-    parameters = [torch.nn.Parameter(start), torch.nn.Parameter(start * 0)]
-    optimizer = train_util.get_optimizer(args, parameters)[2]
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    if hasattr(optimizer, "train"):  # schedule-free ones refuse a step without
-        optimizer.train()
-    optimizer.step()
-    kept = [value for state in optimizer.state.values() for value in state.values()]
-    size = sum(v.numel() * v.element_size() for v in kept if isinstance(v, torch.Tensor) and v.ndim)
-    ratio: float = size / sum(p.numel() * p.element_size() for p in parameters)
-    return ratio
+    args = argparse.Namespace(**vars(rehearsal.args))
+    with contextlib.ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        scratch = Path(stack.enter_context(temporary)).resolve()
+        building = stack.enter_context(contextlib.ExitStack())
+        keep_to(scratch, args)
+        kept = {n: given for n, given in vars(rehearsal.args).items() if getattr(args, n) != given}
+
+        def end_building() -> None:
+            building.close()
+            stack.enter_context(kept_apart())
+
+        replaced = list(brakes(rehearsal, args, end_building).items())
+        replaced += [(module, {"open": scratch_open(scratch)}) for module in own_modules()]
+        replaced += [
+            (module, {"load_file": header_tensors})
+            for module in list(sys.modules.values())
+            if getattr(module, "__dict__", {}).get("load_file") is safetensors.torch.load_file
+        ]
+        replaced.append((torch, {"load": mapped_load(torch.load), "compile": uncompiled}))
+        for owner, values in replaced:
+            stack.enter_context(mock.patch.multiple(owner, create=True, **values))
+        with contextlib.suppress(Ended):
+            rehearsing(rehearsal, scratch, kept, building).train(args)
+        if rehearsal.predictions:
+            rehearsal.optimizer_state = state_per_byte(rehearsal.optimizers)
 
 
 @contextlib.contextmanager
@@ -287,7 +413,7 @@ def read_options(path: Path, words: list[str], rehearsal: Rehearsal) -> None:
 
     What it raises becomes the rehearsal's failure.
     """
-    if not (path.parent / "library" / "train_util.py").is_file():
+    if not (path.parent / "library").is_dir():
         rehearsal.missing = f'"{path}" is not part of sd-scripts'
         return
     try:
@@ -295,14 +421,12 @@ def read_options(path: Path, words: list[str], rehearsal: Rehearsal) -> None:
         if not hasattr(script, "setup_parser"):
             rehearsal.missing = f'"{path}" is not a training script of sd-scripts'
             return
-        from library import train_util
-
         rehearsal.trainer = getattr(script, "SdxlNetworkTrainer", None)
         parser = script.setup_parser()
         args = parser.parse_args(words)
         args.output_config = False  # it would write a config and exit
-        train_util.verify_command_line_training_args(args)
-        rehearsal.args = train_util.read_config_from_file(args, parser)
+        own("verify_command_line_training_args", script)(args)
+        rehearsal.args = own("read_config_from_file", script)(args, parser)
         for action in parser._actions:
             action.default = argparse.SUPPRESS
         rehearsal.given = vars(parser.parse_args(words))
@@ -311,7 +435,7 @@ def read_options(path: Path, words: list[str], rehearsal: Rehearsal) -> None:
 
 
 def rehearse(path: Path, rehearsal: Rehearsal) -> None:
-    """Let sd-scripts train with the options as far as its first step.
+    """Let sd-scripts train with the options, two steps.
 
     What it raises becomes the rehearsal's failure.
     """

@@ -1,6 +1,6 @@
 """SDXL's checkpoint as sd-scripts saves it: names and shapes, and files of the header alone.
 
-Needs sdxl_checkpoint.json beside this file, or in ../data where the tests keep it: the 2,514
+Needs sdxl_checkpoint.json beside this file, or in the bundle: the 2,514
 tensors of the file that make_random_sdxl.py makes, as a tree by the dots of their names.
 """
 
@@ -27,7 +27,7 @@ def leaves(tree: dict[str, Any], start: str = "") -> Iterator[tuple[str, tuple[i
 
 
 def sdxl_shapes() -> Shapes:
-    places = (folder / "sdxl_checkpoint.json" for folder in (HERE, HERE.parent / "data"))
+    places = (folder / "sdxl_checkpoint.json" for folder in (HERE, HERE.parent.parent / "blora/preflight"))
     return dict(leaves(json.loads(next(filter(Path.is_file, places)).read_text(encoding="utf-8"))))
 
 
