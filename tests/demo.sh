@@ -26,7 +26,8 @@ install="${install//<kohya folder>/"$KOHYA"}" # in quotes an & of the path is on
 echo "$install"
 eval "$install"
 # In place of sd-scripts, a checkpoint and a dataset: the stand-in, a toy, drawn pictures.
-cp -r tests/standin/* tests/data/sdxl_{train_network_options,checkpoint}.json "$KOHYA/"
+cp -r tests/standin/* tests/data/sdxl_train_network_options.json \
+  blora/preflight/sdxl_checkpoint.json "$KOHYA/"
 cd "$KOHYA"
 python make_checkpoint.py toy_sdxl.safetensors
 python make_dataset.py _in/lora/sdxl/demo

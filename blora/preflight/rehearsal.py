@@ -167,6 +167,14 @@ def keep_to(scratch: Path, args: argparse.Namespace) -> None:
 # ---- The steps -----------------------------------------------------------------------------------
 
 
+def parameters_of(network: Any) -> dict[str, int]:
+    """How many parameters each module of a network trains, by the module's name."""
+    modules: Counter[str] = Counter()
+    for name, parameter in network.named_parameters():
+        modules[name.split(".")[0]] += parameter.numel()
+    return dict(modules)
+
+
 def trial_parameters(network: Any, device: Any) -> dict[Any, Any]:
     """Put small parameters into a network; returns them by those that they replace.
 
@@ -203,10 +211,7 @@ def begin_steps(rehearsal: Rehearsal, args: argparse.Namespace) -> None:
     rehearsal.network = next((m for m in reversed(models) if hasattr(m, "apply_to")), None)
     if rehearsal.network is None:  # deepspeed wraps it
         raise Ended
-    modules: Counter[str] = Counter()
-    for name, parameter in rehearsal.network.named_parameters():
-        modules[name.split(".")[0]] += parameter.numel()
-    rehearsal.modules = dict(modules)
+    rehearsal.modules = parameters_of(rehearsal.network)
     trials = trial_parameters(rehearsal.network, accelerator.device)
     for optimizer in rehearsal.optimizers:
         optimizer.state.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 from blora.preflight.trainer_errors import frames, is_of_the_rehearsal
@@ -54,8 +56,7 @@ def check_learning(rehearsal: Rehearsal, report: Report) -> None:
 def other_optimizer(rehearsal: Rehearsal) -> str:
     """A sentence on a state of another optimizer, which is loaded all the same; "" if it is not."""
     for optimizer, resumed in zip(rehearsal.optimizers, rehearsal.resumed, strict=False):
-        kept = {name for state in optimizer.state.values() for name in state}
-        before, after = resumed.groups
+        (before, after), kept = resumed.groups, kept_by(optimizer)
         if before - after or (kept and resumed.kept and kept != resumed.kept):
             return (
                 f'the state in "{rehearsal.args.resume}" is of another optimizer than '
@@ -63,6 +64,11 @@ def other_optimizer(rehearsal: Rehearsal) -> str:
                 "that it was saved with, or go on from its LoRA with --network_weights"
             )
     return ""
+
+
+def kept_by(optimizer: Any) -> set[str]:
+    """Names of what an optimizer has kept of its parameters since its first step."""
+    return {name for state in optimizer.state.values() for name in state}
 
 
 def check_resumed(rehearsal: Rehearsal, report: Report) -> None:
@@ -83,6 +89,11 @@ def check_steps(rehearsal: Rehearsal, report: Report) -> None:
         return
     check_learning(rehearsal, report)
     if sentence := other_optimizer(rehearsal):
-        report.warnings.append(sentence)
+        # In the training it has the state that was loaded, which may lack what its step reads.
+        lacks = any(
+            kept_by(optimizer) - resumed.kept
+            for optimizer, resumed in zip(rehearsal.optimizers, rehearsal.resumed, strict=True)
+        )
+        (report.errors if lacks else report.warnings).append(sentence)
     else:
         check_resumed(rehearsal, report)

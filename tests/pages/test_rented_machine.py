@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from bundle_files import unpack
-from kohya_folder import ONE_PROCESS, ROOT, copy_command
+from kohya_folder import CHECKPOINT_TABLE, ONE_PROCESS, ROOT, copy_command
 from make_dataset import main as make_dataset
 from readme_commands import blocks_of, check_launcher
 from safetensors import safe_open
@@ -66,8 +66,8 @@ def test_the_page_leads_from_nothing_to_slices_at_home(tmp_path):
     places["HOME"].mkdir()
     make_dataset([str(places["AT_HOME"])])
     shutil.copytree(ROOT / "tests/standin", places["STANDIN"])
-    for name in ("sdxl_train_network_options.json", "sdxl_checkpoint.json"):
-        shutil.copy(ROOT / "tests/data" / name, places["STANDIN"])
+    for name in ("tests/data/sdxl_train_network_options.json", CHECKPOINT_TABLE):
+        shutil.copy(ROOT / name, places["STANDIN"])
     write_checkpoint(places["CHECKPOINT"], sdxl_shapes())
     places["BUNDLE"] = unpack(tmp_path / "BUNDLE")
     places |= {"SITE": Path(pytest.__file__).parents[1], "PROGRAMS": Path(sys.executable).parent}

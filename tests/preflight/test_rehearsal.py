@@ -1,4 +1,4 @@
-"""What of the rehearsal needs no sd-scripts: meta tensors, side effects, and sentences on errors.
+"""What of the rehearsal needs no sd-scripts: meta tensors, options, and sentences on errors.
 
 Exceptions are the real libraries' own, raised under the names of sd-scripts' functions, by which
 they are known. Its own train() is rehearsed by test_real_kohya.py and test_real_cases.py.
@@ -15,9 +15,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from types import FunctionType
-from unittest import mock
 
 import lycoris.kohya
 import prodigyopt
@@ -25,21 +25,21 @@ import pytest
 import toml
 import torch
 import voluptuous
-from accelerate import Accelerator
 from accelerate.commands import launch
-from library import train_util  # the stand-in's
 from reports import reported
 from safetensors.torch import load_file, save_file
+from sdxl_checkpoint import sdxl_shapes
 from torch import nn
-from torch.optim import SGD, Adafactor, AdamW
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from blora.preflight import rehearsal
 from blora.preflight.processes import Started, check_device, check_processes, processes
-from blora.preflight.rehearsal import BRAKES, FIRST_BATCH, ROOT, on_meta
+from blora.preflight.rehearsal import ROOT
 from blora.preflight.report import Report
 from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, own_words, refusal
+from blora.preflight.weightless import BLANK, header_tensors, kept_apart, on_meta
 from blora.text import BloraError
 
 
@@ -75,7 +75,7 @@ def file(tmp_path) -> Path:
 
 def test_a_file_is_read_as_far_as_its_header(file):
     with on_meta():
-        read = rehearsal.header_tensors(file, device="cpu")
+        read = header_tensors(file, device="cpu")
     assert {n: (t.shape, t.dtype) for n, t in read.items()} == {
         n: (t.shape, t.dtype) for n, t in load_file(file).items()
     }
@@ -110,31 +110,21 @@ def test_lycoris_builds_the_same_modules_without_numbers_as_with(algo, dora):
     assert real
 
 
-class ScheduleFree(SGD):
-    """Steps in training alone, as the schedule-free ones do."""
+def test_once_all_is_built_numbers_stay_numbers_and_new_ones_are_numbers():
+    with on_meta():
+        weight = nn.Linear(2, 2).weight
+    with kept_apart():
+        ids = torch.ones(1, 2)
+        assert ids.to(weight.device) is ids
+        assert ids.to("meta", torch.half).sum().item() == 2
+        assert weight.to("cpu").is_meta
+        assert torch.zeros(1).item() == 0
 
-    def train(self) -> None:
-        self.defaults["momentum"] = self.param_groups[0]["momentum"] = 0.9
 
-
-def test_state_is_counted_after_a_first_step(monkeypatch):
-    kinds = {"": torch.float32, "full_bf16": torch.bfloat16, "full_fp16": torch.float16}
-    for optimizer, option, expected in (
-        (SGD, "", 0),
-        (AdamW, "", 2),  # and its count of steps, which is a number
-        (AdamW, "full_bf16", 2),
-        (AdamW, "full_fp16", 2),
-        (Adafactor, "", 2 / 256),  # a row and a column of each matrix
-        (prodigyopt.Prodigy, "", 3.5),  # no p0 of zeros
-        (ScheduleFree, "", 1),
-    ):
-        get = mock.Mock(
-            side_effect=lambda _args, given, make=optimizer: ("", "", make(given, 1e-3))
-        )
-        monkeypatch.setattr(train_util, "get_optimizer", get, raising=False)
-        args = Namespace(full_bf16=option == "full_bf16", full_fp16=option == "full_fp16")
-        assert rehearsal.state_per_byte(args) == pytest.approx(expected, abs=1e-3)
-        assert {parameter.dtype for parameter in get.call_args.args[1]} == {kinds[option]}
+def test_a_checkpoint_that_is_not_read_is_sdxl_by_its_names(tmp_path):
+    tensors = header_tensors(tmp_path / BLANK)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == sdxl_shapes()
+    assert all(tensor.is_meta and tensor.dtype == torch.half for tensor in tensors.values())
 
 
 # ---- What it leaves alone ------------------------------------------------------------------------
@@ -143,21 +133,30 @@ def test_state_is_counted_after_a_first_step(monkeypatch):
 def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
     (tmp_path / "empty").mkdir()
     given_and_left = {
-        "logging_dir": ("logs", "temporary"),
+        "output_dir": ("_out", str(tmp_path)),
+        "output_name": ("/elsewhere/hero", "hero"),
+        "logging_dir": ("logs", str(tmp_path)),
         "wandb_api_key": ("secret", None),
         "console_log_file": ("log.txt", None),
+        "huggingface_repo_id": ("me/hero", None),
+        "resume": ("me/hero/state", None),
+        "resume_from_huggingface": (True, True),
         "disable_mmap_load_safetensors": (True, False),
         "debug_dataset": (True, False),
         "vae": ("stabilityai/sdxl-vae", None),
         "tokenizer_cache_dir": (str(tmp_path / "empty"), None),
+        "max_data_loader_n_workers": (8, 0),
+        "persistent_data_loader_workers": (True, False),
     }
     args = Namespace(**{name: given for name, (given, _) in given_and_left.items()})
-    rehearsal.disable_side_effects(args, "temporary")
+    rehearsal.keep_to(tmp_path, args)
     assert vars(args) == {name: left for name, (_, left) in given_and_left.items()}
     read = {"vae": str(file), "tokenizer_cache_dir": str(tmp_path), "logging_dir": None}
+    read |= {"resume": "state", "max_data_loader_n_workers": 0, "output_name": None}
     args = Namespace(**read)
-    rehearsal.disable_side_effects(args, "temporary")
-    assert vars(args) == read | {"disable_mmap_load_safetensors": False, "debug_dataset": False}
+    rehearsal.keep_to(tmp_path, args)
+    left = read | {"disable_mmap_load_safetensors": False, "debug_dataset": False}
+    assert vars(args) == left | {"output_dir": str(tmp_path), "output_name": "last"}
 
 
 def test_our_folder_stays_where_pythonpath_has_it_alone(tmp_path, monkeypatch):
@@ -182,15 +181,28 @@ def test_what_the_trainer_prints_is_kept_unwrapped(monkeypatch, capsys):
         assert capsys.readouterr() == ("", "")
 
 
-def test_files_are_read_and_never_written(tmp_path):
-    path = tmp_path / "metadata_cache.json"
+def test_files_are_written_in_the_scratch_folder_alone(tmp_path):
+    scratch, path = tmp_path / "scratch", tmp_path / "metadata_cache.json"
+    scratch.mkdir()
+    opened = rehearsal.scratch_open(scratch)
     for mode in ("w", "a", "x", "wb"):
-        with rehearsal.open_to_read(path, mode) as file:
+        with opened(path, mode) as file:
             file.write(b"a" if "b" in mode else "a")
     assert not path.exists()
     path.write_text("a")
-    with rehearsal.open_to_read(path, "r", encoding="utf-8") as file:
+    with opened(path, "r", encoding="utf-8") as file:
         assert file.read() == "a"
+    with opened(str(scratch / "state.json"), "w") as file:
+        file.write("a")
+    assert (scratch / "state.json").read_text() == "a"
+
+
+def test_a_state_stays_in_its_file_unless_it_cannot(tmp_path):
+    load = rehearsal.mapped_load(torch.load)
+    for zipped in (True, False):
+        torch.save(torch.ones(3), tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
+        assert load(tmp_path / "a.bin", map_location="cpu").tolist() == [1, 1, 1]
+    assert load(BytesIO((tmp_path / "a.bin").read_bytes())).tolist() == [1, 1, 1]
 
 
 def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch, tmp_path):
@@ -203,26 +215,6 @@ def test_a_link_is_a_checkpoint_if_sd_scripts_finds_its_target(file, monkeypatch
     assert all(map(rehearsal.is_safetensors, names))
     monkeypatch.chdir(tmp_path)
     assert not any(map(rehearsal.is_safetensors, ("models/relative.safetensors", "models")))
-
-
-@pytest.mark.parametrize("dropped", [(), BRAKES[:1], BRAKES[1:], BRAKES])
-def test_what_a_release_drops_of_the_brakes_leaves_the_next(dropped):
-    """test_real_cases.py takes them out of sd-scripts itself."""
-
-    def begin() -> None:
-        accelerator = Accelerator(cpu=True)
-        for brake, argument in zip(BRAKES, (print, "it"), strict=True):
-            if brake not in dropped:
-                getattr(accelerator, brake)(argument)
-        next(iter(accelerator.prepare(DataLoader([1.0]))))
-
-    begin()  # goes through without any
-    with (
-        mock.patch.multiple(Accelerator, **dict.fromkeys(BRAKES, rehearsal.raise_ready)),
-        mock.patch.multiple(DataLoader, **{FIRST_BATCH: rehearsal.raise_ready}),
-        pytest.raises(rehearsal.Ready),
-    ):
-        begin()
 
 
 # ---- Errors, as sd-scripts comes to them ---------------------------------------------------------
@@ -292,7 +284,6 @@ REFUSALS = {
     partial(get_optimizer, ["betas=(0.9,", "0.99)"]): NO_VALUE.format("betas=(0.9,"),
     partial(get_optimizer, ["betas=high"]): NO_VALUE.format("betas=high"),
     partial(get_optimizer, ["eps=-1"], MATRIX): LEARNING,
-    named("state_per_byte", lambda: torch.optim.LBFGS([MATRIX]).step()): LEARNING,
     partial(get_optimizer, []): "the network has nothing to train by --network_args a=b c=d and "
     "--network_dim=4: correct the names in the preset, or the rank",
     named("get_scheduler_fix", lambda: get_scheduler("cosin", AdamW([MATRIX]))): "--lr_scheduler="

@@ -1,7 +1,7 @@
 """SDXL's checkpoint as sd-scripts saves it: names and shapes, and files of the header alone.
 
-Needs sdxl_checkpoint.json beside this file, or in the bundle: the 2,514
-tensors of the file that make_random_sdxl.py makes, as a tree by the dots of their names.
+Needs sdxl_checkpoint.json beside this file, or in the bundle: the 2,514 tensors of a file that
+sd-scripts saves, as a tree by the dots of their names.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def leaves(tree: dict[str, Any], start: str = "") -> Iterator[tuple[str, tuple[i
 
 
 def sdxl_shapes() -> Shapes:
-    places = (folder / "sdxl_checkpoint.json" for folder in (HERE, HERE.parent.parent / "blora/preflight"))
-    return dict(leaves(json.loads(next(filter(Path.is_file, places)).read_text(encoding="utf-8"))))
+    places = HERE, HERE.parent.parent / "blora/preflight"
+    table = next(filter(Path.is_file, (folder / "sdxl_checkpoint.json" for folder in places)))
+    return dict(leaves(json.loads(table.read_text(encoding="utf-8"))))
 
 
 def write_checkpoint(

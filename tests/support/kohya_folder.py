@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASH = shutil.which("bash") or "bash"
 CHECKPOINT = "models/sd_xl_base_1.0.safetensors"
 SCRIPT = "sdxl_train_network.py"
+CHECKPOINT_TABLE = "blora/preflight/sdxl_checkpoint.json"
 # What tests/check.sh installs: the Python of python.org for Windows, which runs in Wine.
 WINDOWS_PYTHON = ROOT / ".venv/windows-python"
 # One record a call, with what tests/support/windows/recorder.c notes too.
@@ -89,8 +90,8 @@ def make_standin(path: Path, *, name: str, gui: bool = False) -> Path:
     scripts.mkdir(parents=True)
     install(path)
     shutil.copytree(ROOT / "tests/standin", scripts, dirs_exist_ok=True)
-    for data in ("sdxl_train_network_options.json", "sdxl_checkpoint.json"):
-        shutil.copy(ROOT / "tests/data" / data, scripts)
+    for data in ("tests/data/sdxl_train_network_options.json", CHECKPOINT_TABLE):
+        shutil.copy(ROOT / data, scripts)
     made = {"make_checkpoint.py": "toy.safetensors", "make_dataset.py": f"_in/lora/sdxl/{name}"}
     for script, argument in made.items():
         subprocess.run([sys.executable, scripts / script, argument], cwd=path, check=True)

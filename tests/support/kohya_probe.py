@@ -25,20 +25,21 @@ from make_random_sdxl import import_models, models_on_meta
 from safetensors.torch import load_file
 from torch import nn
 
+from blora.preflight.trainer import own
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options as sdxl_train_network.py has them when it begins to train."""
     import sdxl_train_network
-    from library import sdxl_train_util, train_util
 
     parser = sdxl_train_network.setup_parser()
-    # It reads --config_file off the command line itself.
+    # It reads --config_file off the command line itself; own() looks where the script lies.
     sys.argv = ["sdxl_train_network.py", *argv]
     args = parser.parse_args(argv)
-    train_util.verify_command_line_training_args(args)
-    args = train_util.read_config_from_file(args, parser)
-    train_util.verify_training_args(args)
-    sdxl_train_util.verify_sdxl_training_args(args)
+    own("verify_command_line_training_args")(args)
+    args = own("read_config_from_file")(args, parser)
+    own("verify_training_args")(args)
+    own("verify_sdxl_training_args")(args)
     return args
 
 

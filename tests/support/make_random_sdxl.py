@@ -21,7 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "standin"))
+
 import torch
+from sdxl_checkpoint import sdxl_shapes
 from torch import nn
 
 CHECKPOINT = "random_sdxl.safetensors"
@@ -43,13 +46,10 @@ def import_models(kohya: Path) -> ModuleType:
 
 
 def models_on_meta(sdxl: ModuleType) -> list[nn.Module]:
-    """sd-scripts' own text encoders, VAE and U-Net, without weights, of an empty checkpoint."""
-    with (
-        patch.object(sdxl, "load_file", return_value={}),
-        patch.object(sdxl, "_load_state_dict_on_device"),
-        patch.object(sdxl, "convert_sdxl_text_encoder_2_checkpoint", return_value=({}, None)),
-        patch.object(sdxl.model_util, "convert_ldm_vae_checkpoint", return_value={}),
-    ):
+    """sd-scripts' own text encoders, VAE and U-Net, of a checkpoint that has no numbers."""
+    shapes = sdxl_shapes().items()
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+    with patch.object(sdxl, "load_file", return_value=tensors):
         return list(sdxl.load_models_from_sdxl_checkpoint(None, CHECKPOINT, "meta")[:4])
 
 

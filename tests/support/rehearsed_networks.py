@@ -16,8 +16,9 @@ from reports import reported
 from sdxl_train_network_options import build_parser
 from torch import nn
 
-from blora.preflight.plan import OUR_NETWORK, Built, backward_pass, built, plan_memory
-from blora.preflight.rehearsal import on_meta
+from blora.preflight.plan import OUR_NETWORK, Built, backward_pass, plan_memory
+from blora.preflight.rehearsal import parameters_of
+from blora.preflight.weightless import on_meta
 
 CONTENT_STYLE = "blora_content_style"
 OPTIONS = (
@@ -67,7 +68,7 @@ def made(
 
 def network(*args: object, **more: object) -> Built:
     """The same, as the plan reads it."""
-    return built(made(*args, **more))
+    return Built(parameters_of(made(*args, **more)))
 
 
 @cache

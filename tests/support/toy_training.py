@@ -8,10 +8,11 @@ which halves the time. Each answer is a line of JSON with the name; what was pri
 the folder, in its name with .out and .err. Run it with the bundle on PYTHONPATH.
 
 The trainer's parser, verification, datasets, loader of checkpoints, network module, optimizer,
-DataLoader, scheduler, loop and saving run as they are, in sd-scripts 0.9 and 0.10. What is a toy:
-every weight of the checkpoint is 0, in memory that nobody writes to; the U-Net, the text encoders
-and the VAE call no layer but the ones that are trained, each on a small input, so that a backward
-pass reaches them; and the checkpoint is not hashed.
+DataLoader, scheduler, loop and saving run as they are, in sd-scripts 0.9, 0.10 and 0.11. What is a
+toy: every weight of the checkpoint is 0, in memory that nobody writes to; the U-Net, the text
+encoders and the VAE call no layer but the ones that are trained, each on a small input, so that a
+backward pass reaches them, and the U-Net's first, which refuses latents of other channels than its
+own; and the checkpoint is not hashed.
 
 Its answer has "outcome" (trained or failed), "error", and what a training was about: whether a step
 was "idle" with a loss of 0; "captions" and "sizes" of the pictures it was shown; "modules" and
@@ -33,10 +34,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from blora.preflight.trainer import own, own_modules
+
+
+def replace(old: Any, new: Any) -> None:
+    """Let every module of sd-scripts that has this very function or class have another."""
+    for names in map(vars, own_modules()):
+        names |= {name: new for name, held in names.items() if held is old}
 
 
 def zeros_of(path: str, device: Any = None) -> dict[str, Tensor]:
@@ -84,7 +94,9 @@ def make_toys(text_encoders: list[nn.Module], vae: nn.Module, unet: nn.Module) -
 
     def unet_forward(x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, **_: Any) -> Tensor:
         assert (context.shape[-1], y.shape[-1]) == (2048, 2816)
-        return x * 0.1 + touch(unet)
+        with torch.no_grad():
+            unet.input_blocks[0][0](x)
+        return x[:, :4] * 0.1 + touch(unet)
 
     def toy_encoder(encoder: nn.Module) -> Any:
         def forward(input_ids: Tensor, **_: Any) -> dict[str, Any]:
@@ -134,21 +146,23 @@ class Seen:
         }
 
 
-def toy_trainer(script: Any, train_util: Any, seen: Seen) -> Any:
-    """sd-scripts' trainer of SDXL LoRAs, with toy models."""
+def recorder(seen: Seen) -> Any:
+    """sd-scripts' LossRecorder, which also tells `seen`."""
 
-    class Recorder(train_util.LossRecorder):
+    class Recorder(own("LossRecorder")):
         def add(self, *, epoch: int, step: int, loss: float) -> None:
             seen.losses.append(loss)
             super().add(epoch=epoch, step=step, loss=loss)
 
-    torch.set_flush_denormal(True)  # the gradients of toys are small, and a CPU is slow with such
-    train_util.LossRecorder = Recorder
-    train_util.calculate_sha256 = lambda _path: "not hashed"
+    return Recorder
+
+
+def toy_trainer(script: Any, seen: Seen) -> Any:
+    """sd-scripts' trainer of SDXL LoRAs, with toy models."""
 
     class ToyTrainer(script.SdxlNetworkTrainer):
         def load_target_model(self, args: Any, dtype: torch.dtype, accelerator: Any) -> Any:
-            script.sdxl_model_util.load_file = zeros_of
+            replace(safetensors.torch.load_file, zeros_of)
             version, encoders, vae, unet = super().load_target_model(args, dtype, accelerator)
             make_toys(encoders, vae, unet)
             return version, encoders, vae, unet
@@ -178,14 +192,15 @@ def ask_trainer(script: str, words: list[str]) -> dict[str, Any]:
     try:
         sys.argv = [script, *words]  # sd-scripts reads --config_file off the command line
         module = importlib.import_module(Path(script).stem)
-        from library import train_util
-
         parser = module.setup_parser()  # as the script itself begins when it is run
         args = parser.parse_args()
-        train_util.verify_command_line_training_args(args)
-        args = train_util.read_config_from_file(args, parser)
+        own("verify_command_line_training_args")(args)
+        args = own("read_config_from_file")(args, parser)
         seen.output_dir = args.output_dir or ""
-        toy_trainer(module, train_util, seen).train(args)
+        replace(own("LossRecorder"), recorder(seen))
+        replace(own("calculate_sha256"), lambda _path: "not hashed")
+        torch.set_flush_denormal(True)  # a CPU is slow with the small gradients of toys
+        toy_trainer(module, seen).train(args)
         if not seen.losses:
             answer |= {"outcome": "failed", "error": "it ended without a step"}
     except (Exception, SystemExit) as error:
