@@ -49,6 +49,7 @@ try:
         raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
     from blora.preflight.checkpoint import NOT_SET, PLACEHOLDER, explain_model
     from blora.preflight.files import check_files
+    from blora.preflight.names import check_file, watch_names
     from blora.preflight.option_warnings import check_options
     from blora.preflight.plan import plan
     from blora.preflight.processes import Started, check_device, check_processes, processes
@@ -137,6 +138,7 @@ def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> 
 
 def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) -> None:
     """Everything that the trainer's own code says of the training, and what it does not say."""
+    watch_names(rehearsal)
     rehearse(training.script, rehearsal)
     pixels = check_pictures(training, rehearsal, report) if rehearsal.group else 0
     conclude(rehearsal, report)
@@ -172,6 +174,7 @@ def check_trainer(training: Training, rehearsal: Rehearsal, report: Report) -> N
         return
     check_release(training.script, report)
     check_files(rehearsal.args, report)
+    attempt(report, "check the names of options", check_file, rehearsal, report)
     if rehearsal.args.dataset_config and not report.errors:
         from blora.preflight.folders import check_config
 

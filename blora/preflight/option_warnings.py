@@ -7,11 +7,13 @@ from argparse import Namespace
 from importlib import metadata
 from typing import Any
 
+from blora.preflight.names import check_network_args
 from blora.preflight.plan import MANY_BLOCKS, Built
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 
 LYCORIS_NETWORKS = ("lycoris.kohya", "blora_network")
+SD_SCRIPTS_NETWORKS = "networks."
 LYCORIS_TESTED = ("3.2.0.post2", "3.4.0", "4.1.3")
 FITTING_PRESET = "preset=lycoris_presets/blora_content_style.toml"
 # An optimizer that finds its own rate takes this as a factor, and 1 is meant. sd-scripts itself
@@ -29,7 +31,9 @@ def check_network(network: Built, args: Namespace, report: Report) -> None:
     if args.network_module in LYCORIS_NETWORKS and not args.dim_from_weights:
         check_preset(network, pairs(args.network_args).get("preset"), report)
         check_lycoris(report)
-    elif args.network_module.startswith("networks.") and "preset" in pairs(args.network_args):
+    elif args.network_module.startswith(SD_SCRIPTS_NETWORKS) and "preset" in pairs(
+        args.network_args
+    ):
         report.warnings.append(
             f"--network_module={args.network_module} takes no preset and trains "
             f"{len(network.modules)} modules: use lycoris.kohya or blora_network for a B-LoRA"
@@ -117,5 +121,9 @@ def check_options(rehearsal: Rehearsal, report: Report) -> None:
         check_network(network, args, report)
         check_dora(rehearsal.network, report)
         check_text_encoders(printed, network, args, report)
+        # How any other module reads its arguments, nobody can tell; a file's network needs none.
+        known = (*LYCORIS_NETWORKS, SD_SCRIPTS_NETWORKS)
+        if args.network_module.startswith(known) and not args.dim_from_weights:
+            check_network_args(rehearsal, report)
     optimizers = rehearsal.accelerator._optimizers
     check_rate([group for each in optimizers for group in each.param_groups], args, report)

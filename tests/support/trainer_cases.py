@@ -528,7 +528,7 @@ NETWORKS = [
     trains("use_tucker and rs_lora", *PLAIN, "use_tucker=True", "rs_lora=True"),
     trains("dropout", *PLAIN, "rank_dropout=0.1", "module_dropout=0.1"),
     trains("dropout in both ways", *PLAIN, "dropout=0.1", "--network_dropout=0.1"),
-    trains("an argument that nobody knows", *PLAIN, "such_a_thing=1"),
+    warns("an argument that nobody knows", "such_a_thing", *PLAIN, "such_a_thing=1"),
     fails("an argument that is no number", "conv_dim=four", *PLAIN, "conv_dim=four"),
     fails("a rank of 0", "network_dim", "--network_dim=0"),
     fails("a rank with a comma", "network_dim", "--network_dim=4,5"),
@@ -727,7 +727,7 @@ FILES = [
     trains("settings in a file without its ending", *settings(GUI, "gui"), less="dataset_config"),
     fails("a file of settings that is not there", "config_file", "--config_file=gui.toml"),
     fails("a file of settings that is no TOML", "gui.toml", *settings("no settings")),
-    trains("a setting in a file that nobody knows", *settings("such_a_thing = 1\n")),
+    warns("a setting in a file that nobody knows", "such_a_thing", *settings("such_a_thing = 1\n")),
     trains("settings in a file in tables", *settings(f"[a]\n{GUI}"), less="dataset_config"),
     fails("a broken setting in a file", "lr_scheduler", *BROKEN_SETTING, less="lr_scheduler"),
 ]
@@ -735,3 +735,27 @@ FILES = [
 OF_DATA = [*RECIPES, *CONFIGS, *FOLDERS, *PICTURES, *CAPTIONS, *CHECKPOINTS]
 OF_TRAINING = [*OF_PRESETS, *NETWORKS, *GOING_ON, *OPTIMIZERS, *SCHEDULERS, *OUTPUTS, *OTHERS]
 CASES = {case.name: case for case in [*OF_DATA, *OF_TRAINING, *SAMPLES, *FILES]}
+
+# ---- Options: names that nobody reads ------------------------------------------------------------
+
+BLOCK_WISE = ("block_dims=4,4", "down_lr_weight=1,1")
+OF_LOKR = ("algo=lokr", "factor=8", "decompose_both=True", "use_conv_cp=True")
+# As kohya_ss asks for a LoCon, whatever LyCORIS reads of it.
+OF_GUI = "conv_dim=4 conv_alpha=4 use_tucker=False use_tucker=False rank_dropout=0 algo=locon"
+OF_GUI = (*OF_GUI.split(), "use_scalar=False", "rank_dropout_scale=False", "train_norm=False")
+OWN_KEYS = 'epoch = 1\nnoise_offset_type = "Original"\nadditional_parameters = "--seed=0"\n'
+SD_LORA = ("--network_module=networks.lora", "--network_args")
+NAMES = [
+    warns("blocks' ranks for LyCORIS", "block_dims, down_lr_weight", *PLAIN, *BLOCK_WISE),
+    warns("an argument misspelt", r"block_size\?", *PLAIN, "blok_size=4"),
+    warns("the same in LyCORIS 3.2.0", r"block_size\?", *PLAIN, "blok_size=4", lycoris=OLD_LYCORIS),
+    trains("arguments of LoKr", *PLAIN, *OF_LOKR),
+    trains("arguments as the GUI gives them", *PLAIN, *OF_GUI),
+    trains("blocks' ranks for sd-scripts' LoRA", *SD_LORA, f"block_dims=4{',4' * 22}"),
+    warns(
+        "an algorithm for sd-scripts' LoRA", r"algo.*conv_dim\?", *SD_LORA, "algo=lora", "con_dim=4"
+    ),
+    warns("a setting misspelt in a file", r"network_dim\?", *settings("network_dimm = 8\n")),
+    trains("the GUI's own settings", *settings(OWN_KEYS + GUI), less="dataset_config"),
+]
+CASES |= {case.name: case for case in NAMES}
