@@ -63,6 +63,7 @@ try:
     from blora.preflight.steps import check_steps, is_unknown, other_optimizer
     from blora.preflight.trainer import check_release
     from blora.preflight.trainer_errors import ended_sentence, frames, refusal
+    from blora.preflight.trainer_warnings import listening, pass_on
     from blora.sheet import check_page, thumbnail_limit
     from blora.text import BloraError, counted, escape_unencodable, printable
 except ImportError as error:
@@ -193,8 +194,12 @@ def check(training: Training) -> Report:
         report.notes.append(note)
     try:
         check_start(training)
-        with trainer_environment(training.script, training.words) as rehearsal:
+        with (
+            trainer_environment(training.script, training.words) as rehearsal,
+            listening() as heard,
+        ):
             check_trainer(training, rehearsal, report)
+            attempt(report, "pass on warnings", pass_on, heard, rehearsal.args, report)
     except BloraError as error:
         report.errors.append(str(error))
     except ImportError as error:  # of what only the pictures need

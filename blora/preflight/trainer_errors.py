@@ -27,14 +27,22 @@ def frames(failure: BaseException) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb(failure.__traceback__)]
 
 
+# sd-scripts says everything twice: "English / Japanese", "English / Japanese: value" or on two
+# lines. A sentence in Japanese has kana in it.
+IN_JAPANESE = re.compile(r"(?: / |\n)[^:\n]*[\u3040-\u30ff].*?(?:\s*: (?P<value>.*))?$", re.DOTALL)
+
+
 def in_english(text: str) -> str:
-    """The English half of a text in two languages: sd-scripts puts Japanese behind " / "."""
-    return text.split(" / ")[0] if re.search(r" / .*[^\x00-\x7f]", text) else text
+    """The English half of a text in two languages, with the value that follows both."""
+    if not (match := IN_JAPANESE.search(text.strip())):
+        return text
+    english, value = text.strip()[: match.start()], match["value"]
+    return english if not value or value in english else f"{english}: {value}"
 
 
 def own_words(failure: BaseException) -> str:
     """An exception's message on one line, in English."""
-    return in_english(one_line(str(failure)))
+    return one_line(in_english(str(failure)))
 
 
 def names_of(failure: BaseException, args: Namespace) -> dict[str, Any]:

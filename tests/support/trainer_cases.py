@@ -758,4 +758,19 @@ NAMES = [
     warns("a setting misspelt in a file", r"network_dim\?", *settings("network_dimm = 8\n")),
     trains("the GUI's own settings", *settings(OWN_KEYS + GUI), less="dataset_config"),
 ]
-CASES |= {case.name: case for case in NAMES}
+
+# ---- Options: what the trainer itself warns of ---------------------------------------------------
+
+SNR = "--zero_terminal_snr"
+ATTN_AND_TYPO = (*OWN, preset("my.toml", f"{ATTENTION}', 'output_blok"))
+TOO_MANY = "down_lr_weight=" + ",".join(["1"] * 9) + " mid_lr_weight=1,1,1,1"
+WARNED = [
+    warns("an SNR of zero without v-prediction", "sd-scripts warns: .*zero_terminal_snr", SNR),
+    warns("the same in classic", "sd-scripts warns: .*zero_terminal_snr", SNR, recipe=CLASSIC),
+    warns("a preset with a name that fits nothing", "LyCORIS warns: .*output_blok", *ATTN_AND_TYPO),
+    warns("more rates than blocks", "sd-scripts warns: .*too long", *SD_LORA, *TOO_MANY.split()),
+    trains("a resolution of buckets that is rounded", dataset("min_bucket_reso = 100")),
+    trains("no upscaling", dataset("bucket_no_upscale = true")),
+    trains("a clip skip of 1", "--clip_skip=1"),
+]
+CASES |= {case.name: case for case in [*NAMES, *WARNED]}
