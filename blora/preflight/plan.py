@@ -116,18 +116,36 @@ def length(args: Namespace, batches: int, processes: int) -> Length:
     return Length(steps, math.ceil(steps / an_epoch))
 
 
+def batch_sizes(dataset: Any) -> list[int]:
+    """Pictures in each batch of an epoch: the last of a bucket may be smaller."""
+    most = dataset.batch_size
+    manager = getattr(dataset, "bucket_manager", None)
+    if manager is None:  # of a --dataset_class
+        return [most] * len(dataset)
+    buckets = [len(bucket) for bucket in manager.buckets]
+    return [min(most, size - start) for size in buckets for start in range(0, size, most)]
+
+
+def batch_in_words(batches: list[int]) -> str:
+    """Sizes of batches: "batch 4", "batches of 1 to 4, 1.5 on average"."""
+    least, most = min(batches, default=0), max(batches, default=0)
+    if least == most:
+        return f"batch {most}"
+    return f"batches of {least} to {most}, {sum(batches) / len(batches):.1f} on average"
+
+
 def plan_length(
     length: Length, batches: list[int], started: Started, args: Namespace, report: Report
 ) -> None:
-    """Steps, epochs, and what a step takes."""
+    """Steps, epochs, and what a step takes; `batches` are the sizes of those of an epoch."""
     if length.steps < 1:
         option = "max_train_steps" if args.max_train_epochs is None else "max_train_epochs"
         report.errors.append(f"--{option}={getattr(args, option)} means zero steps: raise it")
-    sizes = "/".join(str(size) for size in sorted(set(batches)))
     several = f" in each of {started.processes} processes" if started.processes > 1 else ""
     several += f" on {started.machines} machines" if started.machines > 1 else ""
     report.plan["training"] = (
-        f"{counted(length.steps, 'step')}, {counted(length.epochs, 'epoch')}, batch {sizes}"
+        f"{counted(length.steps, 'step')}, {counted(length.epochs, 'epoch')}, "
+        f"{batch_in_words(batches)}"
         f"{several}, {args.mixed_precision or 'no'} mixed precision"
     )
 
@@ -159,6 +177,8 @@ FROM_BLOCK = {
 }
 PARTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
 PIXELS = 1024 * 1024  # of those figures; they grow with pixels and batch alike
+# Parts of the sum, in words.
+OF_OPTIMIZER, OF_STEP = "the optimizer's memory", "working memory of a step"
 SMALL_RANK = 64  # the paper's: a lower one saves little
 
 
@@ -233,18 +253,17 @@ def plan_memory(
 ) -> None:
     """The card's memory as a sum of its parts; what is unknown is named, and not in the sum."""
     lora = network.parameters * bytes_trained(args)
-    parts = {**model_parts(args), "LoRA": lora, "gradients": lora}
+    parts = {**model_parts(args), "LoRA": lora, "its gradients": lora}
     unknown = []
-    optimizer = args.optimizer_type or "AdamW"
     if state is None:
-        unknown.append(f"{optimizer} state")
+        unknown.append(OF_OPTIMIZER)
     else:
-        parts[f"{optimizer} state"] = lora * state
+        parts[OF_OPTIMIZER] = lora * state
     hint = ""
     if args.mixed_precision in (None, "no") or not backward.pixels:
-        unknown.append("activations")
+        unknown.append(OF_STEP)
     else:
-        parts["activations"] = held = activations(backward)
+        parts[OF_STEP] = held = activations(backward)
         if backward.checkpointing and backward.stops_early:
             more = activations(replace(backward, checkpointing=False)) - held
             hint = (
@@ -264,7 +283,7 @@ def check_card(
     """A warning where the card has less memory than the sum."""
     memory, total = card_memory(), sum(parts.values())
     if memory and total > memory:
-        room = memory - total + parts.get("activations", 0)
+        room = memory - total + parts.get(OF_STEP, 0)
         report.warnings.append(
             f"the card has {file_size(memory)} of memory, and this training takes at least "
             f"{file_size(total)} (computed): {memory_advice(room, backward, args)}"
@@ -346,7 +365,8 @@ def known_traits(report: Report) -> dict[str, Trait]:
 
 def plan(rehearsal: Rehearsal, started: Started, pixels: int, report: Report) -> None:
     """Write the plan line by line; `pixels` are those of the largest batch."""
-    args, batches = rehearsal.args, [dataset.batch_size for dataset in rehearsal.datasets]
+    args = rehearsal.args
+    batches = [size for dataset in rehearsal.datasets for size in batch_sizes(dataset)]
     duration = length(args, len(rehearsal.group), started.processes)
     plan_length(duration, batches, started, args, report)
     if rehearsal.network is None:  # deepspeed wraps it

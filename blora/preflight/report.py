@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from blora.text import BloraError, counted, printable, say
 
 LONGEST = 400  # letters of somebody else's words
+WIDTH, INDENT = 100, 12 * " "  # of the plan, whose lines begin with a name
 
 
 @dataclass
@@ -51,6 +53,13 @@ def attempt(report: Report, what: str, step: Callable[..., Any], *args: Any) -> 
         return None
 
 
+def wrapped(line: str) -> str:
+    """A line of the plan in as many as a terminal needs."""
+    return textwrap.fill(
+        line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def print_report(report: Report) -> None:
     """What is wrong on stderr; on stdout the plan, unless the training cannot begin."""
     for kind, sentences in (("error", report.errors), ("warning", report.warnings)):
@@ -59,7 +68,7 @@ def print_report(report: Report) -> None:
     if not report.errors:
         print("This training:")
         for name, text in report.plan.items():
-            print(f"  {name:<9} {printable(text)}")
+            print(wrapped(f"  {name:<9} {printable(text)}"))
         for sentence in report.notes:
             print(f"note: {printable(sentence)}")
         if report.warnings:  # they scroll away under what the trainer prints from here on

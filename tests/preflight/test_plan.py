@@ -71,25 +71,35 @@ def planned(*given: str, machine: int | None = None, without: str = "", **more: 
         ("", "", {"dora_wd": "True"}, "28,385,280 parameters, 113.5 MB"),  # 1280 a module more
         ("", "--dim_from_weights --network_weights=a.pt", {"rank": 8}, "as in a.pt: 3,522,560 "),
         ("network_dim", "", {"rank": 8}, "rank blora_network's default: 3,522,560 parameters, "),
-        ("", "--network_module=lycoris.kohya", {}, "1.20 GB activations"),
-        ("", "", {"trains_text": True}, "1.20 GB activations"),  # then it cannot stop early
-        ("", "", {"preset": "blora_layout_style"}, "1.07 GB activations"),
-        ("", "", {"preset": ("time_embed.0$",)}, "1.20 GB activations"),
-        ("", "", {"preset": ("input_blocks.0.0$",)}, "1.20 GB activations"),
-        ("", "", {"preset": ("input_blocks.4.1.proj_in$",)}, "1.15 GB activations"),
-        ("", "", {"preset": ("out.2$",)}, " 0.0 MB activations"),
+        ("", "--network_module=lycoris.kohya", {}, "1.20 GB working memory of a step"),
+        (
+            "",
+            "",
+            {"trains_text": True},
+            "1.20 GB working memory of a step",
+        ),  # then it cannot stop early
+        ("", "", {"preset": "blora_layout_style"}, "1.07 GB working memory of a step"),
+        ("", "", {"preset": ("time_embed.0$",)}, "1.20 GB working memory of a step"),
+        ("", "", {"preset": ("input_blocks.0.0$",)}, "1.20 GB working memory of a step"),
+        ("", "", {"preset": ("input_blocks.4.1.proj_in$",)}, "1.15 GB working memory of a step"),
+        ("", "", {"preset": ("out.2$",)}, " 0.0 MB working memory of a step"),
         ("", "--mixed_precision=no", {}, "10.27 GB U-Net in 32 bits, 3.27 GB text encoders, "),
-        ("", "--mixed_precision=no", {}, "activations of unknown size"),
+        ("", "--mixed_precision=no", {}, "working memory of a step of unknown size"),
         ("", "--fp8_base_unet", {}, "2.57 GB U-Net in 8 bits, 1.64 GB text encoders, "),
         ("", "--fp8_base", {}, "2.57 GB U-Net in 8 bits, 817.7 MB text encoders, "),
         ("", "--cache_text_encoder_outputs", {}, "5.13 GB U-Net in 16 bits, 112.7 MB LoRA, "),
-        ("", "--full_bf16", {}, "56.4 MB LoRA, 56.4 MB gradients, 225.4 MB prodigy state"),
+        (
+            "",
+            "--full_bf16",
+            {},
+            "56.4 MB LoRA, 56.4 MB its gradients, 225.4 MB the optimizer's memory",
+        ),
         ("cache_latents", "", {}, "167.3 MB VAE, "),
         ("cache_latents", "--no_half_vae", {}, "334.6 MB VAE, "),
-        ("gradient_checkpointing", "", {}, "3.79 GB activations"),
-        ("gradient_checkpointing", "", {"rank": 1024}, "4.64 GB activations"),
+        ("gradient_checkpointing", "", {}, "3.79 GB working memory of a step"),
+        ("gradient_checkpointing", "", {"rank": 1024}, "4.64 GB working memory of a step"),
         # the copies in 16 bits are the LoRA itself
-        ("gradient_checkpointing", "--full_fp16", {}, "3.73 GB activations"),
+        ("gradient_checkpointing", "--full_fp16", {}, "3.73 GB working memory of a step"),
         ("", "--output_dir=a/b", {}, f"saves 1 of 112.7 MB in {Path('a/b')} ("),
         # a state: the LoRA in 32 bits, and four times as much of the optimizer's
         ("", "--save_every_n_steps=999 --save_state", {}, "4 of 112.7 MB and 4 states of 563.6 MB"),
@@ -108,7 +118,10 @@ def test_each_part_of_the_plan_follows_the_options_and_the_network(without, give
 def test_a_plan_has_a_line_for_each():
     report = planned(network=made())
     assert list(report.plan) == ["training", "network", "modules", "rank", "memory", "saves"]
-    assert report.plan["training"] == "3000 steps, 250 epochs, batch 1/2, fp16 mixed precision"
+    assert (
+        report.plan["training"]
+        == "3000 steps, 250 epochs, batches of 1 to 2, 1.3 on average, fp16 mixed precision"
+    )
     assert report.plan["network"] == "blora_network"
     assert re.fullmatch(r"1 of 112.7 MB in _out \([\d.]+ [GM]B free\)", report.plan["saves"])
     assert len(report.modules) == 160
@@ -134,7 +147,12 @@ def test_a_training_is_so_long():
 def test_its_length_is_told_with_what_a_step_takes():
     for duration, batches, started, told in (
         (Length(1, 1), [1], Started(), "1 step, 1 epoch, batch 1"),
-        (Length(24, 2), [8, 1, 8], Started(), "24 steps, 2 epochs, batch 1/8"),
+        (
+            Length(24, 2),
+            [8, 1, 8],
+            Started(),
+            "24 steps, 2 epochs, batches of 1 to 8, 5.7 on average",
+        ),
         (Length(24, 2), [4], Started(2), "24 steps, 2 epochs, batch 4 in each of 2 processes"),
     ):
         report = reported(plan.plan_length, duration, batches, started, options())
@@ -143,6 +161,13 @@ def test_its_length_is_told_with_what_a_step_takes():
         args = options(option)
         report = reported(plan.plan_length, length(args, 12, 1), [1], Started(), args)
         assert report.errors == [f"{option} means zero steps: raise it"]
+
+
+def test_the_batches_are_those_of_the_buckets():
+    manager = SimpleNamespace(buckets=[["a"] * 9, ["b"], []])
+    for batch_size, sizes in {4: [4, 4, 1, 1], 1: [1] * 10, 16: [9, 1]}.items():
+        dataset = SimpleNamespace(batch_size=batch_size, bucket_manager=manager)
+        assert plan.batch_sizes(dataset) == sizes
 
 
 def test_modules_are_told_by_trait_and_block():
@@ -183,19 +208,24 @@ def test_the_unet_it_speaks_of_has_as_many_parameters_as_diffusers_own():
 def test_the_cards_memory_is_a_sum_of_parts():
     assert told_memory(options(), network(), PRODIGY) == (
         "8.44 GB at least, computed: 5.13 GB U-Net in 16 bits, 1.64 GB text encoders, 112.7 MB "
-        "LoRA, 112.7 MB gradients, 450.9 MB prodigy state, 993.0 MB activations "
-        "(without --gradient_checkpointing, which is BLORA_SAVE_MEMORY=0: 2.80 GB more)"
+        "LoRA, 112.7 MB its gradients, 450.9 MB the optimizer's memory, 993.0 MB working memory "
+        "of a step (without --gradient_checkpointing, which is BLORA_SAVE_MEMORY=0: 2.80 GB more)"
     )
     without = told_memory(options("--optimizer_type=Came"), network(), None)
-    assert without.split(" gradients, ")[1].startswith("993.0 MB activations, Came state of unkno")
-    assert " AdamW state" in told_memory(options(without="optimizer_type"), network(), 2.0)
+    assert without.split(" its gradients, ")[1].startswith(
+        "993.0 MB working memory of a step, the optimizer's memory of unkno"
+    )
 
 
 def test_activations_grow_with_the_pixels_of_a_batch():
     for pixels, size in {2 * MEGAPIXEL: "1.99 GB", MEGAPIXEL // 4: "248.2 MB"}.items():
-        assert f"{size} activations" in told_memory(options(), network(), PRODIGY, pixels)
+        assert f"{size} working memory of a step" in told_memory(
+            options(), network(), PRODIGY, pixels
+        )
     # Of a dataset that does not tell its sizes.
-    assert "activations of unknown size" in told_memory(options(), network(), PRODIGY, 0)
+    assert "working memory of a step of unknown size" in told_memory(
+        options(), network(), PRODIGY, 0
+    )
 
 
 def test_so_many_files_and_states_are_there_before_the_last():
@@ -254,7 +284,8 @@ def test_the_first_of_several_machines_saves_and_the_others_need_no_room():
     first, second = (planned(machine=machine, network=made(640)) for machine in (0, 1))
     assert first.plan["training"] == second.plan["training"]
     assert second.plan["training"].startswith(
-        "1500 steps, 250 epochs, batch 1/2 in each of 2 processes on 2 machines, fp16 "
+        "1500 steps, 250 epochs, batches of 1 to 2, 1.3 on average in each of 2 processes on 2 "
+        "machines, fp16 "
     )
     assert first.plan["saves"].startswith("1 of 1.13 GB in _out ")
     assert second.plan["saves"] == "only on the first machine (--machine_rank=0)"

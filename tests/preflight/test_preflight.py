@@ -109,6 +109,16 @@ def test_errors_come_first_and_alone_and_escaped_before_any_rehearsal(capsys):
     )
 
 
+def test_a_long_line_of_the_plan_is_wrapped_and_in_json_whole(capsys):
+    text = ", ".join(["112.7 MB LoRA"] * 8)
+    print_report(Report(plan={"memory": text, "saves": "/" + "a" * 120}))
+    first, second, *others = capsys.readouterr().out.splitlines()[1:]
+    assert first.startswith("  memory    112.7 MB LoRA, ")
+    assert len(first) <= 100
+    assert f"{first[12:]} {second.removeprefix(' ' * 12)}" == text
+    assert others[-1].strip() == "/" + "a" * 120
+
+
 def test_a_warning_stops_nothing_and_is_counted_at_the_end(capsys):
     assert main(["--no_rehearsal", SCRIPT, *LINE, *NO_SAMPLES]) == 0
     printed = capsys.readouterr()

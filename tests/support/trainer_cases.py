@@ -769,7 +769,6 @@ WARNED = [
     warns("the same in classic", "sd-scripts warns: .*zero_terminal_snr", SNR, recipe=CLASSIC),
     warns("a preset with a name that fits nothing", "LyCORIS warns: .*output_blok", *ATTN_AND_TYPO),
     warns("more rates than blocks", "sd-scripts warns: .*too long", *SD_LORA, *TOO_MANY.split()),
-    trains("a resolution of buckets that is rounded", dataset("min_bucket_reso = 100")),
     trains("no upscaling", dataset("bucket_no_upscale = true")),
     trains("a clip skip of 1", "--clip_skip=1"),
 ]
