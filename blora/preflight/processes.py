@@ -21,6 +21,7 @@ class Started:
     machine: int = 0  # this one
     is_chosen: bool = True  # False where accelerate takes all cards by itself
     lacks_multi_gpu: bool = False  # more were wanted
+    cpu_config: str = ""  # the file that sends them to the processor
 
 
 def processes(accelerate: list[str], script: str) -> Started:
@@ -54,6 +55,9 @@ def processes(accelerate: list[str], script: str) -> Started:
         0 if is_lone or machines == 1 else args.machine_rank or 0,
         is_chosen or defaults is not None,
         lacks_multi_gpu=is_lone and not (args.cpu or args.tpu) and max(wanted, machines) > 1,
+        cpu_config=(args.config_file or launch.default_config_file)
+        if not args.cpu and getattr(args, "use_cpu", False)
+        else "",
     )
 
 
@@ -72,10 +76,17 @@ def check_processes(started: Started, report: Report) -> None:
         )
 
 
-def check_device(device: str, accelerate: list[str], report: Report) -> None:
+def check_device(device: str, accelerate: list[str], started: Started, report: Report) -> None:
     """A training on the processor that was not chosen; `device` is accelerate's."""
-    if device == "cpu" and "--cpu" not in accelerate:
+    if "--cpu" in accelerate:
+        return
+    if device == "cpu":
         report.warnings.append(
             "torch finds no graphics card, so the training would run on the processor: "
             "install torch with CUDA"
+        )
+    elif started.cpu_config:
+        report.warnings.append(
+            f'"{started.cpu_config}" has use_cpu: true, so accelerate would train on the processor '
+            "and not on the graphics card: write use_cpu: false there, or run accelerate config"
         )

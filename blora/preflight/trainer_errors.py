@@ -19,7 +19,11 @@ from blora.preflight.report import one_line
 
 ROWS = Path(__file__).with_suffix(".toml")
 OTHERS = "the training would stop: fix the cause given"
-INSTALLED_AS = {"lycoris": "lycoris_lora"}
+INSTALLED_AS = {
+    "lycoris": "lycoris_lora",
+    "optimi": "torch-optimi",
+    "prodigyplus": "prodigy-plus-schedule-free",
+}
 
 
 def frames(failure: BaseException) -> list[FrameType]:
@@ -37,12 +41,15 @@ def in_english(text: str) -> str:
     if not (match := IN_JAPANESE.search(text.strip())):
         return text
     english, value = text.strip()[: match.start()], match["value"]
-    return english if not value or value in english else f"{english}: {value}"
+    return english if not value or value in english else f"{english.rstrip('.')}: {value}"
 
 
 def own_words(failure: BaseException) -> str:
-    """An exception's message on one line, in English."""
-    return one_line(in_english(str(failure)))
+    """An exception's message on one line, in English; of a worker's, without its traceback."""
+    text = str(failure).strip()
+    if text.startswith("Caught ") and "Traceback" in text:
+        text = text.rpartition("\n")[2]
+    return one_line(in_english(text))
 
 
 def names_of(failure: BaseException, args: Namespace) -> dict[str, Any]:
@@ -84,7 +91,10 @@ def row_sentence(failure: BaseException, words: str, args: Namespace) -> str:
     way = " > ".join(frame.f_code.co_name for frame in frames(failure))
     kind = type(failure).__name__
     for row in toml.loads(ROWS.read_text(encoding="utf-8"))["row"]:
-        if match := re.search(row["pattern"], f"{way}: {kind}: {words}"):
+        fits = all(
+            getattr(args, name, None) == value for name, value in row.get("with", {}).items()
+        )
+        if fits and (match := re.search(row["pattern"], f"{way}: {kind}: {words}")):
             names = names_of(failure, args) | match.groupdict()
             try:
                 return f"{row['sentence'].format_map(names)} ({words})"
@@ -100,7 +110,7 @@ def exit_sentence(failure: SystemExit, args: Namespace, printed: str) -> str:
     if not vars(args) and ": error: " in printed:  # argparse's
         words = printed.rpartition(": error: ")[2].splitlines()[0]
         return f"sd-scripts refuses the options: correct them ({words})"
-    return row_sentence(failure, one_line(printed.strip().rpartition("\n")[2]), args)
+    return row_sentence(failure, one_line(in_english(printed.strip().rpartition("\n")[2])), args)
 
 
 def refusal(failure: BaseException, args: Namespace, printed: str) -> str:

@@ -228,6 +228,7 @@ ARGS = Namespace(
     network_module="lycoris.kohya",
     dataset_config="my/config.toml",
     vae=None,
+    resume="my-state",
 )
 MATRIX, BLOCK = nn.Parameter(torch.ones(2, 2)), Transformer2DModel()
 
@@ -272,17 +273,77 @@ def replace_unet_modules() -> None:
         raise ImportError("No xformers / xformersがインストールされていないようです") from None
 
 
+def two_rates() -> None:
+    groups = [{"params": [nn.Parameter(MATRIX.detach())], "lr": rate} for rate in (1.0, 0.5)]
+    for group in groups:
+        group["params"][0].grad = torch.ones(2, 2)
+    prodigyopt.Prodigy(groups).step()
+
+
+def fused() -> None:
+    raise AssertionError(
+        "fused_backward_pass currently only works with optimizer_type Adafactor / "
+        "fused_backward_passは現在optimizer_type Adafactorでのみ機能します"
+    )
+
+
+def resume_from_local_or_hf_if_specified(load: Callable[..., object], *given: object) -> None:
+    Path("cut.bin").write_bytes(b"PK\3\4")
+    load(*given)
+
+
+def load_another_rank() -> None:
+    nn.Linear(2, 2).load_state_dict(nn.Linear(2, 4).state_dict())
+
+
+def load_another_optimizer() -> None:
+    two = [nn.Parameter(MATRIX.detach()), nn.Parameter(MATRIX.detach())]
+    AdamW(two).load_state_dict(AdamW(two[:1]).state_dict())
+
+
+def begin_at_the_end() -> None:
+    words = "max_train_steps should be greater than initial step"
+    raise AssertionError(f"{words} / max_train_stepsは初期ステップより大きい必要があります: 2 vs 2")
+
+
 LEARNING = (
     "--optimizer_type=prodigy refuses --optimizer_args a=b c=d, or its learning rate: correct them"
 )
 NO_VALUE = "--optimizer_args has {}: write each one as NAME=VALUE, without spaces"
+NO_PYTHON = (
+    "--optimizer_args has {}, which is no value of Python: write a number, True, False or None"
+)
+GONE_ON = 'the state in "my-state" is not of this {}: give the {} that it was trained with'
 NOT_READ = 'the dataset config "my/config.toml" cannot be read: correct it'
 REFUSALS = {
     partial(get_optimizer, ["foo=1"], MATRIX): "--optimizer_type=prodigy does not take foo: give "
     "it --optimizer_args of its own, or --optimizer_args left empty",
     partial(get_optimizer, ["decouple"]): NO_VALUE.format("decouple"),
     partial(get_optimizer, ["betas=(0.9,", "0.99)"]): NO_VALUE.format("betas=(0.9,"),
-    partial(get_optimizer, ["betas=high"]): NO_VALUE.format("betas=high"),
+    partial(get_optimizer, ["betas=high"]): NO_PYTHON.format("betas=high"),
+    partial(get_optimizer, ["decouple=true"]): NO_PYTHON.format("decouple=true"),
+    two_rates: "--optimizer_type=prodigy takes one learning rate: leave out --unet_lr and "
+    "--text_encoder_lr, or give both the value of --learning_rate",
+    named("get_optimizer", fused): "--fused_backward_pass cannot be used here: remove it",
+    partial(resume_from_local_or_hf_if_specified, load_another_rank): GONE_ON.format(
+        "network", "--network_dim, --network_module and --network_args"
+    ),
+    partial(resume_from_local_or_hf_if_specified, load_another_optimizer): GONE_ON.format(
+        "optimizer and network", "--optimizer_type and --network_args"
+    ),
+    partial(resume_from_local_or_hf_if_specified, lambda: torch.load("cut.bin")): "the state in "
+    '"my-state" is damaged: resume from another',
+    partial(resume_from_local_or_hf_if_specified, lambda: torch.load("gone.bin")): '"my-state" is '
+    "not a whole saved state: give --resume a folder that --save_state has made, whose name ends "
+    "in -state",
+    partial(resume_from_local_or_hf_if_specified, Accelerator(cpu=True).load_state, "my-state"): (
+        'no saved state in "my-state": correct --resume'
+    ),
+    named("train", begin_at_the_end): "nothing is left to train, since --resume, --initial_step or "
+    "--initial_epoch begins at the end or behind it: raise --max_train_steps or --max_train_epochs",
+    named("__getitem__", lambda: torch.stack([MATRIX, MATRIX[:1]])): "a batch cannot be built, "
+    "because its pictures, masks or cached latents differ in size: give each mask the size of its "
+    "picture, and delete .npz files of earlier trainings",
     partial(get_optimizer, ["eps=-1"], MATRIX): LEARNING,
     partial(get_optimizer, []): "the network has nothing to train by --network_args a=b c=d and "
     "--network_dim=4: correct the names in the preset, or the rank",
@@ -323,11 +384,25 @@ def test_what_it_raises_is_told_by_its_setting(tmp_path, monkeypatch, capsys, ca
     assert refusal(failure, ARGS, f"{printed}\nit\n") == f"{REFUSALS[call]} ({words})"
 
 
+def test_a_rate_of_zero_is_blamed_before_the_preset():
+    empty = raised(named("get_optimizer", lambda: AdamW([])))
+    for option in ("unet_lr", "learning_rate"):
+        told = refusal(empty, Namespace(**{option: 0.0}), "")
+        assert told.startswith(f"--{option}=0 leaves nothing to train: ")
+
+
 def test_its_own_words_are_the_english_ones_on_one_line_of_readable_length():
     expected = {
         "No data / 画像がありません": "No data",
         "a path / with a slash": "a path / with a slash",
         "two\n  lines": "two lines",
+        "it is empty. / キャプションファイルが空です。: a / b.txt": "it is empty: a / b.txt",
+        "it lacks a.png / 見つかりません: a.png": "it lacks a.png",
+        "it is 48.\n48です": "it is 48.",
+        "cannot open /写真/a.png": "cannot open /写真/a.png",
+        "Caught KeyError in DataLoader worker process 0.\nOriginal Traceback\nKeyError: 'a'": (
+            "KeyError: 'a'"
+        ),
         "x" * 400: "x" * 400,
         "x" * 401: "x" * 400 + "...",
     }
@@ -353,6 +428,7 @@ def test_a_package_that_is_missing_is_named():
     )
     for name, module, sentence in (
         ("lycoris", "lycoris.kohya", f"{lacks}lycoris: pip install lycoris_lora"),
+        ("prodigyplus", "a", f"{lacks}prodigyplus: pip install prodigy-plus-schedule-free"),
         ("a", "a.b", unknown),
         ("a.b", "a.b", unknown),
         ("blora_network", "blora_network", not_found),
@@ -427,12 +503,13 @@ def test_accelerate_says_how_many_it_starts(capsys, monkeypatch):
         "accelerate launch --multi_gpu --num_processes 2": Started(2),
         "launch --multi_gpu": Started(),  # as many as there are cards: none
         "launch --cpu --num_processes=2": Started(),
-        "launch --config_file 1.yaml": Started(),
-        f"{TWO} --config_file=3.yaml": Started(2),
-        "launch --config_file=3.yaml --multi_gpu": Started(3),
+        "launch --config_file 1.yaml": Started(cpu_config="1.yaml"),
+        f"{TWO} --config_file=3.yaml": Started(2, cpu_config="3.yaml"),
+        "launch --config_file=3.yaml --multi_gpu": Started(3, cpu_config="3.yaml"),
         # Whatever number is asked for, accelerate starts one.
         LONE: Started(lacks_multi_gpu=True),
-        "launch --config_file=3.yaml": Started(lacks_multi_gpu=True),
+        "launch --config_file=3.yaml": Started(lacks_multi_gpu=True, cpu_config="3.yaml"),
+        "launch --cpu --config_file=1.yaml": Started(),
         f"{LONE} {MEET} --main_process_port=29500": Started(lacks_multi_gpu=True),
         # A rank means nothing where there is one machine.
         f"{TWO} --num_machines=1 --machine_rank=1": Started(2),
@@ -476,9 +553,13 @@ def test_accelerates_refusals_are_errors_in_its_words(capsys):
 
 
 def test_a_device_or_a_number_that_nobody_chose_is_a_warning():
-    assert reported(check_device, "cpu", ["launch"]).warnings == [
+    assert reported(check_device, "cpu", ["launch"], Started(cpu_config="a")).warnings == [
         "torch finds no graphics card, so the training would run on the processor: install torch "
         "with CUDA"
+    ]
+    assert reported(check_device, "cuda", ["launch"], Started(cpu_config="my.yaml")).warnings == [
+        '"my.yaml" has use_cpu: true, so accelerate would train on the processor and not on the '
+        "graphics card: write use_cpu: false there, or run accelerate config"
     ]
     assert reported(check_processes, Started(2, is_chosen=False)).warnings == [
         "accelerate finds 2 graphics cards and will train on all of them, which takes 2 times the "
@@ -489,6 +570,6 @@ def test_a_device_or_a_number_that_nobody_chose_is_a_warning():
         f"of its own: add it to {WHERE}"
     ]
     for device in (("cpu", ["launch", "--cpu"]), ("cuda", ["launch"]), ("mps", [])):
-        assert reported(check_device, *device) == Report()
+        assert reported(check_device, *device, Started()) == Report()
     for started in (Started(), Started(is_chosen=False), Started(2)):
         assert reported(check_processes, started) == Report()
