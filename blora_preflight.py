@@ -48,6 +48,7 @@ try:
     if getattr(blora, "VERSION", "unknown") != VERSION:
         raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
     from blora.preflight.checkpoint import NOT_SET, PLACEHOLDER, explain_model
+    from blora.preflight.counts import check_counts
     from blora.preflight.files import check_files
     from blora.preflight.names import check_file, watch_names
     from blora.preflight.option_warnings import check_options
@@ -140,6 +141,8 @@ def check_pictures(training: Training, rehearsal: Rehearsal, report: Report) -> 
 def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) -> None:
     """Everything that the trainer's own code says of the training, and what it does not say."""
     watch_names(rehearsal)
+    if rehearsal.trainer:
+        check_release(training.script, report)
     rehearse(training.script, rehearsal)
     pixels = check_pictures(training, rehearsal, report) if rehearsal.group else 0
     conclude(rehearsal, report)
@@ -152,7 +155,9 @@ def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) ->
         attempt(report, "work out the plan", plan, rehearsal, started, pixels, report)
         attempt(report, "check the options", check_options, rehearsal, report)
         attempt(report, "check the rehearsed steps", check_steps, rehearsal, report)
-        check_device(rehearsal.accelerator.device.type, training.accelerate, report)
+        attempt(report, "check the numbers", check_counts, rehearsal, started, report)
+        device = rehearsal.accelerator.device.type
+        check_device(device, training.accelerate, started, report)
         check_processes(started, report)
 
 
@@ -173,7 +178,6 @@ def check_trainer(training: Training, rehearsal: Rehearsal, report: Report) -> N
     if rehearsal.missing or rehearsal.failure:
         conclude(rehearsal, report)
         return
-    check_release(training.script, report)
     check_files(rehearsal.args, report)
     attempt(report, "check the names of options", check_file, rehearsal, report)
     if rehearsal.args.dataset_config and not report.errors:

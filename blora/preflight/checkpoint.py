@@ -72,7 +72,7 @@ def other_unet(shapes: dict[str, Shape]) -> str | None:
 
 def explain_model(args: Namespace, failure: BaseException) -> str:
     """A sentence on a U-Net that is not SDXL's, where sd-scripts' loader has refused it; or ""."""
-    path = target_of(Path(args.pretrained_model_name_or_path or ""))
+    path = target_of(Path(getattr(args, "pretrained_model_name_or_path", None) or ""))
     is_loading = any(f.name == "load_target_model" for f in extract_tb(failure.__traceback__))
     if not is_loading or not path.is_file() or path.suffix.lower() != ".safetensors":
         return ""

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from blora import ROOT
 from blora.preflight.processes import Started

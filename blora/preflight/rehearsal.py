@@ -427,11 +427,20 @@ def read_options(path: Path, words: list[str], rehearsal: Rehearsal) -> None:
             rehearsal.missing = f'"{path}" is not a training script of sd-scripts'
             return
         rehearsal.trainer = getattr(script, "SdxlNetworkTrainer", None)
+        verify = own("verify_command_line_training_args", script)
+        read_file = own("read_config_from_file", script)
+    except AttributeError as lacking:  # of a later release
+        rehearsal.missing = str(lacking)
+        return
+    except (Exception, SystemExit) as failure:
+        rehearsal.failure = failure
+        return
+    try:
         parser = script.setup_parser()
         args = parser.parse_args(words)
         args.output_config = False  # it would write a config and exit
-        own("verify_command_line_training_args", script)(args)
-        rehearsal.args = own("read_config_from_file", script)(args, parser)
+        verify(args)
+        rehearsal.args = read_file(args, parser)
         for action in parser._actions:
             action.default = argparse.SUPPRESS
         rehearsal.given = vars(parser.parse_args(words))

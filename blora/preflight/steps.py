@@ -15,14 +15,15 @@ def is_unknown(rehearsal: Rehearsal) -> bool:
 
     What an optimizer's own step raises is the training's.
     """
-    from torch.optim import Optimizer
-
     failure = rehearsal.failure
     if failure is None or is_of_the_rehearsal(failure):
         return failure is not None
+    if not rehearsal.ready or not isinstance(failure, TypeError | AttributeError):
+        return False
+    from torch.optim import Optimizer
+
     steps = [frame for frame in frames(failure) if frame.f_code.co_name == "step"]
-    is_stepping = any(isinstance(frame.f_locals.get("self"), Optimizer) for frame in steps)
-    return rehearsal.ready and not is_stepping and isinstance(failure, TypeError | AttributeError)
+    return not any(isinstance(frame.f_locals.get("self"), Optimizer) for frame in steps)
 
 
 def optimizer_settings(rehearsal: Rehearsal) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from reports import reported
 from sdxl_checkpoint import Shapes, sdxl_shapes, write_checkpoint
 from sdxl_train_network_options import build_parser
 
+from blora.preflight.checkpoint import explain_model
 from blora.preflight.files import check_files, check_folder, read_prompts
 from blora.preflight.folders import check_missing, other_project
 from blora.preflight.report import Report
@@ -36,9 +38,6 @@ FILES = {
     "file": "",
     CONFIG: "",
     "folder/inside": "",
-    "state/optimizer.bin": "",
-    "at_1600/train_state.json": '{"current_epoch": 9, "current_step": 1600}',
-    "at_3000/train_state.json": '{"current_epoch": 9, "current_step": 3000}',
     "prompts.txt": "# a comment\n\na dog # 1\n",
     "prompts.toml": '[prompt]\nwidth = 512\n[[prompt.subset]]\nprompt = "a dog"\n',
     "prompts.json": '["a dog", {"prompt": "a cat", "width": 512}]',
@@ -46,23 +45,16 @@ FILES = {
 NO_CHECKPOINT = f'no checkpoint at "{{}}": correct {BASE} (BLORA_CHECKPOINT in the launcher)'
 NO_PROMPTS = "sampling is on, but no prompts are given: add --sample_prompts"
 NO_FOLDER = '"{}" is not a folder, so nothing can be saved there: correct --{}'
-NO_STEPS = (
-    'the state in "at_{0}" is of step {0}, and --max_train_steps=1600 counts from the beginning: '
-    "raise it"
-)
 NOT_SET = (
     f"no checkpoint is set yet: give your SDXL checkpoint as {BASE} (BLORA_CHECKPOINT in the "
     "launcher)"
 )
-ZERO = "--{0}_every_n_{1}s=0 ends the training after its first {1}: remove it"
 ONE_OF_EACH_CHECK = {
     f"{BASE}=gone.safetensors": NO_CHECKPOINT.format("gone.safetensors"),
     "--base_weights file b": 'no network weights at "b": correct --base_weights',
     "--vae=a/vae.pt": 'no VAE at "a/vae.pt": correct --vae',
-    "--resume=a": 'no saved state in "a": correct --resume',
     "--sample_at_first": NO_PROMPTS,
     "--output_dir=file": NO_FOLDER.format("file", "output_dir"),
-    "--save_every_n_steps=0": ZERO.format("save", "step"),
     "--dataset_config=": "there are no images: give --dataset_config",
 }
 ERRORS = {
@@ -70,16 +62,9 @@ ERRORS = {
     **dict.fromkeys([f"{BASE}=", f"{BASE}=path/to/sd_xl_base_1.0.safetensors"], NOT_SET),
     "--log_tracker_config=a": 'no tracker config at "a": correct --log_tracker_config',
     "--vae=a/b/c": 'no VAE at "a/b/c": correct --vae',  # a name of the hub has one slash
-    "--resume=file": 'no saved state in "file": correct --resume',
-    "--resume=empty": 'no saved state in "empty": correct --resume',
-    **{f"--resume=at_{step}": NO_STEPS.format(step) for step in (1600, 3000)},
     **{f"--sample_every_n_{unit}s=1": NO_PROMPTS for unit in ("step", "epoch")},
     "--logging_dir=file": NO_FOLDER.format("file", "logging_dir"),
     "--output_dir=": "there is no folder to save to: add --output_dir",
-    "--save_every_n_steps=-0": ZERO.format("save", "step"),
-    "--save_every_n_epochs=0": ZERO.format("save", "epoch"),
-    "--validate_every_n_steps=0": ZERO.format("validate", "step"),
-    "--validate_every_n_epochs=0": ZERO.format("validate", "epoch"),
     "--dataset_config=a.toml": 'no dataset config at "a.toml": copy blora_dataset.toml there, or '
     "correct the path",
     "--dataset_config= --train_data_dir=gone": 'no folder of images at "gone": correct '
@@ -93,7 +78,6 @@ def kohya(tmp_path, monkeypatch) -> Path:
     """A folder in which a training could begin; it is the working directory."""
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("a.safetensors"), KNOWN)
-    Path("empty").mkdir()
     for path, text in FILES.items():
         put(path, text)
     return tmp_path
@@ -130,20 +114,11 @@ def test_what_is_there_or_not_looked_for_here_passes_without_a_word():
         "--vae= --train_data_dir=gone",
         "--dataset_config= --in_json=meta.json --train_data_dir=gone",
         "--dataset_config= --train_data_dir=folder",
-        # States: with steps left, or nobody knows how many.
-        "--resume=state",
-        "--resume=me/model/state --resume_from_huggingface",
-        "--resume=at_3000 --max_train_steps=3001",
-        "--resume=at_3000 --max_train_epochs=1",
-        "--resume=at_3000 --initial_step=1",
-        "--resume=at_3000 --initial_epoch=1",
         # Prompts: those that sd-scripts reads, and those that it never reads.
         "--sample_prompts=prompts.txt --sample_at_first",
         "--sample_prompts=prompts.toml --sample_every_n_steps=100",
         "--sample_prompts=prompts.json --sample_every_n_epochs=1",
         "--sample_prompts=gone.md --sample_every_n_steps=0 --sample_every_n_epochs=0",
-        # Numbers that sd-scripts can do with, or refuses itself.
-        "--save_every_n_steps=-1 --save_every_n_epochs=0 --save_n_epoch_ratio=2",
         # Names.
         *(f"--output_name='{name}'" for name in ("hero 1", "ヒーロー", "v1.5", "com10", "a.con")),
         f"--output_name={'x' * 230}",
@@ -159,19 +134,12 @@ def test_a_name_that_is_too_long_for_a_file_is_an_error_and_no_traceback():
 
 
 def test_an_option_that_a_release_does_not_have_is_a_warning_and_the_other_checks_go_on():
-    args = PARSER.parse_args(["--vae=gone.pt", "--save_every_n_steps=0"])
+    args = PARSER.parse_args(["--vae=gone.pt", "--sample_at_first"])
     del args.log_tracker_config
     report = reported(check_files, args)
-    assert {'no VAE at "gone.pt": correct --vae', ZERO.format("save", "step")} < {*report.errors}
+    assert {'no VAE at "gone.pt": correct --vae', NO_PROMPTS} < {*report.errors}
     [warning] = report.warnings
     assert warning.startswith("could not check all options (AttributeError: 'Namespace' object has")
-
-
-def test_a_state_may_lie_in_the_home_folder_and_need_not_say_its_step(kohya, monkeypatch):
-    monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(kohya))
-    for text in ("", "{}", "[]", '{"current_step": null}'):
-        put("state/train_state.json", text)
-        assert check("--resume=~/state") == Report(plan=ANY), text
 
 
 # ---- The checkpoint ------------------------------------------------------------------------------
@@ -233,9 +201,6 @@ FEW_BLOCKS = (
 )
 REFUSED_MODELS = [
     (NO_VAE.format("b.safetensors"), without(VAE)),
-    (OTHER_UNET.format("an inpainting model", 9), SDXL | {CONV_IN: (320, 9, 3, 3)}),
-    (OTHER_UNET.format("a model of its own", 8), SDXL | {CONV_IN: (320, 8, 3, 3)}),
-    (FEW_BLOCKS, {n: shape for n, shape in SDXL.items() if not re.search(DISTILLED, n)}),
     *(
         (f'"b.safetensors" is {kind}, not an SDXL checkpoint: give the one to train on', {k: (1,)})
         for kind, keys in OTHER_MODELS.items()
@@ -247,6 +212,31 @@ REFUSED_MODELS = [
 @pytest.mark.parametrize(("sentence", "shapes"), REFUSED_MODELS)
 def test_a_model_that_sd_scripts_cannot_train_is_named_in_the_error(sentence, shapes):
     assert of_shapes(shapes) == Report([sentence], plan={"base": "b.safetensors"})
+
+
+OTHER_UNETS = {
+    OTHER_UNET.format("an inpainting model", 9): SDXL | {CONV_IN: (320, 9, 3, 3)},
+    OTHER_UNET.format("a model of its own", 8): SDXL | {CONV_IN: (320, 8, 3, 3)},
+    FEW_BLOCKS: {n: shape for n, shape in SDXL.items() if not re.search(DISTILLED, n)},
+    "": SDXL,
+}
+
+
+def load_target_model(failure: Exception) -> None:
+    """As sd-scripts' loader ends."""
+    raise failure
+
+
+@pytest.mark.parametrize("sentence", OTHER_UNETS)
+def test_another_unet_is_named_where_sd_scripts_refuses_it(sentence):
+    assert of_shapes(OTHER_UNETS[sentence]).errors == []
+    args = Namespace(pretrained_model_name_or_path="b.safetensors")
+    with pytest.raises(RuntimeError) as refused:
+        load_target_model(RuntimeError("size mismatch"))
+    assert explain_model(args, refused.value) == sentence
+    assert explain_model(args, RuntimeError("of another place")) == ""
+    args.pretrained_model_name_or_path = None
+    assert explain_model(args, refused.value) == ""
 
 
 def test_a_file_that_is_not_whole_is_an_error():

@@ -27,7 +27,7 @@ from transformers import Adafactor, get_constant_schedule_with_warmup
 from blora.preflight import option_warnings, plan
 from blora.preflight.plan import Length, length, saves
 from blora.preflight.processes import Started
-from blora.preflight.rehearsal import Rehearsal
+from blora.preflight.rehearsal import Rehearsal, parameters_of
 from blora.preflight.report import Report
 from blora.text import file_size
 
@@ -56,7 +56,8 @@ def planned(*given: str, machine: int | None = None, without: str = "", **more: 
     for dataset, batch_size in zip(group.datasets, (1, 2), strict=True):
         dataset.batch_size = batch_size
     args = options("--max_train_epochs=250", *given, without=without)
-    rehearsal = Rehearsal(args=args, group=group, optimizer_state=PRODIGY, **more)
+    modules = parameters_of(more["network"]) if "network" in more else {}
+    rehearsal = Rehearsal(args=args, group=group, optimizer_state=PRODIGY, modules=modules, **more)
     started = Started() if machine is None else Started(2, 2, machine)
     return reported(plan.plan, rehearsal, started, MEGAPIXEL)
 
@@ -385,6 +386,7 @@ def check(
         accelerator=accelerator,
         printed=io.StringIO(printed),
         network=made(**network),
+        modules=parameters_of(made(**network)),
     )
     return reported(option_warnings.check_options, rehearsal)
 

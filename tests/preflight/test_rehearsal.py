@@ -25,6 +25,7 @@ import pytest
 import toml
 import torch
 import voluptuous
+from accelerate import Accelerator
 from accelerate.commands import launch
 from reports import reported
 from safetensors.torch import load_file, save_file

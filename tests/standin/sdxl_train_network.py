@@ -43,11 +43,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import toml
 import torch
 import toy_sdxl
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from library import config_util, train_util
 from PIL import Image
 from prodigyopt import Prodigy
 from sdxl_train_network_options import build_parser
@@ -113,7 +113,7 @@ def load_subset(table: ChainMap[str, Any], args: Namespace) -> Subset:
 
 def load_subsets(args: Namespace) -> list[Subset]:
     """Those of --dataset_config; what a table leaves out, the one around it gives."""
-    config = toml.loads(args.dataset_config.read_text(encoding="utf-8"))
+    config = config_util.load_user_config(args.dataset_config)
     return [
         load_subset(ChainMap(subset, dataset, config.get("general", {})), args)
         for dataset in config["datasets"]
@@ -399,7 +399,10 @@ def setup_parser() -> ArgumentParser:  # as pre-flight asks sd-scripts for it
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = setup_parser().parse_args(argv)
+    parser = setup_parser()
+    args = parser.parse_args(argv)
+    train_util.verify_command_line_training_args(args)
+    args = train_util.read_config_from_file(args, parser)
     for name in REFUSED:
         if getattr(args, name):
             sys.exit(f"error: the stand-in does not do --{name}")

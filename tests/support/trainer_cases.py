@@ -772,4 +772,28 @@ WARNED = [
     trains("no upscaling", dataset("bucket_no_upscale = true")),
     trains("a clip skip of 1", "--clip_skip=1"),
 ]
-CASES |= {case.name: case for case in [*NAMES, *WARNED]}
+
+# ---- Options: numbers that cancel each other -----------------------------------------------------
+
+LONG_WARM_UP = ("--max_train_steps=4", "--lr_warmup_steps=5")
+STABLE = ("--lr_scheduler=warmup_stable_decay", "--max_train_steps=4", "--lr_decay_steps=2")
+SHARES = settings("lr_warmup_steps = 2.0\n")
+BACKWARDS = ("--min_timestep=900", "--max_timestep=100")
+LATE = ("--sample_every_n_steps=9", "--sample_prompts=p.txt", write("p.txt", "a dog --s 1\n"))
+COUNTS = [
+    warns("a warm-up longer than the training", "only 60 %.*lr_warmup_steps", *LONG_WARM_UP),
+    warns("a warm-up as long", "lr_warmup_steps", *LONG_WARM_UP[:1], "--lr_warmup_steps=4"),
+    warns("a warm-up of twice the training", "warmup", *SHARES, less="lr_warmup_steps"),
+    warns("a warm-up into the decay", "lr_warmup_steps", *STABLE, "--lr_warmup_steps=3"),
+    trains("a warm-up, a pause, a decay", *STABLE, "--lr_warmup_steps=1"),
+    trains("a warm-up without a schedule", *FREE, *LONG_WARM_UP, before_0_10="optimizer_type"),
+    warns("accumulation above an epoch", "accumulation.*8", "--gradient_accumulation_steps=9"),
+    trains("accumulation of an epoch", "--gradient_accumulation_steps=8"),
+    warns("timesteps backwards", "min_timestep", *BACKWARDS, before_0_10="min_timestep"),
+    trains("timesteps", "--min_timestep=100", "--max_timestep=900"),
+    warns(
+        "samples by steps and epochs", "ignored", EACH_STEP, "--sample_every_n_epochs=1", *LATE[1:]
+    ),
+    trains("samples after the end", *LATE, samples=[]),
+]
+CASES |= {case.name: case for case in [*NAMES, *WARNED, *COUNTS]}
