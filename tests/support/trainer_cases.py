@@ -796,4 +796,34 @@ COUNTS = [
     ),
     trains("samples after the end", *LATE, samples=[]),
 ]
-CASES |= {case.name: case for case in [*NAMES, *WARNED, *COUNTS]}
+
+# ---- Options: sentences that name the one that is wrong ------------------------------------------
+
+PLUS = optimizer("prodigyplus.ProdigyPlusScheduleFree", rate="1")
+TEN = ("--lr_scheduler_args", "T_max=ten")
+NO_CAPTION = r"000\.txt.*\(caption file is empty: .*000\.txt\)"
+SENTENCES = [
+    fails("no rate for the U-Net", "^--unet_lr=0 ", "--unet_lr=0"),
+    fails("no rate", "^--learning_rate=0 ", "--learning_rate=0"),
+    fails("a step in the backward pass", "^--fused_backward_pass ", "--fused_backward_pass"),
+    fails("true in small letters", "write.* True", *PRODIGY, "use_bias_correction=true"),
+    fails("an optimizer whose package has another name", "install prodigy-plus", *PLUS),
+    fails("an optimizer without its package's name", r"package\.Name", "--optimizer_type=CAME"),
+    fails("two optimizers", "--use_8bit_adam and --optimizer_type", "--use_8bit_adam"),
+    fails(
+        "bucket steps of 48 need no newer release",
+        "32.*config ",
+        "--bucket_reso_steps=48",
+        before_0_10="64",
+    ),
+    fails("a scheduler's argument that is no number", "T_max=ten", ANNEALING, *TEN),
+    fails(
+        "a scheduler's argument misspelt",
+        "lr_scheduler_type.*lr_scheduler_args",
+        ANNEALING,
+        "--lr_scheduler_args",
+        "T_mx=10",
+    ),
+    fails("an empty caption", NO_CAPTION, *captions("")),
+]
+CASES |= {case.name: case for case in [*NAMES, *WARNED, *COUNTS, *SENTENCES]}
