@@ -16,7 +16,7 @@ from blora.text import first_few, shortened
 
 # What the kohya_ss GUI writes into its --config_file for itself, in any of its versions.
 OF_THE_GUI = set(
-    "additional_parameters blocks_to_swap epoch lora_network_weights loraplus_lr_ratio "
+    "additional_parameters blocks_to_swap epoch huber_scale lora_network_weights loraplus_lr_ratio "
     "loraplus_text_encoder_lr_ratio loraplus_unet_lr_ratio lowvram noise_offset_type "
     "stop_text_encoder_training use_wandb".split()
 )
