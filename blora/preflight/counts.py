@@ -15,8 +15,11 @@ from blora.text import counted
 TIMESTEPS = 1000  # of SDXL
 
 
-def check_warm_up(rehearsal: Rehearsal, training: Length, report: Report) -> None:
-    """A warm-up that is not over when the training is: the schedule itself is asked."""
+def check_warm_up(rehearsal: Rehearsal, training: Length, started: Started, report: Report) -> None:
+    """A warm-up that is not over when the training is: the schedule itself is asked.
+
+    Each process moves it on by one at every step.
+    """
     lambdas = [
         rate
         for schedule in rehearsal.accelerator._schedulers
@@ -24,7 +27,7 @@ def check_warm_up(rehearsal: Rehearsal, training: Length, report: Report) -> Non
     ]
     if not (lambdas and rehearsal.args.lr_warmup_steps and training.steps > 0):
         return
-    highest = max(lambdas[0](step) for step in range(training.steps))
+    highest = max(lambdas[0](step) for step in range(training.steps * started.processes))
     if highest < 1:
         report.warnings.append(
             f"the learning rate reaches only {int(highest * 100)} % of what is given, since "
@@ -87,7 +90,7 @@ def check_counts(rehearsal: Rehearsal, started: Started, report: Report) -> None
     """Every check of this file."""
     args, batches = rehearsal.args, len(rehearsal.group)
     training = length(args, batches, started.processes)
-    check_warm_up(rehearsal, training, report)
+    check_warm_up(rehearsal, training, started, report)
     check_accumulation(math.ceil(batches / started.processes), args, report)
     check_timesteps(args, report)
     check_sampling(training, args, report)

@@ -35,6 +35,7 @@ def test_a_warm_up_has_to_end_before_the_training(schedule):
         "the learning rate reaches only 79 % of what is given, since --lr_warmup_steps=500 is too "
         "long for 400 steps: lower it (--lr_warmup_steps=0 is none)"
     )
+    assert said("--lr_warmup_steps=500", schedule=schedule, warm_up=500, processes=2) == Report()
     assert said("--lr_warmup_steps=399", schedule=schedule, warm_up=399) == Report()
     assert said(schedule=schedule) == Report()
 
