@@ -16,23 +16,23 @@ TIMESTEPS = 1000  # of SDXL
 
 
 def check_warm_up(rehearsal: Rehearsal, training: Length, started: Started, report: Report) -> None:
-    """A warm-up that is not over when the training is: the schedule itself is asked.
-
-    Each process moves it on by one at every step.
-    """
+    """A warm-up that is not over when the training is: the schedule itself is asked."""
     lambdas = [
         rate
         for schedule in rehearsal.accelerator._schedulers
         for rate in getattr(schedule.scheduler, "lr_lambdas", ())
     ]
-    if not (lambdas and rehearsal.args.lr_warmup_steps and training.steps > 0):
+    warm_up, steps = rehearsal.args.lr_warmup_steps, training.steps
+    # Each process moves the schedule on at every step; that of the rehearsal is for one.
+    is_over = started.processes > 1 and (warm_up or 0) < steps * started.processes
+    if not lambdas or not warm_up or is_over or steps < 1:
         return
-    highest = max(lambdas[0](step) for step in range(training.steps * started.processes))
+    highest = max(lambdas[0](step) for step in range(steps))
     if highest < 1:
         report.warnings.append(
             f"the learning rate reaches only {int(highest * 100)} % of what is given, since "
-            f"--lr_warmup_steps={rehearsal.args.lr_warmup_steps} is too long for "
-            f"{counted(training.steps, 'step')}: lower it (--lr_warmup_steps=0 is none)"
+            f"--lr_warmup_steps={warm_up} is too long for "
+            f"{counted(steps, 'step')}: lower it (--lr_warmup_steps=0 is none)"
         )
 
 
