@@ -28,7 +28,7 @@ def check_warm_up(rehearsal: Rehearsal, training: Length, started: Started, repo
     if not lambdas or not warm_up or is_over or steps < 1:
         return
     highest = max(lambdas[0](step) for step in range(steps))
-    if highest < 1:
+    if highest < 1 - 1e-9:
         report.warnings.append(
             f"the learning rate reaches only {int(highest * 100)} % of what is given, since "
             f"--lr_warmup_steps={warm_up} is too long for "
