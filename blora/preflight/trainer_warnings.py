@@ -37,13 +37,14 @@ def listening() -> Iterator[list[logging.LogRecord]]:
 # What pre-flight says in its own words, LyCORIS says of every preset and DoRA, or is Japanese.
 SAID_ELSEWHERE = re.compile(
     "no regularization images|reg images are not used|ignore (duplicated )?subset|get image size|"
-    "learning rate is too low|recommend option|ignoring the following options|Prompt was truncated|"
+    "learning rate is too low|only the first one|recommend option|git commit hash|"
+    "ignoring the following options|Prompt was truncated|"
     r"target module classes|will ignore network_dropout|^\S*[\u3040-\u30ff]"
 )
 OF_PICTURES = "load_dreambooth_dir"  # the function that lists pictures without a caption
 # Something else is trained than was asked for; the rest is advice.
 ELSE_TRAINED = re.compile(
-    "training will be unexpected|does not support it|only the first one|Parameters after|"
+    "training will be unexpected|does not support it|Parameters after|"
     "modules are skipped|No modules matched the following target names"
 )
 
