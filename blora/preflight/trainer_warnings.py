@@ -34,18 +34,18 @@ def listening() -> Iterator[list[logging.LogRecord]]:
         logging.setLogRecordFactory(make)
 
 
-# What pre-flight says in its own words, LyCORIS says of every preset and DoRA, or is Japanese.
+# What pre-flight says in its own words, LyCORIS of every preset, or is Japanese.
 SAID_ELSEWHERE = re.compile(
     "no regularization images|reg images are not used|ignore (duplicated )?subset|get image size|"
     "learning rate is too low|only the first one|recommend option|git commit hash|"
     "ignoring the following options|Prompt was truncated|"
-    r"target module classes|will ignore network_dropout|^\S*[\u3040-\u30ff]"
+    r"target module classes|^\S*[\u3040-\u30ff]"
 )
 OF_PICTURES = "load_dreambooth_dir"  # the function that lists pictures without a caption
 # Something else is trained than was asked for; the rest is advice.
 ELSE_TRAINED = re.compile(
     "training will be unexpected|does not support it|Parameters after|"
-    "modules are skipped|No modules matched the following target names"
+    "modules are skipped|will ignore network_dropout|No modules matched the following target names"
 )
 
 
@@ -57,11 +57,15 @@ def speaker(record: logging.LogRecord) -> str:
     return "sd-scripts" if own else ""
 
 
-def is_default(text: str, args: Namespace) -> bool:
-    """Whether LyCORIS misses names of its own list, which is for many models, not of a preset's."""
+def is_idle(text: str, args: Namespace) -> bool:
+    """Whether LyCORIS speaks of what was not asked for: dropout, or names of its own list."""
+    given = dict(str(item).partition("=")[::2] for item in args.network_args or ())
+    if "network_dropout" in text:
+        return not (args.network_dropout or given.get("dropout"))
+    if "target names" not in text:
+        return False
     key = "unet_target_name" if text.startswith("UNet") else "text_encoder_target_name"
-    items = [str(item).partition("=")[2] for item in args.network_args or ()]
-    files = [Path(value) for value in items if value.endswith(".toml")]
+    files = [Path(value) for value in given.values() if value.endswith(".toml")]
     return not any(key in file.read_text(encoding="utf-8") for file in files)
 
 
@@ -72,7 +76,7 @@ def pass_on(heard: list[logging.LogRecord], args: Namespace, report: Report) -> 
         is_said = SAID_ELSEWHERE.search(text) or record.funcName == OF_PICTURES
         if record.levelno != logging.WARNING or is_said or not speaker(record):
             continue
-        if "target names" in text and is_default(text, args):
+        if record.name == "LyCORIS" and is_idle(text, args):
             continue
         sentence = f"{speaker(record)} warns: {text}"
         sentences = report.warnings if ELSE_TRAINED.search(text) else report.notes

@@ -27,7 +27,7 @@ def passed_on(*texts: str, name: str = "library.x", args: str = "") -> list[str]
     with listening() as heard:
         for text in texts:
             logging.getLogger(name).warning(text)
-    report = reported(pass_on, heard, Namespace(network_args=args.split()))
+    report = reported(pass_on, heard, Namespace(network_args=args.split(), network_dropout=None))
     return [f"warning: {text}" for text in report.warnings] + [f"note: {t}" for t in report.notes]
 
 
@@ -79,3 +79,10 @@ def test_a_name_that_fits_nothing_counts_where_it_is_the_presets(tmp_path):
     assert passed_on(NOT_FOUND, name="LyCORIS", args="preset=full") == []
     preset.write_text("enable_conv = true")
     assert passed_on(NOT_FOUND, name="LyCORIS", args=f"preset={preset}") == []
+
+
+def test_dropout_that_dora_ignores_counts_where_it_was_asked_for():
+    text = "Using weight_decompose=True with LoRA (DoRA) will ignore network_dropout."
+    assert passed_on(text, name="LyCORIS", args="dora_wd=True") == []
+    asked = passed_on(text, name="LyCORIS", args="dora_wd=True dropout=0.1")
+    assert asked == [f"warning: LyCORIS warns: {text}"]

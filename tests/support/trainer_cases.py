@@ -761,6 +761,7 @@ NAMES = [
 
 # ---- Options: what the trainer itself warns of ---------------------------------------------------
 
+DORA = "dora_wd=True"
 SNR = "--zero_terminal_snr"
 ATTN_AND_TYPO = (*OWN, preset("my.toml", f"{ATTENTION}', 'output_blok"))
 TOO_MANY = "down_lr_weight=" + ",".join(["1"] * 9) + " mid_lr_weight=1,1,1,1"
@@ -769,6 +770,7 @@ WARNED = [
     warns("the same in classic", "sd-scripts warns: .*zero_terminal_snr", SNR, recipe=CLASSIC),
     warns("a preset with a name that fits nothing", "LyCORIS warns: .*output_blok", *ATTN_AND_TYPO),
     warns("more rates than blocks", "sd-scripts warns: .*too long", *SD_LORA, *TOO_MANY.split()),
+    warns("dropout for DoRA", "LyCORIS warns: .*dropout", *PLAIN, DORA, "--network_dropout=0.1"),
     trains("no upscaling", dataset("bucket_no_upscale = true")),
     trains("a clip skip of 1", "--clip_skip=1"),
 ]
