@@ -19,8 +19,16 @@ if not (KOHYA_ROOT and KOHYA_PYTHON):
     )
 # Commands run in other folders. A venv's python must stay the link that it is.
 KOHYA_ROOT, KOHYA_PYTHON = str(Path(KOHYA_ROOT).absolute()), str(Path(KOHYA_PYTHON).absolute())
-BEFORE_0_10 = "validation_split" not in Path(KOHYA_ROOT, "train_network.py").read_text("utf-8")
 SUPPORT = ROOT / "tests/support"
+
+
+def has_option(name: str) -> bool:
+    """Whether this release has an option, by its code."""
+    sources = [*Path(KOHYA_ROOT).glob("*.py"), *Path(KOHYA_ROOT, "library").glob("*.py")]
+    return any(f'"--{name}"' in source.read_text("utf-8") for source in sources)
+
+
+BEFORE_0_10 = not has_option("validation_split")
 
 
 def kohya_python(

@@ -236,6 +236,7 @@ class Case:
     recipe: str = FAST
     truth: dict[str, Any] = field(default_factory=dict)
     before_0_10: str = ""  # a pattern in the error, where sd-scripts 0.9 fails and 0.10 trains
+    without: dict[str, str] = field(default_factory=dict)  # the same, where it lacks this option
     lycoris: str = ""  # another release than the newest
     after: str = ""  # the case whose output is copied into the folder as "before"
 
@@ -732,9 +733,26 @@ FILES = [
     fails("a broken setting in a file", "lr_scheduler", *BROKEN_SETTING, less="lr_scheduler"),
 ]
 
+INPAINTING, LEFT_OUT = "train_inpainting", "skip_image_resolution"
+NINE_CHANNELS, AS_ONE = (THIS, checkpoint(more=MASKED)), f"--{INPAINTING}"
+inpaints = partial(trains, recipe=CLASSIC, without={INPAINTING: f"inpaint|{INPAINTING}"})
+leaves_out = partial(trains, without={LEFT_OUT: LEFT_OUT})
+LARGE = picture("004.png", (128, 128))
+OF_NEW_RELEASES = [
+    fails("an inpainting checkpoint with classic", "inpaint", *NINE_CHANNELS, recipe=CLASSIC),
+    inpaints("an inpainting checkpoint, trained as one", *NINE_CHANNELS, AS_ONE),
+    inpaints("a usual checkpoint, trained for inpainting", AS_ONE),
+    fails("training for inpainting beside a cache", f"cache_latents|{INPAINTING}", AS_ONE),
+    leaves_out("no picture is small enough to be left out", f"--{LEFT_OUT}=32"),
+    leaves_out("small pictures left out", f"--{LEFT_OUT}=64", LARGE),
+    leaves_out("small pictures left out by the config", LARGE, dataset(f"{LEFT_OUT} = 64")),
+    fails("every picture left out", f"no picture|{LEFT_OUT}", f"--{LEFT_OUT}=64"),
+]
+
 OF_DATA = [*RECIPES, *CONFIGS, *FOLDERS, *PICTURES, *CAPTIONS, *CHECKPOINTS]
 OF_TRAINING = [*OF_PRESETS, *NETWORKS, *GOING_ON, *OPTIMIZERS, *SCHEDULERS, *OUTPUTS, *OTHERS]
-CASES = {case.name: case for case in [*OF_DATA, *OF_TRAINING, *SAMPLES, *FILES]}
+OF_USE = [*SAMPLES, *FILES, *OF_NEW_RELEASES]
+CASES = {case.name: case for case in [*OF_DATA, *OF_TRAINING, *OF_USE]}
 
 # ---- Options: names that nobody reads ------------------------------------------------------------
 
