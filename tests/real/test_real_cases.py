@@ -9,6 +9,7 @@ forks: not on Windows.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -146,6 +147,68 @@ def test_a_release_that_drops_a_brake_is_stopped_by_the_next(bench, answers, tmp
     expected = answers[case.name]["preflight"]
     assert report["plan"].keys() == expected["plan"].keys()
     assert report | {"plan": None} == expected | {"plan": None}
+
+
+# ---- Functions that moved ------------------------------------------------------------------------
+
+# What pre-flight asks for, and what the trainer's own answers come from.
+MOVED = """
+  BaseDataset DreamBoothDataset FineTuningDataset DatasetGroup LossRecorder calculate_sha256
+  get_optimizer glob_images is_disk_cached_latents_is_expected line_to_prompt_dict load_image
+  load_models_from_sdxl_checkpoint load_target_model load_user_config read_config_from_file
+  trim_and_resize_if_required verify_command_line_training_args verify_training_args
+""".split()
+ASKED = [
+    "the fast recipe",
+    "the classic recipe",
+    "an unknown key",
+    "the same folder twice",
+    "folders as the GUI names them",
+    "a picture of the ending .gif",
+    "a photo stored sideways",
+    "a picture that is cut off",
+    "a cache that an older picture left",
+    "a caption of 80 words",
+    "a folder that is no diffusers model",
+    "resuming from nothing",
+    "an optimizer of no name",
+    "AdamW with Prodigy's arguments",
+    "a prompt with --w abc",
+    "settings in a file",
+]
+
+
+def move_functions(kohya: Path) -> None:
+    """Each of MOVED into a module of its own, which knows what its code names and no more.
+
+    The module that had it imports it from there, as releases do that move one.
+    """
+    for path in list(kohya.glob("library/*.py")):
+        text = path.read_text(encoding="utf-8-sig")
+        lines, home = text.splitlines(), f"vars(sys.modules['library.{path.stem}'])"
+        for node in reversed(ast.parse(text).body):
+            if getattr(node, "name", "") in MOVED:
+                first = min(part.lineno for part in (node, *node.decorator_list))
+                names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                take = f"update({{n: v for n, v in {home}.items() if n in {names}}})"
+                module = f"{path.stem}_{node.name}"
+                moved = [f"import sys\nglobals().{take}", *lines[first - 1 : node.end_lineno]]
+                path.with_name(f"{module}.py").write_text("\n".join(moved), encoding="utf-8")
+                lines[first - 1 : node.end_lineno] = [f"from library.{module} import {node.name}"]
+                lines += [f"import sys\nvars(sys.modules['library.{module}']).{take}"]
+        path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in sd-scripts
+def test_a_release_that_moves_its_functions_changes_nothing_that_is_said(bench, tmp_path):
+    kohya, cases = tmp_path / "sd-scripts", [CASES[name] for name in ASKED]
+    shutil.copytree(bench.kohya, kohya)
+    move_functions(kohya)
+    as_it_is = ask_preflight(replace(bench, root=tmp_path / "as it is"), cases)
+    moved = ask_preflight(replace(bench, root=tmp_path / "moved", kohya=kohya), cases)
+    for name in ASKED:
+        assert moved[name] | {"plan": None} == as_it_is[name] | {"plan": None}
+        assert (moved[name]["plan"] or {}).keys() == (as_it_is[name]["plan"] or {}).keys()
 
 
 # ---- What they say -------------------------------------------------------------------------------
