@@ -3,9 +3,10 @@
 #
 #   bash tests/real.sh <sd-scripts> [options of pytest]
 #
-#   bash tests/real.sh v0.10.1                      # a release: cloned into .real/, a venv made for it
+#   bash tests/real.sh v0.11.1                      # a release: cloned into .real/, a venv made for it
+#   bash tests/real.sh main                         # the newest there is, or a commit by its number
 #   bash tests/real.sh ~/sd-scripts                 # a folder with a checkout, which is only read
-#   bash tests/real.sh v0.10.1 -k test_real_cases   # a part: the others say "not run" in the rows
+#   bash tests/real.sh v0.11.1 -k test_real_cases   # a part: the others say "not run" in the rows
 #
 # Each of these adds to it, set before the command:
 #   KOHYA_PYTHON=<python>           one that has sd-scripts' packages, LyCORIS and torch: no venv is made
@@ -25,10 +26,10 @@ shift
 if [[ -d "$OLDPWD/$asked" ]]; then asked="$OLDPWD/$asked"; fi
 if [[ -d "$asked" ]]; then
   KOHYA_ROOT="$(cd -- "$asked" && pwd)"
-elif [[ "$asked" =~ ^v[0-9.]+$ ]]; then
+elif [[ "$asked" =~ ^(v[0-9.]+|main|[0-9a-f]{7,40})$ ]]; then
   KOHYA_ROOT="$PWD/.real/$asked"
 else
-  echo "\"$asked\" is neither a folder nor a release such as v0.10.1" >&2
+  echo "\"$asked\" is neither a folder nor a release such as v0.11.1, main or a commit" >&2
   exit 1
 fi
 release="$(basename -- "$KOHYA_ROOT")"
@@ -57,9 +58,11 @@ fi
 if [[ ! -d "$KOHYA_ROOT" ]]; then
   mkdir -p .real
   rm -rf "$KOHYA_ROOT.part"
-  git clone --quiet -c advice.detachedHead=false --branch "$asked" \
-    https://github.com/kohya-ss/sd-scripts "$KOHYA_ROOT.part"
+  git clone --quiet --no-checkout https://github.com/kohya-ss/sd-scripts "$KOHYA_ROOT.part"
+  git -C "$KOHYA_ROOT.part" -c advice.detachedHead=false checkout --quiet "$asked"
   mv "$KOHYA_ROOT.part" "$KOHYA_ROOT"
+elif [[ "$KOHYA_ROOT" == "$PWD/.real/main" ]]; then
+  git -C "$KOHYA_ROOT" pull --quiet
 fi
 if [[ -z "${KOHYA_PYTHON:-}" ]]; then
   KOHYA_PYTHON="$venv/bin/python"

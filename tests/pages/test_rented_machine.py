@@ -37,7 +37,7 @@ SUBSTITUTES = {
     r"tmux .*": "",
     r"ssh root@<address>": "",
     r"ls -d .*-state": "",  # the stand-in saves none
-    r"git clone --branch v0\.10\.1 \S+/kohya-ss/sd-scripts (~/sd-scripts)": r'cp -r "$STANDIN" \1',
+    r"git clone --branch v0\.11\.1 \S+/kohya-ss/sd-scripts (~/sd-scripts)": r'cp -r "$STANDIN" \1',
     r"git clone <this repository> (~/blora)": r'cp -r "$BUNDLE" \1',
     r"pip install torch==.*": LEND,
     r"pip install .*": "",

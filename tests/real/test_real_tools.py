@@ -281,7 +281,7 @@ def going_on(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
         "save": {path(n): path(f"{n}, trained") for n in ("alone", "half the alpha", "DoRA")},
     }
     probe = [SUPPORT / "kohya_probe.py", KOHYA_ROOT]
-    answer = json.loads(kohya_python(*probe, cwd=ROOT, question=question))
+    answer = json.loads(kohya_python(*probe, cwd=ROOT, path=ROOT, question=question))
     return folder, {Path(file).stem: told for file, told in answer["loaded"].items()}
 
 

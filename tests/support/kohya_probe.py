@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     parser = sdxl_train_network.setup_parser()
     # It reads --config_file off the command line itself; own() looks where the script lies.
-    sys.argv = ["sdxl_train_network.py", *argv]
+    sys.argv = [sdxl_train_network.__file__, *argv]
     args = parser.parse_args(argv)
     own("verify_command_line_training_args")(args)
     args = own("read_config_from_file")(args, parser)
