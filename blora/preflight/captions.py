@@ -29,7 +29,7 @@ def check_caption_files(folder: Folder, report: Report) -> None:
     count, extension = len(folder.pictures), folder.caption_extension
     others = other_captions(missing, folder)
     names = first_few(picture.path.name for picture in missing)
-    without = f'{len(missing)} of {count} images in "{folder.path}" have no {extension} caption'
+    without = f'{len(missing)} of {count} images in "{folder.name}" have no {extension} caption'
     instead = f'"{folder.class_tokens}", the class_tokens'
     if others:
         report.warnings.append(
@@ -41,6 +41,30 @@ def check_caption_files(folder: Folder, report: Report) -> None:
         report.warnings.append(f"{without}: {names}")
     elif len(missing) < count:
         report.notes.append(f"{without} and are trained as {instead}: {names}")
+
+
+def check_listed_captions(folder: Folder, report: Report) -> None:
+    """Pictures to which a metadata_file gives no word, or none that is trained."""
+    if not folder.metadata:
+        return
+    empty = [picture.path.name for picture in folder.pictures if not picture.caption.strip()]
+    text = folder.metadata.read_text(encoding="utf-8", errors="replace") if empty else ""
+    has_lost_tags = folder.has_wildcards and '"tags"' in text
+    if empty:
+        report.warnings.append(
+            f'{len(empty)} of {len(folder.pictures)} images in "{folder.name}" are trained without '
+            f'a word: {first_few(empty)}: give each a "caption" there'
+            + (", or remove enable_wildcard, which drops tags without one" if has_lost_tags else "")
+        )
+
+
+def check_dropped(folder: Folder, report: Report) -> None:
+    """Captions of which no word is ever trained."""
+    if folder.dropped_by:
+        report.warnings.append(
+            f'no caption of "{folder.name}" is trained, since {" and ".join(folder.dropped_by)} '
+            "drops every word at each step: lower or remove it"
+        )
 
 
 def lines_of(picture: Picture, folder: Folder) -> list[str]:
@@ -70,12 +94,12 @@ def check_caption_lines(folder: Folder, report: Report) -> None:
     if blank:
         report.warnings.append(
             "captions that begin with an empty line are trained as empty, "
-            f'{len(blank)} in "{folder.path}": {first_few(blank)}: put the words on the first line'
+            f'{len(blank)} in "{folder.name}": {first_few(blank)}: put the words on the first line'
         )
     if longer:
         report.warnings.append(
             "captions of several lines are trained with their first line alone, "
-            f'{len(longer)} in "{folder.path}": {first_few(longer)}: make it one line, or set '
+            f'{len(longer)} in "{folder.name}": {first_few(longer)}: make it one line, or set '
             "enable_wildcard = true, which draws a line at each step"
         )
 
@@ -90,7 +114,7 @@ def check_caption_length(folder: Folder, report: Report) -> None:
     names = first_few(f"{name} ({tokens})" for name, tokens in cut.items())
     report.warnings.append(
         f"captions are cut after {folder.most_tokens} tokens, {len(cut)} in "
-        f'"{folder.path}": {names}: shorten them'
+        f'"{folder.name}": {names}: shorten them'
         + (f", or give --max_token_length={enough}" if enough else "")
     )
 
@@ -99,16 +123,17 @@ def check_affix(folder: Folder, report: Report) -> None:
     """A caption_prefix or caption_suffix that cached captions leave out."""
     if folder.has_affix and all(p.prompt == p.caption for p in folder.pictures):
         report.warnings.append(
-            f'caption_prefix and caption_suffix of "{folder.path}" are not trained with '
+            f'caption_prefix and caption_suffix of "{folder.name}" are not trained with '
             "--cache_text_encoder_outputs: write them into the captions"
         )
 
 
 def check_captions(folders: Iterable[Folder], report: Report) -> None:
     """Every warning and note on captions."""
+    checks = (
+        check_caption_files, check_listed_captions, check_caption_lines, check_caption_length,
+        check_affix, check_dropped,
+    )  # fmt: skip
     for folder in folders:
-        if folder.path.is_dir():
-            check_caption_files(folder, report)
-            check_caption_lines(folder, report)
-            check_caption_length(folder, report)
-            check_affix(folder, report)
+        for check in checks if folder.metadata or folder.path.is_dir() else ():
+            check(folder, report)

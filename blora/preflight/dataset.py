@@ -6,11 +6,13 @@ Datasets are left as they were.
 from __future__ import annotations
 
 import copy
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from blora.preflight.trainer import own
 
@@ -44,6 +46,16 @@ class Folder:
     is_reg: bool = False
     loss_weight: float = 1.0  # prior_loss_weight, where is_reg
     most_tokens: int = 75
+    metadata: Path | None = None  # the metadata_file
+    dropped_by: tuple[str, ...] = ()  # settings by each of which no word is ever trained
+    is_masked: bool = False  # by a picture for each
+    has_alpha_mask: bool = False
+    too_small: frozenset[Path] = frozenset()  # left out by skip_image_resolution
+
+    @property
+    def name(self) -> str:
+        """The file or folder that lists the pictures."""
+        return str(self.metadata or self.path)
 
 
 @dataclass(frozen=True)
@@ -91,9 +103,44 @@ def without_augmentation(subset: Any) -> Any:
     return subset
 
 
-def token_counter(dataset: Any) -> tuple[Callable[[str], int], int]:
+def holder(dataset: Any) -> Any:
+    """The dataset that holds the pictures: sd-scripts wraps one with masks around it."""
+    return getattr(dataset, "dreambooth_dataset_delegate", dataset)
+
+
+DROPOUTS = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+
+
+def dropped_by(dataset: Any, subset: Any) -> tuple[str, ...]:
+    """The settings of a subset by each of which no word is ever trained, with their values."""
+    first = copy.copy(dataset)
+    first.current_epoch = 1  # whatever spares one epoch spares the first
+    settings = []
+    for name in DROPOUTS:
+        alone, value = without_augmentation(subset), getattr(subset, name)
+        setattr(alone, name, value)
+        with mock.patch("random.random", lambda: 1 - 2**-53):  # the draw that spares the most
+            if value and not first.process_caption(alone, "word"):
+                settings.append(f"{name} = {value}")
+    return tuple(settings)
+
+
+def weighted_counter(strategy: Any) -> Callable[[str], int]:
+    """Counts a prompt's tokens as --weighted_captions reads it, whose brackets are no words."""
+    wide = copy.copy(strategy)
+    wide.max_length = 2 + 75 * 40  # nothing is cut off
+    tokenizer = wide.tokenizer1
+    others = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return lambda text: sum(
+        token not in others for token in wide.tokenize_with_weights(text)[0][0].flatten().tolist()
+    )
+
+
+def token_counter(dataset: Any, is_weighted: bool) -> tuple[Callable[[str], int], int]:
     """A function that counts a prompt's tokens as the trainer does, and the trainer's limit."""
     strategy = getattr(dataset, "tokenize_strategy", None)
+    if strategy is not None and is_weighted:
+        return weighted_counter(strategy), strategy.max_length - 2
     if strategy is not None:  # 0.10
         tokenizer, most = strategy.tokenizer1, strategy.max_length
     else:  # 0.9
@@ -102,22 +149,32 @@ def token_counter(dataset: Any) -> tuple[Callable[[str], int], int]:
     return lambda text: len(tokenizer(text, verbose=False).input_ids) - 2, most - 2
 
 
-def read_folders(datasets: Iterable[Any], caches_text: bool) -> list[Folder]:
-    """The folders of sd-scripts' datasets with their pictures, in the order of the config."""
-    return [read_folder(data, subset, caches_text) for data in datasets for subset in data.subsets]
-
-
 def with_strategies(dataset: Any) -> Any:
     """A copy of a dataset that has the tokenizer, which 0.10 sets later."""
     dataset = copy.copy(dataset)
-    if hasattr(dataset, "set_current_strategies"):
+    if holder(dataset) is not dataset:
+        dataset.dreambooth_dataset_delegate = with_strategies(holder(dataset))
+    elif hasattr(dataset, "set_current_strategies"):
         dataset.set_current_strategies()
     return dataset
 
 
-def read_folder(dataset: Any, subset: Any, caches_text: bool) -> Folder:
-    """One subset; captions that are cached are trained as they are read."""
-    count, most = token_counter(dataset)
+def read_folders(datasets: Iterable[Any], caches_text: bool, is_weighted: bool) -> list[Folder]:
+    """The folders of sd-scripts' datasets with their pictures, in the order of the config.
+
+    Captions that are cached are trained as they are read.
+    """
+    return [
+        replace(read_folder(held, subset, caches_text, is_weighted), is_masked=held is not dataset)
+        for dataset in datasets
+        for held in [holder(dataset)]
+        for subset in held.subsets
+    ]
+
+
+def read_folder(dataset: Any, subset: Any, caches_text: bool, is_weighted: bool) -> Folder:
+    """One subset of a dataset."""
+    count, most = token_counter(dataset, is_weighted)
     keys = [key for key, owner in dataset.image_to_subset.items() if owner is subset]
     pictures = []
     for info in (dataset.image_data[key] for key in keys):
@@ -136,10 +193,12 @@ def read_folder(dataset: Any, subset: Any, caches_text: bool) -> Folder:
                 letters_kept(prompt, count, most),
             )
         )
+    metadata = getattr(subset, "metadata_file", None)
+    seen = seen_files(dataset, subset)
     return Folder(
         Path(subset.image_dir or ""),
         tuple(pictures),
-        seen_files(dataset, subset) | {picture.path for picture in pictures},
+        seen | {picture.path for picture in pictures},
         subset.num_repeats,
         getattr(subset, "class_tokens", None) or "",
         getattr(subset, "caption_extension", None) or "",
@@ -148,7 +207,19 @@ def read_folder(dataset: Any, subset: Any, caches_text: bool) -> Folder:
         getattr(subset, "is_reg", False),
         getattr(dataset, "prior_loss_weight", 1.0),
         most,
+        Path(metadata) if metadata else None,
+        () if caches_text else dropped_by(dataset, subset),
+        has_alpha_mask=subset.alpha_mask,
+        too_small=too_small(dataset, seen),
     )
+
+
+def too_small(dataset: Any, seen: Iterable[Path]) -> frozenset[Path]:
+    """The files that skip_image_resolution, which came in 0.11, leaves out."""
+    if not (smallest := getattr(dataset, "skip_image_resolution", None)):
+        return frozenset()
+    most = smallest[0] * smallest[1]
+    return frozenset(p for p in seen if math.prod(dataset.get_image_size(str(p))) <= most)
 
 
 def seen_files(dataset: Any, subset: Any) -> frozenset[Path]:
@@ -181,7 +252,7 @@ def read_epoch(datasets: Iterable[Any], folders: Iterable[Folder]) -> Epoch:
 def list_folders(folders: Iterable[Folder]) -> str:
     """The folders in words: `12 in "cats" (x3), 5 in "dogs"`."""
     return ", ".join(
-        f'{len(folder.pictures)} in "{folder.path}"'
+        f'{len(folder.pictures)} in "{folder.name}"'
         + (f" (x{folder.repeats})" if folder.repeats != 1 else "")
         + (" (is_reg)" if folder.is_reg else "")
         for folder in folders

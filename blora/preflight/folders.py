@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from blora.preflight.dataset import Folder
 from blora.preflight.report import Report
 from blora.preflight.trainer import own
-from blora.text import first_few
+from blora.text import counted, first_few
 
 # What a file is that holds a picture, by the end of its name or by its first bytes.
 PICTURE_ENDINGS = frozenset(
@@ -98,6 +99,19 @@ def check_subfolders(folders: list[Folder], report: Report) -> None:
             )
 
 
+def check_surplus(folders: Iterable[Folder], report: Report) -> None:
+    """Regularization pictures of which sd-scripts takes no more than there are others."""
+    for folder in folders:
+        unused = folder.seen - folder.too_small - {picture.path for picture in folder.pictures}
+        if folder.is_reg and folder.loss_weight and unused:
+            surplus = counted(len(unused), "regularization picture")
+            report.warnings.append(
+                f'sd-scripts leaves out {surplus} of "{folder.path}", since it takes no more than '
+                "there are other pictures with repeats: raise num_repeats of those, or remove "
+                f"{first_few(path.name for path in sorted(unused))}"
+            )
+
+
 def check_reg(folders: Iterable[Folder], report: Report) -> None:
     """Regularization pictures whose loss counts nothing."""
     idle = [folder for folder in folders if folder.is_reg and folder.loss_weight == 0]
@@ -121,6 +135,7 @@ def check_folders(folders: Iterable[Folder], report: Report) -> None:
         check_left_out(folder, report)
     check_subfolders(there, report)
     check_reg(folders, report)
+    check_surplus(folders, report)
 
 
 # ---- The dataset config --------------------------------------------------------------------------
@@ -134,16 +149,26 @@ RECIPE = {
     "random_crop": True,
     "caption_extension": ".txt",
 }
+MASKS = "conditioning_data_dir"
 CONFIG_NAMES = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 
 
-def config_subsets(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The subsets of a dataset config; a key of an outer table counts unless the inner has it."""
+Subset = dict[str, Any]
+
+
+def config_datasets(config: Mapping[str, Any]) -> list[list[Subset]]:
+    """The subsets of each dataset of a config; a key of an outer table counts unless the inner has
+    it.
+    """
     return [
-        {**config.get("general", {}), **dataset, **subset}
-        for dataset in config.get("datasets", [])
-        for subset in dataset.get("subsets", [])
+        [{**config.get("general", {}), **table, **subset} for subset in table.get("subsets", [])]
+        for table in config.get("datasets", [])
     ]
+
+
+def config_subsets(config: Mapping[str, Any]) -> list[Subset]:
+    """The subsets of all datasets of a config."""
+    return [subset for dataset in config_datasets(config) for subset in dataset]
 
 
 def image_folders(subsets: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -151,7 +176,7 @@ def image_folders(subsets: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(s["image_dir"]) for s in subsets if "image_dir" in s))
 
 
-def check_missing(subsets: list[dict[str, Any]], path: Path, report: Report) -> None:
+def check_missing(subsets: list[Subset], path: Path, report: Report) -> None:
     """Folders that do not exist: errors, unless the training has others."""
     folders = image_folders(subsets)
     missing = [folder for folder in folders if not Path(folder).is_dir()]
@@ -160,6 +185,16 @@ def check_missing(subsets: list[dict[str, Any]], path: Path, report: Report) -> 
         (report.warnings if has_others else report.errors).append(
             f'no folder of images at "{folder}": correct image_dir in "{path}"'
         )
+
+
+def check_mask_folders(
+    args: Namespace, subsets: Iterable[Subset], path: Path, report: Report
+) -> None:
+    """Folders of masks that do not exist, by which the training ends at its first step."""
+    folders = dict.fromkeys(str(s[MASKS]) for s in subsets if MASKS in s)
+    for folder in folders:
+        if getattr(args, "masked_loss", False) and not Path(folder).is_dir():
+            report.errors.append(f'no folder of masks at "{folder}": correct {MASKS} in "{path}"')
 
 
 def in_full(path: Path) -> Path:
@@ -183,27 +218,43 @@ def other_project(folders: Iterable[str], path: Path) -> str | None:
     return others[0] if others else None
 
 
-def passed_over(subsets: Iterable[Mapping[str, Any]], trained: Iterable[Path]) -> list[str]:
-    """Sentences on the folders of a dataset config that exist and are not trained at all."""
-    seen = {path.resolve() for path in trained}
-    sentences, listed = [], set()
+def source(subset: Mapping[str, Any] | Any) -> str:
+    """What names the pictures of a subset, of a config or of sd-scripts, as it is spelt there."""
+    names = subset if isinstance(subset, Mapping) else vars(subset)
+    return str(names.get("metadata_file") or names.get("image_dir") or "")
+
+
+def why_skipped(subset: Mapping[str, Any], path: Path) -> str:
+    """Why sd-scripts trains nothing of a subset, and what to do."""
+    if subset.get("num_repeats", 1) < 1:
+        return "num_repeats = 0): give it 1"
+    if path.is_file():  # a metadata_file
+        return "no pictures in it): list some there"
+    if own("glob_images")(str(path), "*"):
+        return "its pictures are all left out): lower skip_image_resolution or validation_split"
+    if others := [other for other in sorted(path.iterdir()) if is_picture(other)]:
+        names = first_few(other.name for other in others)
+        return f"sd-scripts does not read {names}): save them as .png or .jpg"
+    return "no pictures): put some there, or correct image_dir"
+
+
+def passed_over(subsets: Iterable[Mapping[str, Any]], trained: Iterable[str]) -> list[str]:
+    """Sentences on what one dataset of a config names and does not train, or only once.
+
+    `trained` are the sources of the subsets that sd-scripts made of it.
+    """
+    subsets, made = list(subsets), Counter(trained)
+    listed = Counter(source(s) for s in subsets if s.get("num_repeats", 1) >= 1)
+    sentences = [
+        f'"{name}" is listed {"twice" if times == 2 else f"{times} times"} in one dataset but '
+        "counts once: use num_repeats to weight it"
+        for name, times in listed.items()
+        if made[name] == 1 < times
+    ]
     for subset in subsets:
-        folder = Path(str(subset.get("image_dir", "")))
-        if folder in listed and "metadata_file" not in subset:
-            sentences.append(
-                f'"{folder}" is listed twice but counts once: use num_repeats to weight it'
-            )
-        listed.add(folder)
-        if "image_dir" not in subset or folder.resolve() in seen or not folder.is_dir():
-            continue
-        if subset.get("num_repeats", 1) == 0:
-            why = "num_repeats = 0): give it 1"
-        elif others := [path for path in sorted(folder.iterdir()) if is_picture(path)]:
-            names = first_few(path.name for path in others)
-            why = f"sd-scripts does not read {names}): save them as .png or .jpg"
-        else:
-            why = "no pictures): put some there, or correct image_dir"
-        sentences.append(f'"{folder}" is skipped ({why}')
+        path = Path(source(subset))
+        if source(subset) and not made[source(subset)] and path.exists():
+            sentences.append(f'"{path}" is skipped ({why_skipped(subset, path)}')
     return sentences
 
 
@@ -237,7 +288,8 @@ def overridden(
         name = CONFIG_NAMES.get(option, option)
         settings = [plain(name, t[name]) for t in subsets if t.get(name) is not None]
         other = [item for item in settings if item != plain(name, value)]
-        if other and plain(name, value) != RECIPE.get(option):
+        # A config of several values means them.
+        if other and len(other) == len(settings) and plain(name, value) != RECIPE.get(option):
             idle.append(f"--{option}={shown(plain(name, value))}")
             lines += [f"{name} = {shown(item)}" for item in dict.fromkeys(other)]
     if not idle:
@@ -272,6 +324,7 @@ def check_config(args: Namespace, given: Mapping[str, Any], report: Report) -> N
             f'"{path}" names the pictures of another project, "{folder}": change its image_dir'
         )
     report.warnings += overridden(given, subsets, path)
+    check_mask_folders(args, subsets, path, report)
     for option in ("train_data_dir", "reg_data_dir", "in_json"):
         if getattr(args, option, None):
             report.warnings.append(
@@ -279,10 +332,11 @@ def check_config(args: Namespace, given: Mapping[str, Any], report: Report) -> N
             )
 
 
-def check_skipped(args: Namespace, trained: Iterable[Path], report: Report) -> None:
-    """Folders that exist and are not trained; `trained` are those that are."""
+def check_skipped(args: Namespace, datasets: Iterable[Any], report: Report) -> None:
+    """Folders that exist and are not trained; `datasets` are what sd-scripts made of the config."""
     if args.dataset_config:
-        subsets = config_subsets(own("load_user_config")(args.dataset_config))
-        report.warnings += passed_over(subsets, trained)
-    elif args.train_data_dir:
+        config = config_datasets(own("load_user_config")(args.dataset_config))
+        for subsets, dataset in zip(config, datasets, strict=True):
+            report.warnings += passed_over(subsets, map(source, dataset.subsets))
+    elif args.train_data_dir and not getattr(args, "in_json", None):
         report.warnings += unnumbered(Path(args.train_data_dir))

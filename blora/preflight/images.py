@@ -1,258 +1,169 @@
-"""Every picture, opened once by sd-scripts' own code as the training will, and its caches.
+"""What is wrong with the pictures, their masks and their caches, and all checks of the dataset.
 
 Nothing is written.
 """
 
 from __future__ import annotations
 
-import copy
 import glob
-import io
 import os
-import threading
-import warnings
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
-import numpy as np
 import PIL
 from PIL import Image
-from tqdm import tqdm
 
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import (
     Epoch,
     Folder,
     caption_path,
+    holder,
     read_epoch,
     read_folders,
     with_strategies,
-    without_augmentation,
 )
 from blora.preflight.folders import check_folders, check_skipped
+from blora.preflight.opening import (
+    ORIENTATION,
+    SEE_THROUGH,
+    TOO_BRIGHT,
+    UPSCALE,
+    Opened,
+    in_size,
+    open_pictures,
+    read_header,
+    too_narrow,
+    what_is_wrong,
+)
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report, attempt
 from blora.preflight.trainer import own
-from blora.preflight.trainer_errors import frames, in_english
-from blora.sheet import make_thumbnail
+from blora.preflight.trainer_errors import frames
 from blora.text import MAX_LISTED, first_few
-
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 are sideways
-MOST_THREADS = 4  # each holds a whole picture
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A picture after sd-scripts has opened, resized and cropped it."""
-
-    path: Path
-    bucket: tuple[int, int]  # the width and height that it is trained in
-    size: tuple[int, int]  # of the file; 0, 0 where it is no picture
-    orientation: int = 1  # by EXIF; 1 is upright
-    error: str = ""  # why it cannot be trained, in the words of whoever refused it
-    needs_bucket: bool = False  # its size is wrong, and there are no buckets
-    is_api_mismatch: bool = False  # not the picture's fault, but how sd-scripts was called
-    thumbnail: bytes | None = None  # WebP, where one was asked for
-
-
-# ---- Every picture, opened once ------------------------------------------------------------------
-
-
-def open_pictures(
-    datasets: Iterable[Any], cached: bool, file: TextIO | None, limit: int = 0
-) -> list[Opened]:
-    """Every picture as sd-scripts opens it, in the order of the datasets.
-
-    `cached` as with --cache_latents, where sd-scripts resizes whatever it finds; else as its
-    DataLoader does. A progress bar goes to `file` where it takes more than a second. With a
-    `limit` each has a thumbnail of at most so many bytes.
-    """
-    jobs = [partial(open_one, *job, limit) for data in datasets for job in openers(data, cached)]
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool,
-    ):
-        warnings.simplefilter("ignore")  # PIL's on large pictures and odd EXIF
-        opened: Iterator[Opened] = pool.map(lambda job: job(), jobs)
-        bar = tqdm(
-            opened, "opening pictures", len(jobs), leave=False, file=file, disable=not file, delay=1
-        )
-        pictures = list(bar)
-    if pictures and all(picture.is_api_mismatch for picture in pictures):
-        raise TypeError(pictures[0].error)
-    return pictures
-
-
-def openers(dataset: Any, cached: bool) -> Iterator[tuple[Any, bool, Callable[[], np.ndarray]]]:
-    """Each picture's ImageInfo, whether it has buckets, and what opens it.
-
-    That returns height x width x 3 in uint8, as it is trained.
-    """
-    if cached:
-        for key, info in dataset.image_data.items():
-            subset = dataset.image_to_subset[key]
-            yield info, True, partial(open_for_cache, type(dataset), info, subset)
-    else:
-        single = one_by_one(dataset)
-        for number, index in enumerate(single.buckets_indices):
-            key = single.bucket_manager.buckets[index.bucket_index][index.batch_index]
-            info, has_buckets = dataset.image_data[key], dataset.enable_bucket
-            yield info, has_buckets, partial(open_for_step, single, number)
-
-
-def open_for_cache(dataset: type, info: Any, subset: Any) -> np.ndarray:
-    """What sd-scripts hands to the VAE when it caches latents, before it becomes a tensor."""
-    image = own("load_image", dataset)(info.absolute_path, subset.alpha_mask)
-    # Since 0.10 the way of resizing can be chosen.
-    way = getattr(info, "resize_interpolation", None)
-    chosen = {"resize_interpolation": way} if way else {}
-    array: np.ndarray = own("trim_and_resize_if_required", dataset)(
-        subset.random_crop, image, info.bucket_reso, info.resized_size, **chosen
-    )[0]
-    return array[:, :, :3]
-
-
-def open_for_step(dataset: Any, number: int) -> np.ndarray:
-    """The picture of a batch of one."""
-    image = dataset[number]["images"][0]  # 3 x height x width, -1 to 1
-    array: np.ndarray = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    return array
-
-
-def one_by_one(dataset: Any) -> Any:
-    """A copy of a dataset whose batches hold one picture each, and each once."""
-    single = copy.copy(dataset)
-    single.bucket_manager = copy.copy(dataset.bucket_manager)
-    single.bucket_manager.buckets = [
-        list(dict.fromkeys(bucket)) for bucket in dataset.bucket_manager.buckets
-    ]
-    batch_of = type(dataset.buckets_indices[0])
-    single.buckets_indices = [
-        batch_of(bucket_index, 1, batch_index)
-        for bucket_index, bucket in enumerate(single.bucket_manager.buckets)
-        for batch_index in range(len(bucket))
-    ]
-    single.batch_size = 1
-    copies = {
-        id(subset): without_augmentation(subset) for subset in dataset.image_to_subset.values()
-    }
-    single.image_to_subset = {
-        key: copies[id(subset)] for key, subset in dataset.image_to_subset.items()
-    }
-    # A tokenizer that is written in Rust refuses to be used by two threads at once.
-    if getattr(single, "tokenize_strategy", None) is not None:
-        single.tokenize_strategy = copy.copy(single.tokenize_strategy)
-        single.tokenize_strategy.tokenize = one_at_a_time(single.tokenize_strategy.tokenize)
-    else:
-        single.get_input_ids = one_at_a_time(single.get_input_ids)
-    return single
-
-
-def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with other threads waiting for it."""
-    lock = threading.Lock()
-
-    def locked(*args: Any, **kwargs: Any) -> Any:
-        with lock:
-            return function(*args, **kwargs)
-
-    return locked
-
-
-def open_one(info: Any, has_buckets: bool, opener: Callable[[], np.ndarray], limit: int) -> Opened:
-    """Open a picture; whatever is wrong with it becomes its error."""
-    path = Path(info.absolute_path)
-    size, orientation = read_size(path)
-    opened = Opened(path, tuple(info.bucket_reso), size, orientation)
-    try:
-        array = opener()
-    except Exception as refusal:  # sd-scripts', PIL's or OpenCV's: each has its own
-        return replace(
-            opened,
-            error=what_is_wrong(path, size, refusal),
-            needs_bucket=isinstance(refusal, AssertionError) and not has_buckets,
-            is_api_mismatch=isinstance(refusal, TypeError | AttributeError),
-        )
-    if not limit:
-        return opened
-    image = Image.fromarray(np.ascontiguousarray(array))
-    return replace(opened, thumbnail=make_thumbnail(image, limit))
-
-
-def read_size(path: Path) -> tuple[tuple[int, int], int]:
-    """A picture's size and EXIF orientation, by its header; (0, 0) where it is no picture."""
-    try:
-        with Image.open(path) as image:
-            # PIL would decode all of a PNG to find that it has no EXIF.
-            if image.format == "PNG" and "exif" not in image.info:
-                return image.size, 1
-            return image.size, image.getexif().get(ORIENTATION, 1)
-    except Exception:  # PIL raises all kinds for a broken file; opening it says what is wrong
-        return (0, 0), 1
-
-
-def what_is_wrong(path: Path, size: tuple[int, int], error: Exception) -> str:
-    """Why a picture cannot be opened, in a few words."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip()
-    except OSError as unreadable:
-        return unreadable.strerror or str(unreadable)
-    if not start:
-        return "the file is empty"
-    if start.startswith(b"<"):
-        return "it is a web page, not a picture"
-    if isinstance(error, PIL.UnidentifiedImageError):
-        return "PIL cannot read it as a picture"
-    words = in_english((str(error) or type(error).__name__).split("\n")[0])
-    return f"{words}, it is {size[0]}x{size[1]}" if isinstance(error, AssertionError) else words
-
 
 # ---- What is wrong with them ---------------------------------------------------------------------
 
-RE_SAVE = "re-save or remove it"
-BUCKETS = "add --enable_bucket, or save it at the size of the resolution"
+
+def broken_sentence(picture: Opened) -> str:
+    """What to do about a picture that cannot be trained."""
+    if picture.mask:
+        return f'cannot use the mask "{picture.mask}" ({picture.error}): {picture.remedy}'
+    if picture.remedy == UPSCALE:
+        return f'cannot train the picture "{picture.path}" ({picture.error}): {picture.remedy}'
+    return f'cannot open the picture "{picture.path}" ({picture.error}): {picture.remedy}'
 
 
 def broken_pictures(opened: Iterable[Opened]) -> list[str]:
-    """A sentence for each picture that cannot be trained; many are summed up."""
-    broken = list({picture.path: picture for picture in opened if picture.error}.values())
-    if len(broken) > MAX_LISTED:
-        names = first_few(f'"{picture.path}" ({picture.error})' for picture in broken)
-        return [f"cannot open {len(broken)} pictures, {names}: re-save or remove them"]
-    return [
-        f'cannot open the picture "{picture.path}" ({picture.error}): '
-        + (BUCKETS if picture.needs_bucket else RE_SAVE)
-        for picture in broken
-    ]
+    """A sentence for each picture that cannot be trained; many of a kind are summed up."""
+    kinds: dict[tuple[bool, str], dict[Path, Opened]] = {}
+    for picture in (picture for picture in opened if picture.error):
+        file, kind = picture.mask or picture.path, (bool(picture.mask), picture.remedy)
+        kinds.setdefault(kind, {})[file] = picture
+    sentences = []
+    for (is_mask, remedy), pictures in kinds.items():
+        if len(pictures) > MAX_LISTED:
+            names = first_few(f'"{file}" ({picture.error})' for file, picture in pictures.items())
+            many = f"{len(pictures)} {'masks' if is_mask else 'pictures'}, {names}"
+            sentences.append(f"cannot open {many}: {remedy.replace(' it', ' them')}")
+        else:
+            sentences += map(broken_sentence, pictures.values())
+    return sentences
 
 
 def stumbled_over(error: BaseException) -> list[str]:
     """A sentence for each picture at which sd-scripts failed while making its buckets.
 
-    0.10 divides by the height of 0 that it gives a file that is no picture, and some broken JPEGs
-    stop its reader of sizes; neither names the file. Empty where the error is another one.
+    0.10 divides by the height of 0 that it gives a file that is no picture, or a bucket to a
+    picture that is narrower than its step, and some broken JPEGs stop its reader of sizes; none of
+    these names the file. Empty where the error is another one.
     """
-    held = [getattr(frame.f_locals.get("self"), "image_data", {}) for frame in frames(error)]
-    paths = [Path(info.absolute_path) for pictures in held for info in pictures.values()]
-    nothing = (0, 0)
+    held = [frame.f_locals.get("self") for frame in frames(error)]
+    datasets = {id(each): each for each in held if hasattr(each, "image_data")}
     return broken_pictures(
-        Opened(
-            path, nothing, nothing, error=what_is_wrong(path, nothing, PIL.UnidentifiedImageError())
-        )
-        for path in dict.fromkeys(paths)
-        if read_size(path)[0] == nothing
+        picture for dataset in datasets.values() for picture in without_bucket(holder(dataset))
     )
+
+
+def without_bucket(dataset: Any) -> Iterator[Opened]:
+    """The pictures of a dataset for which it can make no bucket."""
+    nothing = (0, 0)
+    for info in dataset.image_data.values():
+        path = Path(info.absolute_path)
+        if (size := read_header(path).size) == nothing:
+            error = what_is_wrong(path, nothing, PIL.UnidentifiedImageError())
+            yield Opened(path, nothing, nothing, error=error)
+        elif dataset.bucket_manager and info.image_size:
+            try:
+                bucket = dataset.bucket_manager.select_bucket(*info.image_size)[0]
+            except ZeroDivisionError:
+                bucket = nothing
+            if 0 in bucket:
+                yield Opened(path, nothing, size, error=too_narrow(size), remedy=UPSCALE)
+
+
+def check_changes(opened: Iterable[Opened], report: Report) -> None:
+    """Pictures of which something else is trained than a viewer shows."""
+    for change, sentence in CHANGES.items():
+        names = dict.fromkeys(picture.path.name for picture in opened if picture.change == change)
+        if names:
+            report.warnings.append(sentence.format(count=len(names), names=first_few(names)))
+
+
+CHANGES = {
+    TOO_BRIGHT: "grey pictures of 16 bits are trained far too bright, almost white, since "
+    "sd-scripts cuts off what 8 bits cannot hold, {count} in all: {names}: save them with 8 bits",
+    SEE_THROUGH: "transparent parts of pictures are trained in the colour that is hidden in them, "
+    "mostly black, since sd-scripts drops the transparency, {count} in all: {names}: put them on a "
+    "background, or set alpha_mask = true to leave these parts out",
+}
+
+
+def check_masks(folder: Folder, opened: dict[Path, Opened], report: Report) -> None:
+    """Masks of a folder that mask nothing, or all of a picture."""
+    pictures = [opened[picture.path] for picture in folder.pictures if picture.path in opened]
+    weights = {p.path.name: p.weights for p in pictures if p.weights}
+    black = [name for name, (_, greatest) in weights.items() if greatest < DARKEST]
+    if black:
+        report.warnings.append(
+            f'pictures of "{folder.name}" teach nothing, since their masks are black, '
+            f"{len(black)} in all: {first_few(black)}: make white what is to be learned"
+        )
+    if folder.is_masked and weights and all(least > LIGHTEST for least, _ in weights.values()):
+        report.warnings.append(
+            f'the masks of "{folder.name}" are all white, so nothing is masked: make black what is '
+            "not to be learned"
+        )
+    if folder.has_alpha_mask and pictures and not any(p.has_alpha for p in pictures):
+        report.warnings.append(
+            f'alpha_mask masks nothing in "{folder.name}", since no picture there has transparent '
+            "parts: remove it, or save them as .png with transparency"
+        )
+
+
+def check_masked_loss(args: Namespace, folders: Iterable[Folder], report: Report) -> None:
+    """A loss that is to be masked, without any mask."""
+    has_masks = any(folder.is_masked or folder.has_alpha_mask for folder in folders)
+    if getattr(args, "masked_loss", False) and not has_masks:
+        report.warnings.append(
+            "--masked_loss masks nothing, since the dataset has no masks: give their folder as "
+            "conditioning_data_dir in the dataset config, or set alpha_mask = true there"
+        )
+
+
+DARKEST, LIGHTEST = 1 / 255, 254 / 255  # weights of the loss
 
 
 def turns_photos(dataset: Any) -> bool:
     """Whether this sd-scripts turns a photo upright: asked with one of 2 x 1 pixels, in memory."""
-    photo, exif = io.BytesIO(), Image.Exif()
+    photo, exif = BytesIO(), Image.Exif()
     exif[ORIENTATION] = 6
     Image.new("RGB", (2, 1)).save(photo, "JPEG", exif=exif)
     photo.seek(0)
@@ -273,22 +184,34 @@ def check_upright(opened: Iterable[Opened], report: Report) -> None:
 def check_sizes(
     folders: Iterable[Folder], opened: Iterable[Opened], leftover: set[Path], report: Report
 ) -> None:
-    """Pictures whose size sd-scripts takes from the name of a .npz or from its own list."""
+    """Pictures whose size sd-scripts takes from the name of a .npz or from a list."""
     sizes = {picture.path: picture.size for picture in opened if not picture.error}
-    distorted = {
-        picture.path: f"{picture.path.name} ({in_size(picture.size)}, is {in_size(size)})"
-        for folder in folders
-        for picture in folder.pictures
-        if picture.path not in leftover
-        and has_recorded_size(picture.path)
-        and picture.size != (size := sizes.get(picture.path, picture.size))
-    }
-    if distorted:
+    distorted: dict[str, dict[Path, str]] = {}
+    for folder in folders:
+        remedy = "delete the .npz files (or metadata_cache.json) beside them"
+        if folder.metadata:
+            remedy = f'correct the sizes in "{folder.metadata}", or remove them'
+        for picture in folder.pictures:
+            size = sizes.get(picture.path, picture.size)
+            is_squeezed = squeeze(picture.size, size) > LEAST_SQUEEZE if folder.metadata else (
+                size != picture.size and has_recorded_size(picture.path)
+            )  # fmt: skip
+            if picture.path not in leftover and is_squeezed:
+                name = f"{picture.path.name} ({in_size(picture.size)}, is {in_size(size)})"
+                distorted.setdefault(remedy, {})[picture.path] = name
+    for remedy, names in distorted.items():
         report.warnings.append(
             "pictures are trained distorted, since sd-scripts takes their size from an earlier "
-            f"file, {len(distorted)} in all: {first_few(distorted.values())}: delete the .npz "
-            "files (or metadata_cache.json) beside them"
+            f"file, {len(names)} in all: {first_few(names.values())}: {remedy}"
         )
+
+
+LEAST_SQUEEZE = 0.05  # the size of a bucket, which such a file may give, is nearly the picture's
+
+
+def squeeze(size: tuple[int, int], other: tuple[int, int]) -> float:
+    """By what share the widths of two sizes differ at the same height."""
+    return abs(size[0] * other[1] / (size[1] * other[0]) - 1)
 
 
 def has_recorded_size(picture: Path) -> bool:
@@ -297,37 +220,55 @@ def has_recorded_size(picture: Path) -> bool:
     return (picture.parent / "metadata_cache.json").is_file() or any(of_its_name)
 
 
-def in_size(size: tuple[int, int]) -> str:
-    """Width and height in words: 768x1024."""
-    return f"{size[0]}x{size[1]}"
+# ---- Latents on disk -----------------------------------------------------------------------------
 
 
-# ---- Caches of earlier trainings -----------------------------------------------------------------
+def strategy_of(dataset: Any) -> Any:
+    """What writes and reads latents on disk; sd-scripts 0.9 has None."""
+    return getattr(dataset, "latents_caching_strategy", None)
 
 
-def cached_latents(dataset: Any) -> dict[Path, Path]:
+def latents_file(dataset: Any, info: Any) -> str:
+    """The .npz of a picture's latents."""
+    if strategy := strategy_of(dataset):
+        return str(strategy.get_latents_npz_path(info.absolute_path, info.image_size))
+    return f"{os.path.splitext(info.absolute_path)[0]}.npz"  # noqa: PTH122
+
+
+def load_latents(dataset: Any, npz: Path, bucket: tuple[int, int]) -> tuple[Any, ...]:
+    """Latents, 4 x height x width, and the size of their picture, as sd-scripts reads them."""
+    if strategy := strategy_of(dataset):
+        return tuple(strategy.load_latents_from_disk(str(npz), bucket)[:2])
+    return tuple(own("load_latents_from_disk", type(dataset))(str(npz))[:2])
+
+
+def cached_latents(dataset: Any, report: Report) -> dict[Path, Path]:
     """The .npz on disk that --cache_latents_to_disk uses in place of a picture, by picture."""
     caches = {}
-    strategy = getattr(dataset, "latents_caching_strategy", None)
+    if strategy := strategy_of(dataset):
+        expected = strategy.is_disk_cached_latents_expected
+    else:
+        expected = own("is_disk_cached_latents_is_expected", type(dataset))
     for key, info in dataset.image_data.items():
-        subset, path = dataset.image_to_subset[key], info.absolute_path
-        if strategy is not None:  # 0.10
-            npz = strategy.get_latents_npz_path(path, info.image_size)
-            expected = strategy.is_disk_cached_latents_expected
-        else:
-            npz = os.path.splitext(path)[0] + ".npz"  # noqa: PTH122
-            expected = own("is_disk_cached_latents_is_expected", type(dataset))
-        if expected(info.bucket_reso, npz, subset.flip_aug, subset.alpha_mask):
-            caches[Path(path)] = Path(npz)
+        subset, npz = dataset.image_to_subset[key], latents_file(dataset, info)
+        try:
+            is_used = expected(info.bucket_reso, npz, subset.flip_aug, subset.alpha_mask)
+        except Exception:  # NumPy's, of many kinds
+            report.errors.append(f'the cached latents "{npz}" cannot be read: delete this file')
+            continue
+        if is_used:
+            caches[Path(info.absolute_path)] = Path(npz)
     return caches
 
 
-def why_stale(picture: Path, npz: Path, size: tuple[int, int], bucket: tuple[int, int]) -> str:
+def why_stale(
+    picture: Path, npz: Path, size: tuple[int, int], bucket: tuple[int, int], dataset: Any
+) -> str:
     """Why the latents in a file are not those of a picture; empty where nothing shows it."""
-    with np.load(npz) as latents:
-        if tuple(latents["original_size"]) != size:
-            return f"of a picture of {in_size(latents['original_size'])}, not {in_size(size)}"
-        height, width = latents["latents"].shape[-2:]
+    latents, original = load_latents(dataset, npz, bucket)
+    if tuple(original) != size:
+        return f"of a picture of {in_size((original[0], original[1]))}, not {in_size(size)}"
+    height, width = latents.shape[-2:]
     if (8 * width, 8 * height) != bucket:
         return f"of {8 * width}x{8 * height}, not {in_size(bucket)}"
     return "older than the picture" if picture.stat().st_mtime > npz.stat().st_mtime else ""
@@ -337,7 +278,7 @@ def check_cached_latents(
     dataset: Any, opened: Iterable[Opened], report: Report
 ) -> dict[Path, Path]:
     """The caches that are used, by picture, with a warning for those of another picture."""
-    cached = cached_latents(dataset)
+    cached = cached_latents(dataset, report)
     sizes = {picture.path: picture.size for picture in opened}
     buckets = {
         Path(info.absolute_path): tuple(info.bucket_reso) for info in dataset.image_data.values()
@@ -345,7 +286,7 @@ def check_cached_latents(
     stale = [
         f"{npz.name} ({why})"
         for path, npz in cached.items()
-        if (why := why_stale(path, npz, sizes[path], buckets[path]))
+        if path in sizes and (why := why_stale(path, npz, sizes[path], buckets[path], dataset))
     ]
     if stale:
         report.warnings.append(
@@ -353,6 +294,60 @@ def check_cached_latents(
             f"{len(stale)} in all: {first_few(stale)}: delete these files"
         )
     return cached
+
+
+def check_shared_latents(datasets: Iterable[Any], report: Report) -> None:
+    """Pictures that would be trained by the latents of another size or of another picture."""
+    users: dict[str, dict[tuple[str, tuple[int, int]], Any]] = {}
+    for dataset in datasets:
+        for info in dataset.image_data.values():
+            file = os.path.realpath(latents_file(dataset, info))
+            user = os.path.realpath(info.absolute_path), tuple(info.bucket_reso)
+            users.setdefault(file, {})[user] = dataset
+    shared = {Path(file).name: list(uses) for file, uses in users.items() if len(uses) > 1}
+    pictures, sizes = [], []
+    for file, uses in shared.items():
+        names = list(dict.fromkeys(Path(path).name for path, _ in uses))
+        if len(names) > 1:
+            pictures.append(f"{' and '.join(names)} ({file})")
+        else:
+            sizes.append(f"{names[0]} ({' and '.join(in_size(bucket) for _, bucket in uses)})")
+    if sizes and not keeps_sizes(next(iter(datasets))):
+        report.warnings.append(
+            "pictures are trained at one of their sizes alone, since this sd-scripts keeps the "
+            f"latents of all sizes in one file, {len(sizes)} in all: {first_few(sizes)}: remove "
+            "--cache_latents_to_disk"
+        )
+    if pictures:
+        report.warnings.append(
+            "pictures are trained as another picture of the same name, since both have one file "
+            f"of latents: {first_few(pictures)}: rename one of them"
+        )
+
+
+def keeps_sizes(dataset: Any) -> bool:
+    """Whether a file holds a picture's latents of two sizes: asked with a blank picture."""
+    import torch
+
+    if (strategy := strategy_of(dataset)) is None:
+        return False  # 0.9 has one array in a file
+
+    def encode(images: Any) -> Any:
+        latents = images[:, :1, ::8, ::8].repeat(1, 4, 1, 1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda: latents))
+
+    vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, encode=encode)
+    sizes = (64, 64), (128, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        npz = str(Path(folder, "blank.npz"))
+        for size in sizes:
+            if not strategy.is_disk_cached_latents_expected(size, npz, False, False):
+                info = own("ImageInfo", type(dataset))("", 1, "", False, "")
+                info.image, info.latents_npz = Image.new("RGB", size), npz
+                info.bucket_reso = info.resized_size = size
+                strategy.cache_batch_latents(vae, [info], False, False, False)
+        widths = [8 * load_latents(dataset, Path(npz), size)[0].shape[-1] for size in sizes]
+    return widths == [width for width, _ in sizes]
 
 
 def check_cached_captions(folders: Iterable[Folder], report: Report) -> None:
@@ -398,29 +393,37 @@ def check_dataset(
     args, result, ask = rehearsal.args, Dataset(), partial(attempt, report)
     datasets = list(map(with_strategies, rehearsal.datasets))
     every = [*datasets, *map(with_strategies, rehearsal.validation)]
+    held = list(map(holder, datasets))
     cached = args.cache_latents or args.cache_latents_to_disk
     caches_text = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
-    result.folders = ask("read the folders", read_folders, datasets, caches_text) or []
-    result.epoch = ask("count the batches", read_epoch, datasets, result.folders)
+    weighs = bool(getattr(args, "weighted_captions", False))
+    result.folders = ask("read the folders", read_folders, datasets, caches_text, weighs) or []
+    result.epoch = ask("count the batches", read_epoch, held, result.folders)
     ask("check the captions", check_captions, result.folders, report)
     ask("check the folders", check_folders, result.folders, report)
-    trained = {folder.path for folder in result.folders}
-    ask("check the dataset config", check_skipped, args, trained, report)
+    ask("check the dataset config", check_skipped, args, held, report)
     limit = limit_for(sum(len(folder.pictures) for folder in result.folders)) if limit_for else 0
     result.opened = ask("open the pictures", open_pictures, every, cached, terminal, limit) or []
-    ask("check the opened pictures", check_opened, args, every, result, report)
+    ask("check the opened pictures", check_opened, args, list(map(holder, every)), result, report)
     return result
 
 
 def check_opened(args: Namespace, datasets: list[Any], result: Dataset, report: Report) -> None:
-    """Pictures that are broken, distorted or sideways, and caches that are used in their place."""
+    """Pictures and masks that are broken or do other than meant, and caches in their place."""
     cached: set[Path] = set()
     if args.cache_latents_to_disk:
         for dataset in datasets:
             cached |= check_cached_latents(dataset, result.opened, report).keys()
+        attempt(report, "check the latents on disk", check_shared_latents, datasets, report)
     if args.cache_text_encoder_outputs_to_disk:
         check_cached_captions(result.folders, report)
-    report.errors += broken_pictures(p for p in result.opened if p.path not in cached)
+    read = [p for p in result.opened if p.mask or p.path not in cached]
+    report.errors += broken_pictures(read)
+    check_changes(read, report)
+    check_masked_loss(args, result.folders, report)
+    by_path = {p.path: p for p in sorted(result.opened, key=lambda p: p.weights is not None)}
+    for folder in result.folders:
+        check_masks(folder, by_path, report)
     check_sizes(result.folders, result.opened, cached, report)
     if datasets and not turns_photos(datasets[0]):
         check_upright(result.opened, report)

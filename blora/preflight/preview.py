@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -16,12 +17,13 @@ from blora.preflight.captions import unread_lines
 from blora.preflight.dataset import Folder
 from blora.preflight.dataset import Picture as Trained
 from blora.preflight.folders import left_out
-from blora.preflight.images import Opened, in_size
+from blora.preflight.opening import Opened, in_size
 from blora.preflight.report import Report
 from blora.sheet import Line, Picture, Section, make_thumbnail, thumbnail_limit, write_page
 from blora.text import BloraError
 
 TITLE = "The pictures as the trainer sees them"
+UNSEEN = "The pictures that the trainer sees, which this sd-scripts could not be asked to open"
 INTRO = Line(
     "Resized and cropped by sd-scripts itself. It does not train ", cut="what is struck out"
 )
@@ -29,7 +31,8 @@ INTRO = Line(
 
 def trained_picture(picture: Trained, folder: Folder, opened: Opened | None) -> Picture:
     """A picture that is trained; `opened` is None where sd-scripts could not be asked."""
-    kept, cut = picture.prompt[: picture.kept], picture.prompt[picture.kept :]
+    end = 0 if folder.dropped_by else picture.kept
+    kept, cut = picture.prompt[:end], picture.prompt[end:]
     stored = f" of {in_size(picture.size)}" if picture.size != picture.bucket else ""
     repeats = f", x{picture.repeats}" if picture.repeats != 1 else ""
     lines = [
@@ -37,6 +40,10 @@ def trained_picture(picture: Trained, folder: Folder, opened: Opened | None) -> 
         Line(kept, cut=cut) if kept.strip() else Line("(no words) ", "note", cut),
         *(Line("", cut=line) for line in unread_lines(picture, folder)),
     ]
+    if not opened:
+        lines.insert(1, Line("not opened, as this sd-scripts cannot be asked", "alarm"))
+    elif opened.change:
+        lines.insert(1, Line(opened.change, "alarm"))
     if opened and opened.orientation != 1:
         lines.insert(1, Line("stored turned (EXIF)", "alarm"))
     return Picture(picture.path.name, opened.thumbnail if opened else None, tuple(lines))
@@ -55,7 +62,10 @@ def reasons(folder: Folder) -> Iterator[tuple[Path, str]]:
     yield from ((item.path, item.reason) for item in left_out(folder))
     trained = {picture.path for picture in folder.pictures}
     reason = "surplus regularization image" if folder.is_reg else "kept for validation"
-    yield from ((path, reason) for path in sorted(folder.seen - trained))
+    if folder.metadata:
+        reason = f"not in {folder.metadata.name}"
+    for path in sorted(folder.seen - trained):
+        yield path, "left out by skip_image_resolution" if path in folder.too_small else reason
 
 
 def sections_of(folders: Iterable[Folder], opened: Iterable[Opened]) -> list[Section]:
@@ -70,7 +80,7 @@ def sections_of(folders: Iterable[Folder], opened: Iterable[Opened]) -> list[Sec
                 lost.append((picture.path, seen.error))
             else:
                 pictures.append(trained_picture(picture, folder, seen))
-        sections.append(Section(f"{folder.path}{' (is_reg)' * folder.is_reg}", tuple(pictures)))
+        sections.append(Section(f"{folder.name}{' (is_reg)' * folder.is_reg}", tuple(pictures)))
         trained += len(pictures)
         lost += reasons(folder)
     if not lost:
@@ -87,8 +97,9 @@ def write_preview(
     sections = sections_of(folders, opened)
     trained = [p.thumbnail for section in sections for p in section.pictures if not p.is_out]
     drawn = len(trained) - trained.count(None)
+    intro = INTRO if drawn else replace(INTRO, text="It does not train ")
     try:
-        write_page(sheet, TITLE, INTRO, sections)
+        write_page(sheet, TITLE if drawn else UNSEEN, intro, sections)
     except BloraError as error:
         report.errors.append(str(error))
         return

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from blora.preflight.report import one_line
+from blora.text import first_few
 
 ROWS = Path(__file__).with_suffix(".toml")
 OTHERS = "the training would stop: fix the cause given"
@@ -55,6 +56,7 @@ def own_words(failure: BaseException) -> str:
 def names_of(failure: BaseException, args: Namespace) -> dict[str, Any]:
     """What a sentence can name: local variables, the innermost counting, and the options."""
     names = {name: v for frame in frames(failure) for name, v in frame.f_locals.items()}
+    names |= {n: first_few(map(str, v)) for n, v in names.items() if isinstance(v, list)}
     items = ("network_args", "optimizer_args")  # as they are typed
     return names | {"args": args} | {n: " ".join(getattr(args, n, None) or []) for n in items}
 

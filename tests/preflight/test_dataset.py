@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 from reports import reported
 
-from blora.preflight import folders, images
+from blora.preflight import folders, images, opening
 from blora.preflight.captions import check_captions
 from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
-from blora.preflight.images import ORIENTATION, Opened, broken_pictures, open_one
+from blora.preflight.images import broken_pictures
+from blora.preflight.opening import ORIENTATION, Header, Job, Look, MaskError, Opened, open_one
 from blora.preflight.preview import sections_of, trained_picture, write_preview
 from blora.preflight.report import Report
 from blora.sheet import Line, make_thumbnail
@@ -32,7 +33,7 @@ BUCKET = (512, 512)
 def working_directory(tmp_path, monkeypatch) -> None:
     """With a picture of 8 x 4; a dataset is here what opens each of its pictures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(images, "openers", lambda dataset, _cached: dataset)
+    monkeypatch.setattr(opening, "openers", lambda dataset, _cached: dataset)
     draw("a.png")
 
 
@@ -73,6 +74,18 @@ def said(*subsets: Folder) -> list[str]:
 
 # ---- Captions ------------------------------------------------------------------------------------
 
+UNLISTED = (
+    '1 of 1 images in "meta.json" are trained without a word: a.png: give each a "caption" there'
+)
+
+
+def make_listed(text: str, **settings: object) -> Folder:
+    """A picture of a metadata_file of this text, by which it has no caption."""
+    Path("meta.json").write_text(text)
+    listed = {"metadata": Path("meta.json"), "caption_extension": ""}
+    return make_folder(beside={}, **listed, **settings)
+
+
 TOKENS = {"class_tokens": "A [v]"}
 INSTEAD = 'are trained as "A [v]", the class_tokens'
 MISSING = 'images in "dogs" have no .txt caption'
@@ -111,6 +124,12 @@ SAID = {
     'caption_prefix and caption_suffix of "dogs" are not trained with '
     "--cache_text_encoder_outputs: write them into the captions": lambda: make_folder(
         has_affix=True
+    ),
+    'no caption of "dogs" is trained, since caption_dropout_rate = 1.0 drops every word at each '
+    "step: lower or remove it": lambda: make_folder(dropped_by=("caption_dropout_rate = 1.0",)),
+    f"{UNLISTED}": lambda: make_listed('{"a.png": {"tags": "dog"}}'),
+    f"{UNLISTED}, or remove enable_wildcard, which drops tags without one": lambda: make_listed(
+        '{"a.png": {"tags": "dog"}}', has_wildcards=True
     ),
 }
 
@@ -190,24 +209,40 @@ def test_regularization_pictures_that_count_nothing_are_named():
     assert said(dogs, replace(reg, loss_weight=1.0)) == []
 
 
+def test_regularization_pictures_that_are_too_many_are_named():
+    reg = make_folder("a.png b.png", path="reg", is_reg=True)
+    surplus, small = draw("reg/c.png"), draw("reg/d.png")
+    reg = replace(reg, seen=reg.seen | {surplus, small}, too_small=frozenset({small}))
+    [warning] = reported(folders.check_surplus, [reg]).warnings
+    assert warning.startswith('sd-scripts leaves out 1 regularization picture of "reg", since')
+    assert warning.endswith("remove c.png")
+    assert not reported(folders.check_surplus, [replace(reg, loss_weight=0)]).warnings
+
+
 def test_the_plan_names_each_folder_with_its_pictures_and_repeats():
     dogs = make_folder("a.png b.png")
     reg = replace(dogs, path=Path("reg"), repeats=3, is_reg=True)
     assert list_folders([dogs, reg]) == '2 in "dogs", 2 in "reg" (x3) (is_reg)'
 
 
-def test_folders_that_the_config_names_and_nobody_trains_are_named():
-    for picture in ("dogs/a.png", "gifs/a.gif", "none/a.png"):
+def test_folders_that_the_config_names_and_nobody_trains_are_named(monkeypatch):
+    monkeypatch.setattr(folders, "own", lambda _name: lambda path, _: [*Path(path).glob("*.png")])
+    for picture in ("dogs/a.png", "gifs/a.gif", "none/a.png", "small/a.png"):
         draw(picture)
     Path("empty").mkdir()
-    names = ("dogs", "gifs", "none", "empty", "missing", "dogs")
+    Path("empty.json").touch()
+    names = ("dogs", "gifs", "none", "empty", "missing", "dogs", "small", "./dogs")
     subsets = [{"image_dir": name} for name in names]
     subsets[2]["num_repeats"] = 0
-    assert folders.passed_over([*subsets, {}], [Path("dogs")]) == [
+    subsets.append({"metadata_file": "empty.json", "image_dir": "dogs"})
+    assert folders.passed_over([*subsets, {}], ["dogs", "./dogs"]) == [
+        '"dogs" is listed twice in one dataset but counts once: use num_repeats to weight it',
         '"gifs" is skipped (sd-scripts does not read a.gif): save them as .png or .jpg',
         '"none" is skipped (num_repeats = 0): give it 1',
         '"empty" is skipped (no pictures): put some there, or correct image_dir',
-        '"dogs" is listed twice but counts once: use num_repeats to weight it',
+        '"small" is skipped (its pictures are all left out): lower skip_image_resolution or '
+        "validation_split",
+        '"empty.json" is skipped (no pictures in it): list some there',
     ]
 
 
@@ -248,6 +283,13 @@ def test_an_option_that_the_config_overrides_is_named():
     ]
 
 
+def test_a_config_of_several_values_means_them():
+    tables = [{"resolution": side, "subsets": [{"image_dir": "a"}]} for side in (512, 768)]
+    subsets = folders.config_subsets({"datasets": tables})
+    assert folders.overridden({"resolution": (512, 512)}, subsets, Path("c.toml")) == []
+    assert len(folders.overridden({"resolution": (640, 640)}, subsets, Path("c.toml"))) == 1
+
+
 def test_an_option_of_the_recipe_or_of_both_passes():
     for given, config in (
         # what the recipe gives, and a config with a mind of its own
@@ -269,19 +311,24 @@ def test_an_option_of_the_recipe_or_of_both_passes():
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def job(opener: Mock, path: str = "a.png", has_buckets: bool = True) -> tuple[object, bool, Mock]:
-    """A picture, whether it has buckets, and what sd-scripts makes of it: an array, or an error."""
-    return SimpleNamespace(absolute_path=path, bucket_reso=BUCKET), has_buckets, opener
+LOOK = Look(np.zeros((8, 8, 3), np.uint8))
 
 
-def opened(path: str, result: object, has_buckets: bool = True, limit: int = 0) -> Opened:
-    return open_one(*job(Mock(side_effect=[result]), path, has_buckets), limit)
+def job(opener: Mock, path: str = "a.png", has_buckets: bool = True, **info: object) -> Job:
+    """A picture, whether it has buckets, and what sd-scripts makes of it: a look, or an error."""
+    settings = {"absolute_path": path, "bucket_reso": BUCKET, "cond_img_path": "mask.png", **info}
+    return Job(SimpleNamespace(**settings), opener, has_buckets)
+
+
+def opened(
+    path: str, result: object = LOOK, has_buckets: bool = True, limit: int = 0, **info: object
+) -> Opened:
+    return open_one(job(Mock(side_effect=[result]), path, has_buckets, **info), limit)
 
 
 def test_a_picture_is_opened_with_its_size_and_on_request_a_thumbnail():
-    array = np.zeros((8, 8, 3), np.uint8)
-    assert opened("a.png", array) == Opened(Path("a.png"), BUCKET, (8, 4))
-    thumbnail = opened("a.png", array, limit=1000).thumbnail
+    assert opened("a.png") == Opened(Path("a.png"), BUCKET, (8, 4))
+    thumbnail = opened("a.png", limit=1000).thumbnail
     assert thumbnail == make_thumbnail(Image.new("RGB", (8, 8)), 1000)
     gone = opened("gone.png", ValueError("a"))
     assert (gone.size, gone.error) == ((0, 0), os.strerror(2))  # in the words of the system
@@ -316,6 +363,74 @@ def test_more_than_three_are_summed_up():
     ]
 
 
+def test_a_mask_that_cannot_be_used_is_named():
+    Image.new("L", (4, 4)).save("mask.png")
+    for cause, reason, remedy in (
+        (AssertionError("size"), "it is 4x4, and its picture 8x4", "save both at one size"),
+        (OSError("is cut"), "is cut", "re-save or remove it"),
+        (Image.DecompressionBombError("200 pixels"), "200 pixels", "make it smaller"),
+    ):
+        wrong = MaskError()
+        wrong.__cause__ = cause
+        [sentence] = broken_pictures([opened("a.png", wrong)])
+        assert sentence == f'cannot use the mask "mask.png" ({reason}): {remedy}'
+
+
+def test_a_picture_without_a_bucket_is_named():
+    dataset = SimpleNamespace(image_data={}, bucket_manager=Mock())
+    dataset.bucket_manager.select_bucket.side_effect = [ZeroDivisionError, ((64, 64), None, 0)]
+    for name in ("a.png", "dogs/b.png"):
+        draw(name)
+        info = SimpleNamespace(absolute_path=name, image_size=(8, 4))
+        dataset.image_data[name] = info
+    sentence = (
+        'cannot train the picture "a.png" (it is 8x4, less than bucket_reso_steps): enlarge or '
+        "remove it, or remove bucket_no_upscale"
+    )
+    assert broken_pictures(images.without_bucket(dataset)) == [sentence]
+    assert broken_pictures([opened("a.png", bucket_reso=(0, 64))]) == [sentence]
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_masks_of_one_colour_are_named(is_masked):
+    folder = replace(make_folder("a.png b.png"), is_masked=is_masked, has_alpha_mask=not is_masked)
+    for weights, has_alpha, words in (
+        ([(0, 1), (1, 1)], True, ""),
+        ([(0, 0), (1, 1)], True, "teach nothing, since their masks are black, 1 in all: a.png"),
+        ([(1, 1), (1, 1)], is_masked, "all white" if is_masked else "alpha_mask masks nothing"),
+    ):
+        seen = {
+            picture.path: Opened(picture.path, BUCKET, BUCKET, weights=each, has_alpha=has_alpha)
+            for picture, each in zip(folder.pictures, weights, strict=True)
+        }
+        warnings = reported(images.check_masks, folder, seen).warnings
+        assert [words in text for text in warnings] == [True] * bool(words), weights
+
+
+def test_what_a_viewer_shows_otherwise_is_named():
+    def load(path: Path, alpha: bool) -> np.ndarray:
+        image = Image.open(path)
+        if image.mode.startswith("I"):  # as a Pillow that cuts off
+            image = Image.fromarray(np.minimum(np.asarray(image), 255).astype(np.uint8))
+        return np.asarray(image.convert("RGBA" if alpha else "RGB"))
+
+    deep = np.full((4, 4), 32_000, np.uint16)
+    Image.fromarray(deep).save("deep.png")
+    for name, colour in (("black", (0, 0, 0, 0)), ("white", (255, 255, 255, 0))):
+        Image.new("RGBA", (4, 4), colour).save(f"{name}.png")
+    for name, is_trained, change in (
+        ("deep", True, opening.TOO_BRIGHT),
+        ("black", True, opening.SEE_THROUGH),
+        ("black", False, ""),
+        ("white", True, ""),
+        ("a", True, ""),
+    ):
+        path = Path(f"{name}.png")
+        asked = replace(job(Mock()), load=load, is_alpha_trained=is_trained)
+        assert opening.change_of(path, opening.read_header(path), asked) == change, name
+    assert opening.read_header(Path("gone.png")) == Header()
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 @pytest.mark.parametrize("orientation", [None, *range(10)])
 def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
@@ -323,7 +438,7 @@ def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
     if orientation is not None:
         exif[ORIENTATION] = orientation
     Image.new("RGB", (8, 4)).save(path, exif=exif)
-    picture = opened(path, None)
+    picture = opened(path)
     assert picture.orientation == (1 if orientation is None else orientation)
     turned = (
         "photos are trained sideways, as the camera stored them, since sd-scripts does not turn "
@@ -336,11 +451,12 @@ def test_a_photo_that_is_stored_turned_is_named(ending, orientation):
 
 
 def open_all(*openers: Mock, stream: io.StringIO | None = None) -> list[Opened]:
-    return images.open_pictures([map(job, openers)], True, stream)
+    return opening.open_pictures([map(job, openers)], True, stream)
 
 
 def test_a_bar_shows_where_it_takes_more_than_a_second(capsys):
-    quick, slow, stream = Mock(), Mock(side_effect=lambda: time.sleep(1.1)), io.StringIO()
+    quick, stream = Mock(return_value=LOOK), io.StringIO()
+    slow = Mock(side_effect=lambda: time.sleep(1.1) or LOOK)
     assert len(open_all(quick, quick, stream=stream)) == 2
     assert stream.getvalue() == ""
     open_all(slow, quick, quick, stream=stream)
@@ -369,7 +485,7 @@ def test_a_wrong_size_that_is_taken_from_elsewhere_is_named():
     ):
         folder = make_folder(beside={beside: ""})
         dogs = replace(folder, pictures=(replace(folder.pictures[0], size=size),))
-        report = reported(images.check_sizes, [dogs], [opened(path, None)], leftover)
+        report = reported(images.check_sizes, [dogs], [opened(path)], leftover)
         assert [": a.png (16x8, is 8x4): " in text for text in report.warnings] == [True] * is_named
         Path("dogs", beside).unlink()
 
@@ -382,10 +498,14 @@ def test_latents_of_another_picture_are_told_by_their_sizes_and_age():
         ((9, 4), (4, 2), 1, "of a picture of 9x4, not 8x4"),
         ((8, 4), (4, 3), 1, "of 24x32, not 16x32"),
     ):
-        np.savez("a.npz", original_size=np.array(original), latents=np.zeros((4, *latents)))
+        Path("a.npz").touch()
         os.utime("a.png", (1000, 1000))
         os.utime("a.npz", (1000 + age, 1000 + age))
-        assert images.why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32)) == why
+        read = np.zeros((4, *latents)), list(original), "more"
+        strategy = SimpleNamespace(load_latents_from_disk=lambda _npz, _bucket, read=read: read)
+        dataset = SimpleNamespace(latents_caching_strategy=strategy)
+        told = images.why_stale(Path("a.png"), Path("a.npz"), (8, 4), (16, 32), dataset)
+        assert told == why
 
 
 def test_outputs_that_are_older_than_the_caption_are_named():

@@ -749,7 +749,154 @@ OF_NEW_RELEASES = [
     fails("every picture left out", f"no picture|{LEFT_OUT}", f"--{LEFT_OUT}=64"),
 ]
 
-OF_DATA = [*RECIPES, *CONFIGS, *FOLDERS, *PICTURES, *CAPTIONS, *CHECKPOINTS]
+# ---- Masks, captions and pictures that are trained otherwise than meant --------------------------
+
+MASKS, META = f"{PROJECT}/masks", f"{PROJECT}/meta.json"
+
+
+@change
+def mask(
+    folder: Path,
+    number: int,
+    size: tuple[int, int] = (SIDE, SIDE),
+    value: int | None = None,
+    path: str = MASKS,
+) -> None:
+    """A mask of a drawing: black on the left and white on the right, or of one value."""
+    image = Image.new("L", size, 0 if value is None else value)
+    if value is None:
+        image.paste(255, (size[0] // 2, 0, *size))
+    target = folder / path / f"{number:03d}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image.save(target)
+
+
+def masked(*others: str | Change, value: int | None = None) -> tuple[str | Change, ...]:
+    """A mask for each drawing, and what is changed behind it."""
+    named = add(f'conditioning_data_dir = "{MASKS}"\n')
+    return "--masked_loss", named, *(mask(n, value=value) for n in range(4)), *others
+
+
+@change
+def metadata(folder: Path, number: int = 4, name: str = META, **entry: Any) -> None:
+    """A metadata_file that gives the drawings the same entry; the config names it."""
+    images = [str(folder / IMAGES / f"{n:03d}.png") for n in range(number)]
+    (folder / name).write_text(json.dumps(dict.fromkeys(images, entry)))
+
+
+@change
+def see_through(folder: Path, name: str, colour: str, side: int = SIDE // 2) -> None:
+    """A drawing with a transparent square in its corner, which hides this colour."""
+    image = Image.open(folder / IMAGES / name).convert("RGBA")
+    hidden = Image.new("RGBA", (side, side), colour)
+    hidden.putalpha(0)
+    image.paste(hidden, (0, 0))
+    image.save(folder / IMAGES / name)
+
+
+@change
+def bright(folder: Path, name: str) -> None:
+    """A grey drawing of 16 bits."""
+    grey = np.asarray(Image.open(folder / IMAGES / name).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(folder / IMAGES / name)
+
+
+@change
+def bomb(folder: Path, name: str) -> None:
+    """A picture of 200 million pixels, which PIL refuses."""
+    Image.new("1", (20_000, 10_000)).save(folder / IMAGES / name)
+
+
+def second_dataset(size: int, image_dir: str = IMAGES) -> Change:
+    return add(
+        f'[[datasets]]\nresolution = {size}\n[[datasets.subsets]]\nimage_dir = "{image_dir}"\n'
+    )
+
+
+CROPPED, NO_MASKS = {"recipe": CLASSIC, "less": "random_crop"}, remove(f"{MASKS}/*")
+STEP = ({}, ""), ({**CROPPED}, ", each step")
+SMALL_MASK, CUT_MASK = mask(2, (SIDE // 2, SIDE)), cut_off(f"{MASKS}/001.png")
+ALPHA = add("alpha_mask = true\n")
+MASKED_LOSSES = [
+    *(trains(f"masks{end}", TEN, *masked(), **how) for how, end in STEP),
+    *(fails(f"a small mask{e}", r"002\.png", TEN, *masked(SMALL_MASK), **how) for how, e in STEP),
+    *(fails(f"a broken mask{e}", r"001\.png", TEN, *masked(CUT_MASK), **how) for how, e in STEP),
+    fails("masks beside random_crop", "random_crop", *masked(), recipe=CLASSIC),
+    fails("a mask that is not there", "003", *masked(remove(f"{MASKS}/003.png"))),
+    fails("masks in no folder", "masks", *masked(move(MASKS, "elsewhere"))),
+    warns("masks that are white", "white", *masked(value=255)),
+    *(warns(f"a black mask{e}", r"002", TEN, *masked(mask(2, value=0)), **how) for how, e in STEP),
+    warns("masked loss without masks", "masked_loss", "--masked_loss"),
+    warns("masks that only the command line names", "masked_loss", "--masked_loss",
+          f"--conditioning_data_dir={MASKS}", *masked()[2:]),
+    fails("masks without masked loss", "masked_loss", *masked()[1:]),
+    fails("masks of one folder of two", "conditioning_data_dir", *masked(),
+          ANOTHER, subset(OTHER)),
+    *(trains(f"transparency as a mask{e}", see_through("000.png", "black"), ALPHA, **how)
+      for how, e in STEP),
+    warns("transparency as a mask, of pictures without", "alpha_mask", ALPHA),
+    trains("masks of a second dataset", *masked(), ANOTHER, second_dataset(SIDE, OTHER)),
+]  # fmt: skip
+
+LISTED, WILD = add(f'metadata_file = "{META}"\n'), add("enable_wildcard = true\n")
+ONE_TAG = captions("dog")
+WEIGHED = captions("((dog:1.2)), " * 9 + "[cat]")
+LOST = [
+    trains("captions in a metadata file", LISTED, metadata(caption="a dog"), captions=["a dog"]),
+    trains("tags in a metadata file", LISTED, metadata(tags="dog, cat"), captions=["dog, cat"]),
+    trains("captions with tags and wildcards", LISTED, WILD, metadata(caption="a", tags="dog")),
+    warns("nothing in a metadata file", "meta.json", LISTED, metadata(), captions=[""]),
+    fails("a metadata file that is not there", "meta.json", LISTED),
+    fails("a metadata file that is broken", "meta.json", LISTED, write(META, "{")),
+    fails("a metadata file that is a list", "meta.json", LISTED, write(META, "[1]")),
+    fails("a metadata file of --in_json that is not there", "gone.json", "--in_json=gone.json",
+          f"--train_data_dir={IMAGES}", less="dataset_config"),
+    fails("a picture of a metadata file that is not there", "003.png", LISTED,
+          metadata(caption="a dog"), remove(f"{IMAGES}/003.png")),
+    warns("captions dropped at each epoch", "caption_dropout_every_n_epochs",
+          add("caption_dropout_every_n_epochs = 1\n"), captions=[""]),
+    warns("captions dropped at each step", "caption_dropout_rate", "--caption_dropout_rate=1",
+          captions=[""]),
+    warns("every tag dropped", "caption_tag_dropout_rate", add("caption_tag_dropout_rate = 1.0\n"),
+          captions=[""]),
+    trains("captions dropped at times", "--caption_dropout_rate=0.5", TEN),
+    trains("captions dropped every second epoch", add("caption_dropout_every_n_epochs = 2\n")),
+    trains("weights in captions", "--weighted_captions", *WEIGHED, before_0_10="weighted_captions"),
+    warns("weights in captions that are too many", "75", "--weighted_captions",
+          *captions("(dog:1.1), " * 60), before_0_10="weighted_captions"),
+]  # fmt: skip
+
+UNSCALED = dataset("bucket_no_upscale = true")
+TWICE_LISTED = second_dataset(128)
+OTHERWISE = [
+    *(warns(f"16 bits{e}", r"000\.png", TEN, bright("000.png"), **how) for how, e in STEP),
+    *(warns(f"a transparent drawing{e}", r"000\.png", TEN, see_through("000.png", "black"), **how)
+      for how, e in STEP),
+    trains("transparent, and white below", see_through("000.png", "white")),
+    trains("transparent at a corner", see_through("000.png", "black", 4)),
+    fails("a picture smaller than a step", r"004\.png", UNSCALED, picture("004.png", (24, 24))),
+    fails("a picture narrower than a step", r"004\.png", UNSCALED, picture("004.png", (24, 64))),
+    fails("a picture too long for a step", r"004\.png", UNSCALED, picture("004.png", (4000, 40))),
+    trains("a picture that fits a step", UNSCALED, resolution("128"), "--resolution=128",
+           picture("004.png", (80, 70))),
+    *(fails(f"a bomb{e}", "smaller", TEN, bomb("004.png"), **how) for how, e in STEP),
+    trains("one folder at two resolutions", TEN, TWICE_LISTED, sizes=[[64, 64], [128, 128]]),
+    trains("one folder in two spellings", subset(f"./{IMAGES}/")),
+    warns("regularization pictures too many", "reg", "--prior_loss_weight=1",
+          *(picture(f"../reg/{n}.png") for n in range(12)), subset(REG, "is_reg = true")),
+]  # fmt: skip
+
+OF_DATA = [
+    *MASKED_LOSSES,
+    *LOST,
+    *OTHERWISE,
+    *RECIPES,
+    *CONFIGS,
+    *FOLDERS,
+    *PICTURES,
+    *CAPTIONS,
+    *CHECKPOINTS,
+]
 OF_TRAINING = [*OF_PRESETS, *NETWORKS, *GOING_ON, *OPTIMIZERS, *SCHEDULERS, *OUTPUTS, *OTHERS]
 OF_USE = [*SAMPLES, *FILES, *OF_NEW_RELEASES]
 CASES = {case.name: case for case in [*OF_DATA, *OF_TRAINING, *OF_USE]}
