@@ -58,6 +58,20 @@ def check_listed_captions(folder: Folder, report: Report) -> None:
         )
 
 
+def check_kept(folder: Folder, report: Report) -> None:
+    """Captions that were changed since sd-scripts kept them."""
+    changed = []
+    for picture in folder.pictures if folder.cache else ():
+        lines = [line.strip() for line in lines_of(picture, folder)]
+        if lines and picture.caption not in (lines[0], "\n".join(filter(None, lines))):
+            changed.append(picture.path.name)
+    if changed:
+        report.warnings.append(
+            f'captions are trained as "{folder.cache}" has them, since cache_info is set, and '
+            f"differ now, {len(changed)} in all: {first_few(changed)}: delete that file"
+        )
+
+
 def check_dropped(folder: Folder, report: Report) -> None:
     """Captions of which no word is ever trained."""
     if folder.dropped_by:
@@ -132,7 +146,7 @@ def check_captions(folders: Iterable[Folder], report: Report) -> None:
     """Every warning and note on captions."""
     checks = (
         check_caption_files, check_listed_captions, check_caption_lines, check_caption_length,
-        check_affix, check_dropped,
+        check_affix, check_kept, check_dropped,
     )  # fmt: skip
     for folder in folders:
         for check in checks if folder.metadata or folder.path.is_dir() else ():

@@ -6,6 +6,7 @@ Datasets are left as they were.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -51,6 +52,9 @@ class Folder:
     is_masked: bool = False  # by a picture for each
     has_alpha_mask: bool = False
     too_small: frozenset[Path] = frozenset()  # left out by skip_image_resolution
+    replaced: int = 0  # pictures in whose place others of the same name are trained
+    cache: Path | None = None  # where sd-scripts reads captions and sizes that it kept (cache_info)
+    uncached: frozenset[Path] = frozenset()  # pictures that the cache does not list
 
     @property
     def name(self) -> str:
@@ -194,7 +198,8 @@ def read_folder(dataset: Any, subset: Any, caches_text: bool, is_weighted: bool)
             )
         )
     metadata = getattr(subset, "metadata_file", None)
-    seen = seen_files(dataset, subset)
+    seen, cache = seen_files(dataset, subset), info_cache(dataset, subset)
+    small = too_small(dataset, seen)
     return Folder(
         Path(subset.image_dir or ""),
         tuple(pictures),
@@ -210,15 +215,38 @@ def read_folder(dataset: Any, subset: Any, caches_text: bool, is_weighted: bool)
         Path(metadata) if metadata else None,
         () if caches_text else dropped_by(dataset, subset),
         has_alpha_mask=subset.alpha_mask,
-        too_small=too_small(dataset, seen),
+        too_small=small,
+        replaced=subset.img_count - len(pictures) if metadata and not skips(dataset) else 0,
+        cache=cache,
+        uncached=unlisted(dataset, subset, cache) if cache else frozenset(),
     )
 
 
+def info_cache(dataset: Any, subset: Any) -> Path | None:
+    """The file of an earlier training that cache_info reads in place of the folder."""
+    if not getattr(subset, "cache_info", False):
+        return None
+    path = Path(subset.image_dir, dataset.IMAGE_INFO_CACHE_FILE)
+    return path if path.is_file() else None
+
+
+def unlisted(dataset: Any, subset: Any, cache: Path) -> frozenset[Path]:
+    """The pictures of a folder that are not in its cache."""
+    there = own("glob_images", type(dataset))(subset.image_dir, "*")
+    return frozenset(map(Path, set(there) - json.loads(cache.read_text("utf-8")).keys()))
+
+
+def skips(dataset: Any) -> tuple[int, int] | None:
+    """skip_image_resolution, a setting since 0.11: the largest size that is left out."""
+    size: tuple[int, int] | None = getattr(dataset, "skip_image_resolution", None)
+    return size
+
+
 def too_small(dataset: Any, seen: Iterable[Path]) -> frozenset[Path]:
-    """The files that skip_image_resolution, which came in 0.11, leaves out."""
-    if not (smallest := getattr(dataset, "skip_image_resolution", None)):
+    """The files that skip_image_resolution leaves out."""
+    if not (largest := skips(dataset)):
         return frozenset()
-    most = smallest[0] * smallest[1]
+    most = math.prod(largest)
     return frozenset(p for p in seen if math.prod(dataset.get_image_size(str(p))) <= most)
 
 

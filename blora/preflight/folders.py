@@ -112,6 +112,23 @@ def check_surplus(folders: Iterable[Folder], report: Report) -> None:
             )
 
 
+def check_lists(folders: Iterable[Folder], report: Report) -> None:
+    """Pictures that are not trained because of the file in which sd-scripts looks for them."""
+    for folder in folders:
+        if folder.uncached:
+            names = first_few(path.name for path in sorted(folder.uncached))
+            report.warnings.append(
+                f'pictures are not trained, since cache_info is set and "{folder.cache}" does not '
+                f"list them, {len(folder.uncached)} in all: {names}: delete that file"
+            )
+        if folder.replaced:
+            report.warnings.append(
+                f'{counted(folder.replaced, "picture")} of "{folder.metadata}" will not be '
+                "trained, since another metadata_file of the dataset has the same names: put it "
+                "into a [[datasets]] of its own"
+            )
+
+
 def check_reg(folders: Iterable[Folder], report: Report) -> None:
     """Regularization pictures whose loss counts nothing."""
     idle = [folder for folder in folders if folder.is_reg and folder.loss_weight == 0]
@@ -136,6 +153,7 @@ def check_folders(folders: Iterable[Folder], report: Report) -> None:
     check_subfolders(there, report)
     check_reg(folders, report)
     check_surplus(folders, report)
+    check_lists(folders, report)
 
 
 # ---- The dataset config --------------------------------------------------------------------------

@@ -257,6 +257,49 @@ def test_a_picture_that_is_distorted_by_the_name_of_a_leftover_is_named(training
     assert "a_0768x0512_sdxl.npz (of a picture of 768x512, not 512x512)" in warning
 
 
+MULTIPLE = "multi_resolution=True"  # as the releases say it that keep the latents of every size
+
+
+def test_a_folder_at_two_resolutions_is_named_where_one_file_holds_its_latents(training):
+    training.draw("a.png").with_suffix(".txt").write_text("a dog")
+    training.config('[[datasets]]\nresolution = 768\n[[datasets.subsets]]\nimage_dir = "images"')
+    strategy = Path(KOHYA_ROOT, "library/strategy_sd.py")
+    keeps = strategy.is_file() and MULTIPLE in strategy.read_text(encoding="utf-8")
+    warnings = training.ask(*ON_DISK)["warnings"]
+    assert ["a.png (512x512 and 768x768): remove" in text for text in warnings] == [True] * (
+        not keeps
+    )
+    assert said(training.ask(*FAST)) == []
+
+
+def test_two_pictures_of_one_name_have_one_file_of_latents(training):
+    for name in ("a.png", "a.jpg", "b.png"):
+        training.draw(name).with_suffix(".txt").write_text("a dog")
+    [warning] = training.ask(*ON_DISK)["warnings"]
+    assert "a.jpg and a.png (a" in warning
+    assert said(training.ask(*FAST)) == []
+
+
+def test_latents_that_cannot_be_read_are_named(training):
+    training.draw("a.png").with_suffix(".txt").write_text("a dog")
+    (training.images / "a.npz").write_bytes(b"cut")
+    [error] = training.ask(*ON_DISK)["errors"]
+    assert error == 'the cached latents "images/a.npz" cannot be read: delete this file'
+
+
+def test_the_sheet_shows_pictures_that_have_masks(training, sheet):
+    training.draw("a.png").with_suffix(".txt").write_text("a dog")
+    training.draw("../masks/a.png")
+    training.config('conditioning_data_dir = "masks"')
+    text = (training.path / "config.toml").read_text(encoding="utf-8")
+    (training.path / "config.toml").write_text(text.replace('class_tokens = "A [v]"\n', ""))
+    for options in ((), FAST):
+        answer = training.ask(*options, "--masked_loss", sheet=sheet)
+        assert (said(answer)[1:], answer["folders"], answer["opened"]) == ([], '1 in "images"', 1)
+        assert "shows the pictures as the trainer will see them" in said(answer)[0]
+        assert sheet.read_text(encoding="utf-8").count("base64,") == 1
+
+
 def test_cached_words_that_are_older_than_the_caption_are_named(training):
     training.draw("a.png").with_suffix(".txt").write_text("a dog")
     cached = training.images / "a_te_outputs.npz"

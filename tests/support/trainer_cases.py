@@ -838,6 +838,23 @@ MASKED_LOSSES = [
     trains("masks of a second dataset", *masked(), ANOTHER, second_dataset(SIDE, OTHER)),
 ]  # fmt: skip
 
+
+def sized(width: int, height: int = 0) -> dict[str, list[int]]:
+    """A picture's size, as sd-scripts 0.10 calls it and as 0.9 does."""
+    return {key: [width, height or width] for key in ("image_size", "train_resolution")}
+
+
+@change
+def remembered(folder: Path, number: int = 4, caption: str = "") -> None:
+    """What sd-scripts keeps with cache_info."""
+    known = {}
+    for drawing in (f"{IMAGES}/{n:03d}.png" for n in range(number)):
+        text = (folder / drawing).with_suffix(".txt").read_text().strip()
+        known[drawing] = {"caption": caption or text, "resolution": [SIDE, SIDE]}
+    (folder / IMAGES / "metadata_cache.json").write_text(json.dumps(known))
+
+
+REMEMBERED = add("cache_info = true\n")
 LISTED, WILD = add(f'metadata_file = "{META}"\n'), add("enable_wildcard = true\n")
 ONE_TAG = captions("dog")
 WEIGHED = captions("((dog:1.2)), " * 9 + "[cat]")
@@ -846,6 +863,19 @@ LOST = [
     trains("tags in a metadata file", LISTED, metadata(tags="dog, cat"), captions=["dog, cat"]),
     trains("captions with tags and wildcards", LISTED, WILD, metadata(caption="a", tags="dog")),
     warns("nothing in a metadata file", "meta.json", LISTED, metadata(), captions=[""]),
+    trains("sizes in a metadata file", LISTED, metadata(caption="a", **sized(SIDE))),
+    trains("sizes of before in a metadata file", LISTED, metadata(caption="a", **sized(2 * SIDE))),
+    warns("sizes of other pictures in a metadata file", "meta.json", LISTED,
+          metadata(caption="a", **sized(2 * SIDE, SIDE))),
+    warns("two metadata files of the same names", "meta.json", LISTED, metadata(caption="a"),
+          metadata(caption="a dog", name=f"{PROJECT}/b.json"),
+          subset(IMAGES, f'metadata_file = "{PROJECT}/b.json"'), captions=["a dog"]),
+    trains("what sd-scripts kept", REMEMBERED, remembered()),
+    warns("captions that changed since", "metadata_cache", REMEMBERED, remembered(caption="a cat"),
+          captions=["a cat"]),
+    warns("a picture that came since", "metadata_cache", REMEMBERED, remembered(3)),
+    fails("what sd-scripts kept, broken", "metadata_cache", REMEMBERED,
+          write(f"{IMAGES}/metadata_cache.json", "{")),
     fails("a metadata file that is not there", "meta.json", LISTED),
     fails("a metadata file that is broken", "meta.json", LISTED, write(META, "{")),
     fails("a metadata file that is a list", "meta.json", LISTED, write(META, "[1]")),
