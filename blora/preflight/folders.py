@@ -55,7 +55,7 @@ def left_out(folder: Folder) -> list[LeftOut]:
     endings = {path.suffix for path in folder.seen}
     pictures: list[LeftOut] = []
     for path in sorted(folder.path.iterdir()) if folder.caption_extension else ():
-        if path in folder.seen or not is_picture(path):
+        if path in folder.seen | folder.uncached or not is_picture(path):
             continue
         ending, plain = path.suffix, path.suffix.lower()
         reason = f"{ending} is not read" if ending else "no ending"

@@ -83,7 +83,7 @@ class Job:
     open: Callable[[], Look]
     has_buckets: bool = True
     load: Callable[[Path, bool], np.ndarray] | None = None  # the file alone, with alpha or without
-    is_alpha_trained: bool = False  # its transparency is not a mask
+    is_alpha_trained: bool = False  # neither its transparency nor a picture masks it
 
 
 def open_pictures(
@@ -159,7 +159,7 @@ def openers(dataset: Any, cached: bool) -> Iterator[Job]:
                 partial(open_for_cache if cached else open_for_step, single, number),
                 cached or held.enable_bucket,
                 load,
-                not subset.alpha_mask,
+                held is dataset and not subset.alpha_mask,
             )
 
 

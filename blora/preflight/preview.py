@@ -62,9 +62,9 @@ def reasons(folder: Folder) -> Iterator[tuple[Path, str]]:
     yield from ((item.path, item.reason) for item in left_out(folder))
     trained = {picture.path for picture in folder.pictures}
     reason = "surplus regularization image" if folder.is_reg else "kept for validation"
-    if folder.metadata:
-        reason = f"not in {folder.metadata.name}"
-    for path in sorted(folder.seen - trained):
+    if listed_in := folder.metadata or folder.cache:
+        reason = f"not in {listed_in.name}"
+    for path in sorted((folder.seen | folder.uncached) - trained):
         yield path, "left out by skip_image_resolution" if path in folder.too_small else reason
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,14 @@ from reports import reported
 
 from blora.preflight import folders, images, opening
 from blora.preflight.captions import check_captions
-from blora.preflight.dataset import Folder, Picture, letters_kept, list_folders
+from blora.preflight.dataset import (
+    DROPOUTS,
+    Folder,
+    Picture,
+    dropped_by,
+    letters_kept,
+    list_folders,
+)
 from blora.preflight.images import broken_pictures
 from blora.preflight.opening import ORIENTATION, Header, Job, Look, MaskError, Opened, open_one
 from blora.preflight.preview import sections_of, trained_picture, write_preview
@@ -162,6 +171,36 @@ def test_a_caption_is_what_the_trainer_found_and_trains():
     for folder, change in ((found, {"caption": "a dog"}), (trained, {"prompt": "sks, a dog"})):
         [picture] = folder.pictures
         assert said(replace(folder, pictures=(replace(picture, **change),))) == []
+
+
+def test_a_dropout_that_leaves_no_word_is_named_alone():
+    def process_caption(subset: SimpleNamespace, caption: str) -> str:
+        every = subset.caption_dropout_every_n_epochs
+        is_dropped = random.random() < subset.caption_dropout_rate
+        return "" if is_dropped or (every and dataset.current_epoch % every == 0) else caption
+
+    dataset = SimpleNamespace(process_caption=process_caption, current_epoch=1)
+    for settings, named in (
+        ((0, 0, 0), ()),
+        ((0.99, 2, 0.5), ()),
+        ((1.0, 2, 0), ("caption_dropout_rate = 1.0",)),
+        ((0.1, 1, 0), ("caption_dropout_every_n_epochs = 1",)),
+    ):
+        subset = SimpleNamespace(**dict(zip(DROPOUTS, settings, strict=True)))
+        assert dropped_by(dataset, subset) == named
+
+
+def test_what_a_list_leaves_behind_is_named():
+    folder = make_folder("a.png b.png", {"a.txt": "a dog", "b.txt": "a cat"})
+    kept = replace(folder, cache=Path("cache.json"))
+    changed = replace(kept.pictures[0], caption="a wolf")
+    kept = replace(kept, pictures=(changed, kept.pictures[1]), uncached=frozenset({Path("c.png")}))
+    captions, pictures = said(kept)
+    assert captions.startswith('captions are trained as "cache.json" has them')
+    assert ", 1 in all: a.png: delete" in captions
+    assert '"cache.json" does not list them, 1 in all: c.png: delete' in pictures
+    [doubled] = said(replace(folder, metadata=Path("a.json"), replaced=2))
+    assert doubled.startswith('2 pictures of "a.json" will not be trained, since another')
 
 
 def test_a_caption_is_cut_at_the_last_letter_within_its_tokens():
@@ -463,6 +502,14 @@ def test_a_bar_shows_where_it_takes_more_than_a_second(capsys):
     assert "opening pictures: " in stream.getvalue()
     open_all(slow, quick, quick)
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_the_trainer_logs_of_a_picture_reaches_nobody(caplog):
+    logger = logging.getLogger("library")
+    assert len(open_all(Mock(side_effect=lambda: logger.error("cannot load") or LOOK))) == 1
+    assert caplog.records == []
+    logger.error("shown again")
+    assert len(caplog.records) == 1
 
 
 def test_a_call_that_fits_no_picture_is_an_error_of_the_call():

@@ -300,6 +300,17 @@ def test_the_sheet_shows_pictures_that_have_masks(training, sheet):
         assert sheet.read_text(encoding="utf-8").count("base64,") == 1
 
 
+def test_tags_alone_are_named_where_wildcards_drop_them(training):
+    training.draw("a.png")
+    listed = {str(training.images / "a.png"): {"tags": "dog"}}
+    (training.path / "meta.json").write_text(json.dumps(listed), encoding="utf-8")
+    training.config('metadata_file = "meta.json"\nenable_wildcard = true')
+    text = (training.path / "config.toml").read_text(encoding="utf-8")
+    (training.path / "config.toml").write_text(text.replace('class_tokens = "A [v]"\n', ""))
+    warnings = training.ask(*FAST)["warnings"]
+    assert ["or remove enable_wildcard" in text for text in warnings] == [True] * (not BEFORE_0_10)
+
+
 def test_cached_words_that_are_older_than_the_caption_are_named(training):
     training.draw("a.png").with_suffix(".txt").write_text("a dog")
     cached = training.images / "a_te_outputs.npz"
