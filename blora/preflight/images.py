@@ -40,6 +40,7 @@ from blora.preflight.opening import (
     in_size,
     open_pictures,
     read_header,
+    remedy_for,
     too_narrow,
     what_is_wrong,
 )
@@ -92,14 +93,24 @@ def stumbled_over(error: BaseException) -> list[str]:
     )
 
 
+def why_unreadable(path: Path) -> Exception:
+    """What PIL raises for a picture whose header says nothing."""
+    try:
+        with Image.open(path):
+            return PIL.UnidentifiedImageError()
+    except Exception as refusal:  # PIL raises all kinds
+        return refusal
+
+
 def without_bucket(dataset: Any) -> Iterator[Opened]:
     """The pictures of a dataset for which it can make no bucket."""
     nothing = (0, 0)
     for info in dataset.image_data.values():
         path = Path(info.absolute_path)
         if (size := read_header(path).size) == nothing:
-            error = what_is_wrong(path, nothing, PIL.UnidentifiedImageError())
-            yield Opened(path, nothing, nothing, error=error)
+            refusal = why_unreadable(path)
+            error = what_is_wrong(path, nothing, refusal)
+            yield Opened(path, nothing, nothing, error=error, remedy=remedy_for(refusal, True))
         elif dataset.bucket_manager and info.image_size:
             try:
                 bucket = dataset.bucket_manager.select_bucket(*info.image_size)[0]

@@ -430,6 +430,14 @@ def test_a_picture_without_a_bucket_is_named():
     assert broken_pictures([opened("a.png", bucket_reso=(0, 64))]) == [sentence]
 
 
+def test_a_bomb_is_to_be_made_smaller(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # PIL refuses twice as many
+    info = SimpleNamespace(absolute_path="a.png", image_size=None)
+    [sentence] = broken_pictures(images.without_bucket(SimpleNamespace(image_data={0: info})))
+    assert sentence.startswith('cannot open the picture "a.png" (Image size (32 pixels)')
+    assert sentence.endswith("): make it smaller")
+
+
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_masks_of_one_colour_are_named(is_masked):
     folder = replace(make_folder("a.png b.png"), is_masked=is_masked, has_alpha_mask=not is_masked)
