@@ -35,7 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = "2.1.0"
+VERSION = "2.2.0"
 
 
 def cannot_load(error: ImportError) -> str:

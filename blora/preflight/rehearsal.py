@@ -147,7 +147,8 @@ def keep_to(scratch: Path, args: argparse.Namespace) -> None:
     args.output_dir, args.output_name = str(scratch), Path(args.output_name or "last").name
     if getattr(args, "logging_dir", None) is not None:
         args.logging_dir = str(scratch)
-    for name in ("wandb_api_key", "console_log_file", "huggingface_repo_id"):
+    uploads = "wandb_api_key", "huggingface_repo_id", "save_state_to_huggingface"
+    for name in (*uploads, "console_log_file"):
         if hasattr(args, name):
             setattr(args, name, None)
     if getattr(args, "resume_from_huggingface", False):

@@ -85,8 +85,8 @@ def check_resumed(rehearsal: Rehearsal, report: Report) -> None:
 
 
 def check_steps(rehearsal: Rehearsal, report: Report) -> None:
-    """Every warning that two steps give cause for."""
-    if not rehearsal.predictions:
+    """Every warning that two steps give cause for, unless they were not taken."""
+    if rehearsal.failure or not rehearsal.predictions:
         return
     check_learning(rehearsal, report)
     if sentence := other_optimizer(rehearsal):

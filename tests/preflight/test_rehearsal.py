@@ -140,6 +140,7 @@ def test_options_that_write_show_or_read_much_are_taken_away(tmp_path, file):
         "wandb_api_key": ("secret", None),
         "console_log_file": ("log.txt", None),
         "huggingface_repo_id": ("me/hero", None),
+        "save_state_to_huggingface": (True, None),
         "resume": ("me/hero/state", None),
         "resume_from_huggingface": (True, True),
         "disable_mmap_load_safetensors": (True, False),

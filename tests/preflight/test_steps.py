@@ -375,6 +375,7 @@ def test_what_only_the_steps_lack_is_unknown_and_what_an_optimizer_raises_is_not
     assert is_unknown(rehearsed(Newer))
     refused = rehearsed(optimizer=refusing)
     assert isinstance(refused.failure, TypeError)
+    assert reported(check_steps, refused) == Report()
     assert not is_unknown(refused)
     assert reported(check_steps, Rehearsal()) == Report()
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from kohya_folder import ROOT
 
+from blora.preflight.trainer import fingerprint
+
 HERE = Path(__file__).parent
 PAGE = ROOT / "docs/tested_with.md"
 # Tests by their names, the first that fits, and words of the row that says what they try.
@@ -124,3 +126,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     tests = rows_of_tests(release, found.get("lycoris-lora", "none"))
     for rows in (rows_of_versions(release, commit, found), tests, [row_of_trainings(release)]):
         terminalreporter.write("\n".join([*rows, "", ""]))
+    code = fingerprint(Path(os.environ["KOHYA_ROOT"]))
+    terminalreporter.write(f'RELEASES in blora/preflight/trainer.py: "{code}": "{release}",\n')
