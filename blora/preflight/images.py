@@ -105,15 +105,16 @@ def why_unreadable(path: Path) -> Exception:
 def without_bucket(dataset: Any) -> Iterator[Opened]:
     """The pictures of a dataset for which it can make no bucket."""
     nothing = (0, 0)
+    manager: Any = getattr(dataset, "bucket_manager", None)
     for info in dataset.image_data.values():
         path = Path(info.absolute_path)
         if (size := read_header(path).size) == nothing:
             refusal = why_unreadable(path)
             error = what_is_wrong(path, nothing, refusal)
             yield Opened(path, nothing, nothing, error=error, remedy=remedy_for(refusal, True))
-        elif dataset.bucket_manager and info.image_size:
+        elif manager is not None and manager.no_upscale and info.image_size:
             try:
-                bucket = dataset.bucket_manager.select_bucket(*info.image_size)[0]
+                bucket = manager.select_bucket(*info.image_size)[0]
             except ZeroDivisionError:
                 bucket = nothing
             if 0 in bucket:
