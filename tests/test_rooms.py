@@ -20,7 +20,15 @@ HALLS = {"blora_slicer.py": "blora/slicer", "blora_preflight.py": "blora/preflig
 # What a program loads only where it is asked for it.
 LATE = {
     "blora_slicer.py": {"sheet", "launch", "inspection", "strength"},
-    "blora_preflight.py": {"launch", "captions", "dataset", "folders", "images", "preview"},
+    "blora_preflight.py": {
+        "launch",
+        "captions",
+        "dataset",
+        "folders",
+        "images",
+        "opening",
+        "preview",
+    },
 }
 STRENGTH = ["--alphas", "0.5"]
 NO_TEXT = "cannot import name 'BloraError' from 'blora.text' ({}/blora/text.py)"
