@@ -61,7 +61,7 @@ try:
         trainer_environment,
     )
     from blora.preflight.report import Report, attempt, cause, print_report
-    from blora.preflight.steps import check_steps, is_unknown, other_optimizer
+    from blora.preflight.steps import check_steps, is_unknown, is_without_weights, other_optimizer
     from blora.preflight.trainer import check_release
     from blora.preflight.trainer_errors import ended_sentence, frames, refusal
     from blora.preflight.trainer_warnings import listening, pass_on
@@ -108,7 +108,11 @@ def check_failure(failure: BaseException, rehearsal: Rehearsal, report: Report) 
 
     words = refusal(failure, rehearsal.args, rehearsal.printed.getvalue())
     is_reading = any(frame.f_code.co_name == "__getitem__" for frame in frames(failure))
-    if is_unknown(rehearsal):
+    if is_without_weights(rehearsal):
+        report.notes.append(
+            f"without weights the rehearsal goes no further than the network ({cause(failure)})"
+        )
+    elif is_unknown(rehearsal):
         report.warnings.append(
             "the rehearsal could not go through the first steps, so the optimizer, the saves and "
             f"--resume were not tried ({cause(failure)})"

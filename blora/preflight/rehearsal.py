@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import math
 import os
 import sys
 import tempfile
@@ -49,9 +50,9 @@ class Ended(BaseException):
 # is asked so often: two steps with accumulation, and a validation at four timesteps.
 MOST_BATCHES = 8
 MOST_PREDICTIONS = 40
-# A parameter's sides in the steps: enough for the optimizers' kinds of state, and Prodigy's for 160
-# modules of any rank takes 26 MB.
-SIDE = 64
+# The rank in the steps, whatever it is in the training: 160 modules with Prodigy's state take 45
+# MB. What is larger still, as the matrices of algo=full, is cut to a square.
+RANK, LARGEST, SIDE = 4, 2**17, 64
 # Of each number, and of the size that training has: fp16 underflows where it would.
 GRADIENT = 1e-5
 
@@ -176,8 +177,14 @@ def parameters_of(network: Any) -> dict[str, int]:
     return dict(modules)
 
 
-def trial_parameters(network: Any, device: Any) -> dict[Any, Any]:
-    """Put small parameters into a network; returns them by those that they replace.
+def trial_shape(shape: Iterable[int], rank: int | None) -> list[int]:
+    """A parameter's shape at a small rank."""
+    sides = [min(side, RANK) if side == rank else side for side in shape]
+    return sides if math.prod(sides) <= LARGEST else [min(side, SIDE) for side in sides]
+
+
+def trial_parameters(network: Any, rank: int | None, device: Any) -> dict[Any, Any]:
+    """Put small parameters into a network of a rank; returns them by those that they replace.
 
     Of each module every second one is zero, as lora_up begins, and its only one; the others are 1.
     """
@@ -190,7 +197,7 @@ def trial_parameters(network: Any, device: Any) -> dict[Any, Any]:
         module, (path, _, leaf) = name.split(".")[0], name.rpartition(".")
         places[module] += 1
         value = float(places[module] % 2 and lengths[module] > 1)
-        shape = [min(side, SIDE) for side in parameter.shape]
+        shape = trial_shape(parameter.shape, rank)
         trial = torch.full(shape, value, dtype=parameter.dtype, device=device)
         trials[parameter] = torch.nn.Parameter(trial, parameter.requires_grad)
         network.get_submodule(path).register_parameter(leaf, trials[parameter])
@@ -213,7 +220,7 @@ def begin_steps(rehearsal: Rehearsal, args: argparse.Namespace) -> None:
     if rehearsal.network is None:  # deepspeed wraps it
         raise Ended
     rehearsal.modules = parameters_of(rehearsal.network)
-    trials = trial_parameters(rehearsal.network, accelerator.device)
+    trials = trial_parameters(rehearsal.network, args.network_dim, accelerator.device)
     for optimizer in rehearsal.optimizers:
         optimizer.state.clear()
         for group in optimizer.param_groups:
@@ -395,10 +402,13 @@ def train(rehearsal: Rehearsal) -> None:
         replaced.append((torch, {"load": mapped_load(torch.load), "compile": uncompiled}))
         for owner, values in replaced:
             stack.enter_context(mock.patch.multiple(owner, create=True, **values))
-        with contextlib.suppress(Ended):
+        try:
             rehearsing(rehearsal, scratch, kept, building).train(args)
-        if rehearsal.predictions:
-            rehearsal.optimizer_state = state_per_byte(rehearsal.optimizers)
+        except Ended:
+            pass
+        finally:
+            if rehearsal.predictions:
+                rehearsal.optimizer_state = state_per_byte(rehearsal.optimizers)
 
 
 @contextlib.contextmanager

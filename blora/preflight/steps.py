@@ -10,19 +10,25 @@ from blora.preflight.trainer_errors import frames, is_of_the_rehearsal
 from blora.text import span
 
 
-def is_unknown(rehearsal: Rehearsal) -> bool:
-    """Whether it failed in the steps where the training may not: at what only a rehearsal has.
+def is_without_weights(rehearsal: Rehearsal) -> bool:
+    """Whether it failed since the models have no numbers, or the network's are not its own.
 
-    What an optimizer's own step raises is the training's.
+    The latter is so in the network's own methods, as where algo=full subtracts the weights to save.
     """
     failure = rehearsal.failure
     if failure is None or is_of_the_rehearsal(failure):
         return failure is not None
-    if not rehearsal.ready or not isinstance(failure, TypeError | AttributeError):
+    own = {id(module) for module in rehearsal.network.modules()} if rehearsal.network else set()
+    return any(id(frame.f_locals.get("self")) in own for frame in frames(failure))
+
+
+def is_unknown(rehearsal: Rehearsal) -> bool:
+    """Whether it failed in the steps at what only a rehearsal has; an optimizer's is its own."""
+    if not rehearsal.ready or not isinstance(rehearsal.failure, TypeError | AttributeError):
         return False
     from torch.optim import Optimizer
 
-    steps = [frame for frame in frames(failure) if frame.f_code.co_name == "step"]
+    steps = [frame for frame in frames(rehearsal.failure) if frame.f_code.co_name == "step"]
     return not any(isinstance(frame.f_locals.get("self"), Optimizer) for frame in steps)
 
 

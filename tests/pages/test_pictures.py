@@ -174,6 +174,6 @@ def test_the_pictures_and_the_pages_say_the_same(page, sentence):
 
 
 def test_preflights_page_says_the_same_of_rank_64():
-    parts = r"([\d.]+) MB LoRA, ([\d.]+) MB gradients, ([\d.]+) MB prodigy"
+    parts = r"([\d.]+) MB LoRA, ([\d.]+) MB its gradients, ([\d.]+) MB the opt"
     numbers = re.search(parts, one_line("docs/preflight.md")).groups()
     assert f"{sum(map(float, numbers)):.0f} MB" == MEMORY[64]
