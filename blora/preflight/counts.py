@@ -27,12 +27,10 @@ def check_warm_up(rehearsal: Rehearsal, training: Length, started: Started, repo
     is_over = started.processes > 1 and (warm_up or 0) < steps * started.processes
     if not lambdas or not warm_up or is_over or steps < 1:
         return
-    highest = max(lambdas[0](step) for step in range(steps))
-    if highest < 1 - 1e-9:
+    if max(lambdas[0](step) for step in range(steps)) < 1 - 1e-9:
         report.warnings.append(
-            f"the learning rate reaches only {int(highest * 100)} % of what is given, since "
-            f"--lr_warmup_steps={warm_up} is too long for "
-            f"{counted(steps, 'step')}: lower it (--lr_warmup_steps=0 is none)"
+            f"the learning rate never reaches what is given, since --lr_warmup_steps={warm_up} is "
+            "too long for this training: lower it (--lr_warmup_steps=0 is none)"
         )
 
 

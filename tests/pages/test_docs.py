@@ -43,7 +43,10 @@ CONFIG = "_in/lora/sdxl/my_project/config.toml"
 LORA = "_out/lora/sdxl/my_project_1/my_project_1.safetensors"
 NAMES = [name for name in PAGES if name not in ("options", "tested_with")]
 # Of git, pip, hf and Python; as far as the pattern below reads them.
-OTHERS = {"rented_machine": {"--branch", "--upgrade", "--local", "--version"}}
+OTHERS = {
+    "rented_machine": {"--branch", "--upgrade", "--local", "--version"},
+    "when_something_fails": {"--train_inpainting"},  # of sd-scripts since 0.10.4
+}
 # What programs print, among what people type.
 PRINTED = ("  ", "error: ", "note: ", "middle of ", "content of ", "-> ", "early stop: ")
 PRINTED += ("Rehearsing ", "This training:")

@@ -32,8 +32,8 @@ def said(*given: str, processes: int = 1, schedule: str = "cosine", warm_up: int
 def test_a_warm_up_has_to_end_before_the_training(schedule):
     [warning] = said("--lr_warmup_steps=500", schedule=schedule, warm_up=500).warnings
     assert warning == (
-        "the learning rate reaches only 79 % of what is given, since --lr_warmup_steps=500 is too "
-        "long for 400 steps: lower it (--lr_warmup_steps=0 is none)"
+        "the learning rate never reaches what is given, since --lr_warmup_steps=500 is too long "
+        "for this training: lower it (--lr_warmup_steps=0 is none)"
     )
     assert said("--lr_warmup_steps=500", schedule=schedule, warm_up=500, processes=2) == Report()
     assert said("--lr_warmup_steps=399", schedule=schedule, warm_up=399) == Report()

@@ -40,7 +40,13 @@ from blora.preflight.processes import Started, check_device, check_processes, pr
 from blora.preflight.rehearsal import ROOT
 from blora.preflight.report import Report
 from blora.preflight.trainer_errors import ended_sentence, is_of_the_rehearsal, own_words, refusal
-from blora.preflight.weightless import BLANK, header_tensors, kept_apart, on_meta
+from blora.preflight.weightless import (
+    BLANK,
+    header_tensors,
+    kept_apart,
+    on_meta,
+    silence_unet,
+)
 from blora.text import BloraError
 
 
@@ -126,6 +132,18 @@ def test_a_checkpoint_that_is_not_read_is_sdxl_by_its_names(tmp_path):
     tensors = header_tensors(tmp_path / BLANK)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == sdxl_shapes()
     assert all(tensor.is_meta and tensor.dtype == torch.half for tensor in tensors.values())
+
+
+def test_an_inpainting_unet_refuses_latents_without_a_mask():
+    unet = nn.ModuleDict({"first": nn.Conv2d(9, 320, 3)})
+    silence_unet(unet, lambda: torch.zeros(()))
+    assert unet(torch.zeros(2, 9, 8, 8), None).unique().tolist() == [1]
+    args = Namespace(pretrained_model_name_or_path="a.safetensors")
+    assert refusal(raised(unet, torch.zeros(2, 4, 8, 8), None), args, "") == (
+        '"a.safetensors" is an inpainting model, which is trained with masks: add '
+        "--train_inpainting and remove --cache_latents, or give a checkpoint of SDXL itself (the "
+        "U-Net takes 9 channels and gets 4)"
+    )
 
 
 # ---- What it leaves alone ------------------------------------------------------------------------

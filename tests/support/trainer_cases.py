@@ -976,7 +976,7 @@ SHARES = settings("lr_warmup_steps = 2.0\n")
 BACKWARDS = ("--min_timestep=900", "--max_timestep=100")
 LATE = ("--sample_every_n_steps=9", "--sample_prompts=p.txt", write("p.txt", "a dog --s 1\n"))
 COUNTS = [
-    warns("a warm-up longer than the training", "only 60 %.*lr_warmup_steps", *LONG_WARM_UP),
+    warns("a warm-up longer than the training", "lr_warmup_steps=5 is too long", *LONG_WARM_UP),
     warns("a warm-up as long", "lr_warmup_steps", *LONG_WARM_UP[:1], "--lr_warmup_steps=4"),
     warns("a warm-up of twice the training", "warmup", *SHARES, less="lr_warmup_steps"),
     warns("a warm-up into the decay", "lr_warmup_steps", *STABLE, "--lr_warmup_steps=3"),
