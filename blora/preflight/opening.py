@@ -48,9 +48,7 @@ class Look(NamedTuple):
     """A picture as it is trained."""
 
     image: np.ndarray  # height x width x 3, in uint8
-    weights: np.ndarray | None = (
-        None  # of the loss, height x width, from 0 to 1, where it is masked
-    )
+    weights: np.ndarray | None = None  # of a masked loss: height x width, from 0 to 1
 
 
 @dataclass(frozen=True)
