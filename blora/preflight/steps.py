@@ -26,10 +26,9 @@ def is_unknown(rehearsal: Rehearsal) -> bool:
     """Whether it failed in the steps at what only a rehearsal has; an optimizer's is its own."""
     if not rehearsal.ready or not isinstance(rehearsal.failure, TypeError | AttributeError):
         return False
-    from torch.optim import Optimizer
-
     steps = [frame for frame in frames(rehearsal.failure) if frame.f_code.co_name == "step"]
-    return not any(isinstance(frame.f_locals.get("self"), Optimizer) for frame in steps)
+    kinds = [kind for frame in steps for kind in type(frame.f_locals.get("self")).__mro__]
+    return all(kind.__name__ != "Optimizer" for kind in kinds)  # torch's
 
 
 def optimizer_settings(rehearsal: Rehearsal) -> str:
