@@ -67,7 +67,7 @@ try:
         take_slice,
     )
     from blora.slicer.metadata import build_metadata
-    from blora.slicer.modules import Lora
+    from blora.slicer.modules import SKIPPED, Lora
     from blora.slicer.reader import BaseModel, lora_file, read_base_model, read_lora
     from blora.tensorfile import Tensor, fp32_holds, shorten_metadata, write_file
     from blora.text import (
@@ -195,13 +195,12 @@ def read_loras(paths: Iterable[Path]) -> dict[Path, Lora]:
     """Each LoRA by its path, with a note on what is skipped."""
     loras = {path: read_lora(path) for path in dict.fromkeys(paths)}
     for path, lora in loras.items():
-        if keys := lora.unplaced:
-            say(f"note: skipped tensors of {path.name} that SDXL has no layers for {listed(keys)}")
-        if keys := lora.layer_weights:
-            say(
-                f"note: skipped plain layer weights in {path.name}, not part of a LoRA "
-                f"{listed(keys)}"
-            )
+        for remark in lora.remarks:
+            say(remark)
+        for why, keys in lora.skipped.items():
+            if keys:
+                level = "warning" if why == "biases" else "note"
+                say(f"{level}: skipped in {path.name}: {SKIPPED[why]} {listed(keys)}")
     return loras
 
 
@@ -279,10 +278,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(shield_negatives(sys.argv[1:] if argv is None else argv))
     check_usage(parser, args)
-    args.loras = [lora_file(path) for path in args.loras]
     if sentence := blora.leftovers():
         say(f"note: {sentence}")
     try:
+        args.loras = [lora_file(path) for path in args.loras]
         run_inspect(args) if args.inspect else run_cut(args)
         print(end="", flush=True)
     except BloraError as error:

@@ -177,11 +177,29 @@ def spellings(layer: Layer) -> Iterator[str]:
         plain = name.replace(".", "_")
         yield plain
         # diffusers' old attention processors have no list of outputs, and name a text encoder's
-        # projections as the U-Net's; transformers 5 has no text_model around the encoder.
+        # projections as the U-Net's; IP-Adapter's LoRA names the U-Net's as a text encoder's.
         if plain.endswith("_to_out_0"):
             yield plain.removesuffix("_0")
         if layer.network != "unet":
             yield from other_text_names(plain)
+            yield open_clip_name(name).replace(".", "_")
+        elif "_attn" in plain:
+            stem, _, projection = plain.removesuffix("_0").rpartition("_to_")
+            yield f"{stem}_{projection}_proj"
+
+
+# open_clip's words for the parts of the second text encoder, as a checkpoint has them.
+OPEN_CLIP = {
+    "text_model.encoder.layers": "resblocks", "self_attn": "attn", "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj", "layer_norm": "ln_",
+}  # fmt: skip
+
+
+def open_clip_name(name: str) -> str:
+    """A text encoder's layer as open_clip calls it: "resblocks.0.attn.q_proj"."""
+    for word, open_clips in OPEN_CLIP.items():
+        name = name.replace(word, open_clips)
+    return name
 
 
 def other_text_names(name: str) -> Iterator[str]:
@@ -189,17 +207,33 @@ def other_text_names(name: str) -> Iterator[str]:
     stem, separator, projection = name.rpartition("_self_attn_")
     if separator:
         yield f"{stem}_self_attn_to_{projection.removesuffix('_proj')}"
-    if name.startswith("text_model_"):
+    if name.startswith("text_model_"):  # which transformers 5 does not have around the encoder
         yield name.removeprefix("text_model_")
 
 
+# Projections that were fused into one layer, whose rows are theirs one after the other.
+FUSED = {"qkv": ("qkv", "to_qkv", "qkv_proj", "in_proj"), "kv": ("kv", "to_kv", "kv_proj")}
+
+
+def fused_spellings(layers: dict[str, Layer]) -> Iterator[tuple[str, tuple[Layer, ...]]]:
+    """(name, the projections in it) of those that read the same input, from layers by any name."""
+    for name in layers:
+        stem, separator, _ = name.rpartition("_q_proj")
+        for letters, words in FUSED.items() if separator else ():
+            parts = tuple(layers[f"{stem}_{letter}_proj"] for letter in letters)
+            if len({part.shape[1] for part in parts}) == 1:
+                yield from ((f"{stem}_{word}", parts) for word in words)
+
+
 @cache
-def layers_by_spelling() -> dict[str, dict[str, Layer]]:
-    """{network: {any name with underscores: layer}}."""
-    return {
-        network: {name: layer for layer in layers.values() for name in spellings(layer)}
-        for network, layers in sdxl_layers().items()
-    }
+def layers_by_spelling() -> dict[str, dict[str, tuple[Layer, ...]]]:
+    """{network: {any name with underscores: its layer, or those of fused projections}}."""
+    names = {}
+    for network, layers in sdxl_layers().items():
+        single = {name: layer for layer in layers.values() for name in spellings(layer)}
+        names[network] = dict(fused_spellings(single))
+        names[network] |= {name: (layer,) for name, layer in single.items()}
+    return names
 
 
 @cache
@@ -220,14 +254,6 @@ def block_of(module: str) -> str:
     return layers_by_module()[module].block
 
 
-# open_clip's names of the second text encoder's layers, in a checkpoint.
-OPEN_CLIP = {
-    "self_attn.q_proj": "attn.in_proj_", "self_attn.k_proj": "attn.in_proj_",
-    "self_attn.v_proj": "attn.in_proj_", "self_attn.out_proj": "attn.out_proj.",
-    "mlp.fc1": "mlp.c_fc.", "mlp.fc2": "mlp.c_proj.",
-}  # fmt: skip
-
-
 def checkpoint_weight(layer: Layer) -> tuple[str, int | None] | None:
     """(key, third) of a layer's weight in an SDXL checkpoint; None where it has no such weight.
 
@@ -238,13 +264,13 @@ def checkpoint_weight(layer: Layer) -> tuple[str, int | None] | None:
         return f"model.diffusion_model.{layer.name}.weight", None
     if layer.network == "te1":
         return f"conditioner.embedders.0.transformer.{layer.name}.weight", None
-    inside = layer.name.removeprefix("text_model.encoder.layers.")
-    number, _, name = inside.partition(".")
-    if name not in OPEN_CLIP:
+    name = open_clip_name(layer.name)
+    if not name.startswith("resblocks."):
         return None
-    key = f"conditioner.embedders.1.model.transformer.resblocks.{number}.{OPEN_CLIP[name]}weight"
-    third = "qkv".index(name[len("self_attn.")]) if "in_proj" in key else None
-    return key, third
+    stem, _, projection = name.rpartition(".attn.")
+    third = "qkv".index(projection[0]) if projection in ("q_proj", "k_proj", "v_proj") else None
+    weight = f"{name}.weight" if third is None else f"{stem}.attn.in_proj_weight"
+    return f"conditioner.embedders.1.model.transformer.{weight}", third
 
 
 # ---- Traits --------------------------------------------------------------------------------------

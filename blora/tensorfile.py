@@ -12,7 +12,7 @@ import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
@@ -115,6 +115,12 @@ class Stored(Tensor):
     def size(self) -> int:
         return self.stop - self.start
 
+    def rows(self, index: int, number: int) -> Stored:
+        """One of so many equal parts along the first axis, the rest of a division left out."""
+        shape = tuple(length // number for length in self.shape[:1]) + self.shape[1:]
+        start = self.start + index * (self.size // number)
+        return replace(self, shape=shape, start=start, stop=start + self.size // number)
+
     def chunks(self, length: int = CHUNK) -> Iterator[bytes | memoryview]:
         """The bytes, `length` at a time; BloraError where the file cannot be read any more."""
         try:
@@ -132,6 +138,18 @@ class Stored(Tensor):
 # ---- The header ----------------------------------------------------------------------------------
 
 LONGEST = 100_000_000  # bytes of a header: safetensors refuses a longer one
+# How files begin that are renamed, or came in place of a LoRA, and what to do then.
+RESAVE = "save it as safetensors with the program that made it"
+OTHER_FORMATS = {
+    b"PK\x03\x04": ("a PyTorch file (.pt, .bin, .ckpt) or another zip archive", RESAVE),
+    b"\x80\x02\x8a\x0al\xfc\x9c": ("an old PyTorch file (.pt, .bin, .ckpt)", RESAVE),
+    b"\x80\x02}": ("a Python pickle", RESAVE),
+    b"\x80\x04\x95": ("a Python pickle", RESAVE),
+    b"\x80\x05\x95": ("a Python pickle", RESAVE),
+    b"GGUF": ("a GGUF file", "use the safetensors file that it was made from"),
+    b"version https://git-lfs": ("a Git LFS pointer", "download the file that it points to"),
+    b"<": ("a web page", "download the file again"),
+}
 
 
 def is_counts(value: object) -> bool:
@@ -200,6 +218,15 @@ def parse_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors, metadata
 
 
+def other_format(path: Path) -> tuple[str, str] | None:
+    """What a file is that does not begin as safetensors do, and what to do about it."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    is_safetensors = start[8:9] == b"{"
+    signs = (about for sign, about in OTHER_FORMATS.items() if start.lstrip().startswith(sign))
+    return None if is_safetensors else next(signs, None)
+
+
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file and its metadata; the tensors' bytes are not read.
 
@@ -209,6 +236,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         return parse_file(path)
     except (ValueError, RecursionError) as error:
+        if other := other_format(path):
+            what, advice = other
+            raise BloraError(f"{path} is {what}, not safetensors: {advice}") from error
         raise BloraError(
             f"{path} is not a whole safetensors file ({shortened(str(error))}): "
             "download it again, or save it as safetensors"

@@ -31,9 +31,9 @@ def shortened(text: str) -> str:
 
 def first_few(keys: Iterable[str]) -> str:
     """Some of many keys, escaped: "a, b, c and 7 more"."""
-    keys = [shortened(key) for key in keys]
+    keys = [*keys]
     more = len(keys) - MAX_LISTED
-    return ", ".join(keys[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shortened, keys[:MAX_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
 def listed(keys: Collection[str]) -> str:

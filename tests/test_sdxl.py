@@ -37,7 +37,7 @@ def test_a_text_encoders_layers_are_those_of_transformers(network, width, depth)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     with torch.device("meta"):
         theirs = weights(model(CLIPTextConfig(num_hidden_layers=depth, **sizes)))
-    layers = {keys.find_layer(f"{prefix}.{name}").layer: theirs[name] for name in theirs}
+    layers = {keys.find_layer(f"{prefix}.{name}").layers[0]: theirs[name] for name in theirs}
     assert {x.name: shape for x, shape in layers.items()} == {
         x.name: x.shape for x in sdxl.sdxl_layers()[network].values()
     }
@@ -53,14 +53,14 @@ def test_no_name_means_two_layers():
 
 def test_every_layer_is_found_under_kohyas_names_and_those_with_dots():
     for module, layer in sdxl.layers_by_module().items():
-        assert keys.find_layer(module).layer is layer
+        assert keys.find_layer(module).layers[0] is layer
         if layer.network == "unet":
             other = f"lora_unet_{layer.diffusers.replace('.', '_')}"
-            assert keys.find_layer(other).layer is layer
+            assert keys.find_layer(other).layers[0] is layer
             for prefix in ("", "unet.", "unet.unet.", "base_model.model."):
                 for name in (layer.name, layer.diffusers):
                     found = keys.find_layer(prefix + name)
-                    assert (found.layer, found.name) == (layer, name)
+                    assert (found.layers, found.name) == ((layer,), name)
 
 
 Q = "transformer_blocks_0_attn1_to_q"

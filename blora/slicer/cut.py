@@ -13,8 +13,8 @@ from pathlib import Path
 
 from blora.sdxl import Trait, block_of
 from blora.slicer.keys import ALPHA, LORA_MID
-from blora.slicer.modules import Lora, Module, with_rank_as_alpha
-from blora.slicer.reader import PEFT_CONFIG
+from blora.slicer.modules import Lora, Module, peft_tuner, with_rank_as_alpha
+from blora.slicer.peft import PEFT_CONFIG
 from blora.tensorfile import as_fp32
 from blora.text import BloraError, first_few, listed, printable, shortened, span
 
@@ -101,30 +101,73 @@ def take_slice(lora: Lora, cut: Cut) -> Slice:
         raise BloraError(
             f'{cut.lora} has no modules for the trait "{trait}": its blocks are {blocks}'
         )
-    whole = [module for module in kept if not module.is_incomplete]
+    whole = [module for module in kept if not (module.is_incomplete or module.is_unknown)]
     if not whole:
-        raise BloraError(
-            f'every "{trait}" module in {cut.lora} is incomplete '
-            f"({first_few(m.name for m in kept)}): save it again with the program that trained it"
-        )
+        raise BloraError(nothing_whole(kept, f'"{trait}" module in {cut.lora}'))
     for module in whole:
+        check_known(module, cut.lora)
         check_fit(module, cut.lora)
         check_copies(module, lora)
     return Slice(cut, lora, tuple(map(with_rank_as_alpha, whole)), remarks(kept, whole, lora))
 
 
+def nothing_whole(kept: list[Module], which: str) -> str:
+    """Why none of the modules that a trait keeps can be cut: `which` says whose they are."""
+    if keys := [key for module in kept if module.is_unknown for key in module.unknown]:
+        what = f"the kind of every {which} is unknown ({first_few(keys)})"
+        return f"{what}: {peft_advice(kept) or USE_WHOLE}"
+    names = first_few(module.name for module in kept)
+    return f"every {which} is incomplete ({names}): save it again with the program that trained it"
+
+
+USE_WHOLE = "use the LoRA whole, in the program that trained it"
+
+
+def peft_advice(modules: Iterable[Module]) -> str:
+    """What to do with tensors of an algorithm that only PEFT has; "" where there are none."""
+    tuners = (peft_tuner(suffix) for module in modules for suffix in module.tensors)
+    tuner = next(filter(None, tuners), None)
+    return (
+        f"PEFT's {tuner} has such, which kohya's names cannot express; use it with PEFT"
+        if tuner
+        else ""
+    )
+
+
+def check_known(module: Module, lora: Path) -> None:
+    """Refuse a module with a tensor that is not of its algorithm: the slice might act otherwise."""
+    if module.unknown:
+        advice = peft_advice([module]) or "exclude the module with a trait's blacklist"
+        raise BloraError(
+            f"{lora} holds unknown tensors beside those of {module.label} "
+            f"({first_few(module.unknown)}), so what a slice would do is not known: {advice}"
+        )
+
+
 def check_fit(module: Module, lora: Path) -> None:
     """Refuse a module whose factors do not fit its layer: it would break where it is loaded."""
-    if not module.fits:
-        shapes = ", ".join(
-            f"{shortened(suffix)} {list(tensor.shape)}"
-            for suffix, tensor in module.tensors.items()
-            if tensor.shape
-        )
+    if module.fits:
+        return
+    if module.fused:
         raise BloraError(
-            f"{module.name} in {lora} does not fit SDXL, where the layer's weight is "
-            f"{list(module.layer.shape)}: it has {shapes}; use a LoRA that was trained on SDXL"
+            f"{shortened(module.fused)} in {lora} holds fused projections as {module.label}, which "
+            "cannot be split into those of SDXL: unfuse them in the program that trained it"
         )
+    if module.misfit:
+        raise BloraError(
+            f"the factors of {module.name} in {lora} are {module.misfit}: convert them in that "
+            "program, or use the LoRA there"
+        )
+    shapes = ", ".join(
+        f"{shortened(suffix)} {list(tensor.shape)}"
+        for suffix, tensor in module.tensors.items()
+        if tensor.shape
+    )
+    raise BloraError(
+        f"{module.name} in {lora} does not fit SDXL, where the layer's weight is "
+        f"{list(module.layer.shape)}: it has {shapes}; use a LoRA that was trained on SDXL, or "
+        "exclude the module with a trait's blacklist"
+    )
 
 
 def check_copies(module: Module, lora: Lora) -> None:
@@ -147,25 +190,34 @@ RESIZED = "dimension is resized from"  # what sd-scripts' resize_lora.py writes 
 
 def remarks(kept: list[Module], whole: list[Module], lora: Lora) -> list[str]:
     """What is left out of the slice, may be wrong with it, or is guessed."""
-    name, sentences = printable(lora.path.name), []
-    if half := [module.name for module in kept if module.is_incomplete]:
-        sentences.append(f"note: left out incomplete modules of {name} {listed(half)}")
-    if unknown := [f"{module.name}.{suffix}" for module in whole for suffix in module.unknown]:
-        sentences.append(f"note: copied unknown tensors of {name} {listed(unknown)}")
+    name = printable(lora.path.name)
+    is_resized = RESIZED in lora.metadata.get("ss_training_comment", "")
+    about = {
+        f"note: left out incomplete modules of {name}": [m.name for m in kept if m.is_incomplete],
+        f"note: left out modules of an unknown kind in {name}": [
+            key for module in kept if module.is_unknown for key in module.unknown
+        ],
+        f"note: split fused projections of {name}": [
+            *dict.fromkeys(module.fused for module in whole if module.fused)
+        ],
+        f"warning: {name} is an OFT as PEFT and OneTrainer store it, which ComfyUI does not read": [
+            module.name for module in whole if "oft_R.weight" in module.tensors
+        ],
+        f"warning: alpha is 0 in modules of {name}, which sd-scripts and LyCORIS read as the rank, "
+        "and ComfyUI as no change": [m.name for m in whole if m.rank and m.alpha == 0],
+        f"warning: {name} was resized, and sd-scripts' tool does not resize tucker cores, so these "
+        "modules are wrong": [m.name for m in whole if is_resized and LORA_MID in m.tensors],
+        f"warning: alpha is NaN or inf in modules of {name}": [
+            m.name for m in whole if m.alpha_is_read and not math.isfinite(m.alpha or 0)
+        ],
+    }
+    sentences = [f"{sentence} {listed(names)}" for sentence, names in about.items() if names]
     if any(module.is_guess for module in whole):
         sentences.append(
             f"warning: no alpha is stored for {name}, whose names are PEFT's: alpha = rank is "
             f"assumed; if it was trained with another alpha, put its {PEFT_CONFIG} beside it and "
             "cut it again"
         )
-    is_resized = RESIZED in lora.metadata.get("ss_training_comment", "")
-    if cores := [module.name for module in whole if is_resized and LORA_MID in module.tensors]:
-        sentences.append(
-            f"warning: {name} was resized, and sd-scripts' tool does not resize tucker cores, so "
-            f"these modules are wrong {listed(cores)}"
-        )
-    if broken := [m.name for m in whole if m.alpha_is_read and not math.isfinite(m.alpha or 0)]:
-        sentences.append(f"warning: alpha is NaN or inf in modules of {name} {listed(broken)}")
     return sentences
 
 
@@ -188,9 +240,10 @@ def common_alpha(slices: list[Slice]) -> float | None:
 
     diffusers scales all U-Net modules by the alpha it meets most, over each one's own rank. The
     smallest becomes the common one: then each lora_up takes a ratio above 1, where a smaller one
-    would push fp16 into its subnormal numbers. None where nothing changes.
+    would push fp16 into its subnormal numbers. An alpha of 0
+    stays: programs read it as the rank, or as no change. None where nothing changes.
     """
-    loras = [m for piece in slices for m in piece.modules if m.is_ranked_lora]
+    loras = [m for piece in slices for m in piece.modules if m.is_ranked_lora and m.alpha != 0]
     if len(slices) == 1 or len({module.alpha for module in loras}) < 2:
         return None
     return as_fp32(min((module.effective_alpha for module in loras), key=abs))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from blora.sdxl import Trait, block_of
 from blora.slicer.keys import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
-from blora.slicer.modules import Lora, Module
+from blora.slicer.modules import SKIPPED, Lora, Module
 from blora.slicer.strength import through_core, values
 from blora.tensorfile import FLOAT8, FLOATS, json_object
 from blora.text import file_size, listed, printable, span
@@ -142,12 +142,17 @@ def table_row(
     }
 
 
+def is_count(value: object) -> bool:
+    """Whether it is a number of pictures; one of thousands of digits cannot be printed."""
+    return type(value) is int and abs(value) < 1 << 63
+
+
 def training_facts(metadata: dict[str, str]) -> dict[str, Any]:
     """What the metadata tell about the training."""
     words: Counter[str] = Counter()
     for counts in json_object(metadata.get("ss_tag_frequency")).values():
         if isinstance(counts, dict):
-            words.update({str(w): n for w, n in counts.items() if isinstance(n, int)})
+            words.update({str(w): n for w, n in counts.items() if is_count(n)})
     facts = {
         "base": metadata.get("ss_base_model_version"),
         "checkpoint": metadata.get("ss_sd_model_name"),
@@ -180,10 +185,12 @@ def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
         "not_finite": broken,
         "incomplete": [name for name, module in lora.modules.items() if module.is_incomplete],
         "misfits": [name for name, m in lora.modules.items() if not (m.fits or m.is_incomplete)],
-        "unknown": [f"{n}.{s}" for n, module in lora.modules.items() for s in module.unknown],
+        "unknown": [key for module in lora.modules.values() for key in module.unknown],
         "doubled": list(lora.copies),
-        "own": lora.layer_weights,
-        "unplaced": lora.unplaced,
+        "fused": list(dict.fromkeys(m.fused for m in lora.modules.values() if m.fused)),
+        "guessed": [name for name, module in lora.modules.items() if module.is_guess],
+        **lora.skipped,
+        "remarks": lora.remarks,
     }
 
 
@@ -206,8 +213,9 @@ PROBLEMS = {
     "misfits": "modules that do not fit SDXL's layers",
     "unknown": "unknown tensors",
     "doubled": "duplicate modules",
-    "own": "plain layer weights, not part of a LoRA",
-    "unplaced": "tensors that SDXL has no layers for",
+    "fused": "fused projections, which a cut splits",
+    "guessed": "no alpha is stored, alpha = rank is assumed in modules",
+    **SKIPPED,
 }
 
 
@@ -230,5 +238,6 @@ def report(facts: dict[str, Any]) -> list[str]:
     lines += [f"{key}: {value}" for key, value in training.items()]
     if words:
         lines.append("trigger words: " + ", ".join(f"{word} ({n})" for word, n in words.items()))
+    lines += facts["remarks"]
     lines += [f"{problem} {listed(facts[key])}" for key, problem in PROBLEMS.items() if facts[key]]
     return [printable(line) for line in lines]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from blora.sdxl import Layer, layers_by_module
 from blora.slicer.keys import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, SUFFIXES, UP_BIAS
-from blora.tensorfile import Constant, Tensor, number
+from blora.tensorfile import Constant, Stored, Tensor, number
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,26 @@ AXES = {
     "diff": "o i", "w_norm": "o", "diff_b": "n", "b_norm": "n", "weight": "m", DORA: "m",
     UP_BIAS: "n",
 }  # fmt: skip
+# Tensors of a PEFT LoRA that only its training uses: its merge, and every other program, do not.
+UNREAD = ("lora_velora_embed", "lora_monteclora_sampler")
+# How the tensors of algorithms begin that only PEFT has (peft 0.21.2, tuners/*/layer.py).
+PEFT_TENSORS = {
+    "lora_E": "AdaLoRA", "lora_diag": "KaSA", "adamss_": "AdaMSS", "beft_": "BEFT",
+    "boft_": "BOFT", "c3a_": "C3A", "deft_": "DEFT", "delora_": "DeLoRA",
+    "fourierft_": "FourierFT", "frod_": "FRoD", "glora_": "GLoRA", "gralora_": "GraLoRA",
+    "hira_": "HiRA", "hra_": "HRA", "ia3_": "IA3", "lily_": "Lily", "ln_tuning_": "LN tuning",
+    "miss_": "MiSS", "oft_r": "OFT of before 0.16", "osf_": "OSF", "peanut_": "PEANuT",
+    "poly_": "Poly", "psoft_": "PSOFT", "pvera_": "PVeRA", "randlora_": "RandLoRA",
+    "road_": "RoAd", "shira_": "SHiRA", "supertuning_": "super tuning", "tinylora_": "TinyLoRA",
+    "trainable_tokens_": "trainable tokens", "unilora_": "UniLoRA", "vblora_": "VB-LoRA",
+    "vera_": "VeRA", "waveft_": "WaveFT",
+}  # fmt: skip
+
+# How factors are stored that fit no layer.
+TRANSPOSED = "transposed, as PaddleMIX stores them"
+BLOCK_DIAGONAL = "block-diagonal, as PEFT's BD-LoRA stores them"
+# Algorithms whose change can be split by rows, as that of fused projections has to be.
+BY_ROWS = ("LoRA", "LoHa", "LoKr", "GLoRA", "full", "bias")
 # The same with a tucker core, which has the kernel, between the two ranks.
 TUCKER = {
     LORA_MID: {LORA_MID: "r s k", LORA_DOWN: "s i"},
@@ -79,6 +99,11 @@ TUCKER = {
     "hada_t2": {"hada_t2": "t u k", "hada_w2_a": "t o", "hada_w2_b": "u i"},
     "lokr_t2": {"lokr_t2": "r s k", "lokr_w2_a": "r o", "lokr_w2_b": "s i"},
 }
+
+
+def peft_tuner(suffix: str) -> str | None:
+    """The algorithm of PEFT alone that a tensor belongs to."""
+    return next((name for start, name in PEFT_TENSORS.items() if suffix.startswith(start)), None)
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,8 @@ class Module:
     tensors: dict[str, Tensor]
     factor: float = 1.0  # what its program multiplies the change with, beside alpha / rank
     is_guess: bool = False  # whether it needs an alpha, and none is stored
+    keys: dict[str, str] = field(default_factory=dict)  # of the tensors in the file, by suffix
+    fused: str = ""  # the name in the file of the fused projections that it is a part of
 
     @property
     def layer(self) -> Layer:
@@ -151,10 +178,15 @@ class Module:
 
     @property
     def unknown(self) -> list[str]:
-        """Its tensors that are not part of its algorithm: what they do is not known."""
+        """The keys in the file of tensors that are not part of its algorithm."""
         kind = self.algorithm
         known = {*kind.markers, *sum(kind.needs, ()), *kind.may_have, ALPHA, DORA, *ADDED}
-        return [suffix for suffix in self.tensors if suffix not in known]
+        return [self.keys.get(suffix, suffix) for suffix in self.tensors if suffix not in known]
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it holds no algorithm's tensors, but others."""
+        return self.algorithm is UNKNOWN and not self.is_incomplete
 
     @cached_property
     def is_incomplete(self) -> bool:
@@ -203,7 +235,53 @@ class Module:
             and sizes.get("n", outputs) == outputs
             and ("c" not in sizes or sizes["c"] in inputs[:1])
             and sizes.get("m", outputs) in (outputs, *inputs[:1])
+            and (DORA not in self.tensors or self.dora_axis is not None)
         )
+
+    @property
+    def misfit(self) -> str:
+        """How factors that do not fit the layer are stored, where that is known."""
+        up, down = (self.tensors.get(suffix) for suffix in (LORA_UP, LORA_DOWN))
+        if not (up and down and len(up.shape) == len(down.shape) == len(self.layer.shape) == 2):
+            return ""
+        outputs, inputs = self.layer.shape
+        (rows, rank), (ranks, columns) = up.shape, down.shape
+        if (ranks, rank, rows) == (inputs, outputs, columns):
+            return TRANSPOSED
+        has_all_rows = rows == outputs
+        is_down = rank == ranks and 0 < columns < inputs and inputs % columns == 0
+        is_up = columns == inputs and 0 < rank < ranks and ranks % rank == 0
+        return BLOCK_DIAGONAL if has_all_rows and (is_down or is_up) else ""
+
+    @property
+    def dora_axis(self) -> int | None:
+        """The axis of the weight that a dora_scale has a number for each of, if it is one."""
+        shape, weight = self.tensors[DORA].shape, self.layer.shape
+        ones = [1] * (len(shape) - 1)
+        if [*shape] == [weight[0], *ones]:
+            return 0
+        return 1 if [*shape] == [1, *weight[1:2], *ones[1:]] else None
+
+
+def split_by_rows(tensors: dict[str, Stored], number: int) -> list[dict[str, Stored]] | None:
+    """The tensors of so many equal parts of a change's rows; None where it cannot be split so.
+
+    A tensor with an axis of rows is split along it, and the others are in every part: the first
+    factor of a LoRA and of each half of a LoHa, the small factor of a LoKr.
+    """
+    whole = Module("", {**tensors})
+    is_core = not TUCKER.keys().isdisjoint(tensors)
+    if whole.algorithm.name not in BY_ROWS or is_core or "bias_values" in tensors or whole.unknown:
+        return None
+    axis = "p" if whole.algorithm.name == "LoKr" else "o"
+    parts: list[dict[str, Stored]] = [{} for _ in range(number)]
+    for suffix, tensor in tensors.items():
+        has_rows = suffix == DORA or AXES.get(suffix, "")[:1] in (axis, "n")
+        if has_rows and (not tensor.shape or tensor.shape[0] % number or tensor.size % number):
+            return None
+        for index, part in enumerate(parts):
+            part[suffix] = tensor.rows(index, number) if has_rows else tensor
+    return parts
 
 
 def with_alpha(module: Module, alpha: float) -> Module:
@@ -222,6 +300,15 @@ def with_rank_as_alpha(module: Module) -> Module:
     return with_alpha(module, float(module.rank or 1))
 
 
+# Why keys of a file are in none of its modules.
+SKIPPED = {
+    "own": "plain layer weights, not part of a LoRA",
+    "biases": "trained biases, which are whole ones: only PEFT can load them",
+    "unread": "tensors that only PEFT's training uses",
+    "unplaced": "tensors with unknown names",
+}
+
+
 @dataclass(frozen=True)
 class Lora:
     """A LoRA file, its modules in kohya's names."""
@@ -229,7 +316,7 @@ class Lora:
     path: Path
     modules: dict[str, Module]
     metadata: dict[str, str]
-    unplaced: list[str]  # keys of no layer of SDXL
-    layer_weights: list[str]  # keys of plain weights or biases of a layer
+    skipped: dict[str, list[str]]  # keys of the file that are in no module, by those of SKIPPED
     namings: list[str]  # which programs' naming it has
     copies: dict[str, list[Module]]  # further ones of modules that it holds more than once
+    remarks: list[str]  # notes and warnings about the file as a whole

@@ -2,134 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from blora.sdxl import checkpoint_weight
-from blora.slicer.keys import ALPHA, BY_ROW, DORA, Key, Spelling, read_key
-from blora.slicer.modules import UNKNOWN, Lora, Module, with_alpha
-from blora.slicer.other_models import check_model
-from blora.tensorfile import Stored, Tensor, as_fp32, read_header
+from blora.slicer.keys import ALPHA, BY_ROW, DORA, Key, Spelling, find_layer, read_key
+from blora.slicer.modules import UNKNOWN, UNREAD, Lora, Module, split_by_rows
+from blora.slicer.other_models import check_lora, check_model
+from blora.slicer.peft import METADATA, Settings, check_settings, peft_settings, with_peft_alpha
+from blora.tensorfile import Stored, read_header
 from blora.text import BloraError, first_few, shortened
-
-# ---- PEFT's settings -----------------------------------------------------------------------------
-
-# Where they are: in the metadata, as diffusers writes them, with a prefix for each network, or in a
-# file beside the LoRA, as PEFT does.
-METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
-PEFT_NETWORKS = {"unet.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """PEFT's settings of one network, and where they were read."""
-
-    where: str
-    values: dict[str, Any]
-
-    @property
-    def has_alpha(self) -> bool:
-        """Whether an alpha is among them."""
-        return not {"alpha", "lora_alpha"}.isdisjoint(self.values)
-
-
-def peft_settings(metadata: dict[str, str], path: Path, is_peft: bool) -> dict[str, Settings]:
-    """By network: from the metadata, or, for PEFT's names, from the file beside the LoRA.
-
-    BloraError where they cannot be read.
-    """
-    where = f"{METADATA} of {path}"
-    try:
-        entries = json.loads(metadata.get(METADATA, "{}"))
-        settings = {}
-        for prefix, network in PEFT_NETWORKS.items():
-            values = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
-            settings[network] = Settings(METADATA, values)
-        config = path.with_name(PEFT_CONFIG)
-        if is_peft and config.is_file():
-            where = str(config)
-            beside = Settings(PEFT_CONFIG, dict(json.loads(config.read_text("utf-8")).items()))
-            settings = {name: s if s.has_alpha else beside for name, s in settings.items()}
-        return settings
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise BloraError(
-            f"cannot read {where} ({error}): save the LoRA again with its program"
-        ) from error
-
-
-def peft_number(settings: Settings, layer: str, patterns: str, *names: str) -> float:
-    """A setting of a layer: that of the first pattern that matches its end, or the one for all.
-
-    As get_pattern_key reads patterns (github.com/huggingface/peft, utils/other.py). TypeError or
-    ValueError where it is not a number.
-    """
-    by_pattern = settings.values.get(patterns)
-    for pattern, value in (by_pattern if isinstance(by_pattern, dict) else {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return float(value)
-    return float(next(settings.values[name] for name in names if name in settings.values))
-
-
-def with_peft_alpha(module: Module, layer: str, settings: Settings) -> Module:
-    """The module with the alpha that PEFT's settings give it, where its tensors have none.
-
-    PEFT multiplies a LoKr of two whole factors by alpha / r too, which no other program does
-    (tuners/lokr/layer.py): that becomes the module's `factor`.
-    """
-    if not settings.has_alpha or not module.algorithm.rank or module.alpha is not None:
-        return module
-    try:
-        alpha = peft_number(settings, layer, "alpha_pattern", "alpha", "lora_alpha")
-        if settings.where == PEFT_CONFIG or module.rank is None:
-            rank = peft_number(settings, layer, "rank_pattern", "r")
-            if module.rank is None:
-                return replace(module, factor=alpha / rank)
-            if rank != module.rank:  # the settings of a different LoRA in the same folder
-                return module
-        root = math.sqrt(module.rank) if settings.values.get("use_rslora") else 1
-        alpha = as_fp32(alpha * root)
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError, StopIteration, re.error):
-        alpha = math.nan
-    if not math.isfinite(alpha):
-        raise BloraError(f"{settings.where} gives {module.name} an alpha that is not a number")
-    return with_alpha(module, alpha)
-
-
-# Initializations that move a part of the base model into the factors (tuners/lora/layer.py), so
-# that these are not a change of that model.
-TAKEN_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# PEFT's algorithms that other programs have too.
-COMMON_TYPES = ("LORA", "LOHA", "LOKR", "OFT")
-
-
-def check_settings(settings: Settings, path: Path) -> None:
-    """Refuse what only PEFT can load, and factors that hold a part of the base model."""
-    kind = str(settings.values.get("peft_type", "LORA"))
-    if kind not in COMMON_TYPES:
-        raise BloraError(
-            f"{path} is PEFT's {shortened(kind)}, which kohya's names cannot express: use it "
-            "with PEFT"
-        )
-    start = str(settings.values.get("init_lora_weights", ""))
-    if start.lower().startswith(TAKEN_FROM_BASE):
-        raise BloraError(
-            f"{path} was trained with init_lora_weights={shortened(start)}, so its factors hold a "
-            "part of the base model: save it with PEFT's path_initial_model_for_weight_conversion"
-        )
-
 
 # ---- Modules -------------------------------------------------------------------------------------
 
 # A layer's plain parameters, as a model has them, and as PEFT's bias="lora_only" saves them.
-LAYER_WEIGHTS = {"weight", "bias", "base_layer.weight", "base_layer.bias"}
+LAYER_WEIGHTS = {"weight", "base_layer.weight"}
+LAYER_BIASES = {"bias", "base_layer.bias"}
 
 
 @dataclass
@@ -137,83 +29,115 @@ class Part:
     """The tensors of a module that a file holds under one spelling of its layer."""
 
     spelling: Spelling
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)  # as they are in the file, by suffix
     is_peft: bool = False
+    fused: str = ""
 
-    def add(self, key: str, meaning: Key, tensor: Tensor) -> None:
+    def add(self, key: Key, tensor: Stored) -> None:
         """Add a tensor; magnitudes, one a row, become a dora_scale of [out, 1, ...]."""
-        if meaning.suffix == DORA and BY_ROW in meaning.spelt and len(tensor.shape) != 2:
-            axes = max(2, len(self.spelling.layer.shape))
-            tensor = replace(tensor, shape=(math.prod(tensor.shape), *[1] * (axes - 1)))
-        self.tensors[meaning.suffix] = tensor
-        self.keys[meaning.suffix] = key
-        self.is_peft |= meaning.is_peft
+        axes = len(tensor.shape)
+        # diffusers' conversion to kohya makes a dora_scale of PEFT's [1, out, 1, 1] as it is.
+        is_pefts = BY_ROW in key.spelt or not self.spelling.prefix
+        is_by_row = axes == 1 or (axes != 2 and is_pefts)
+        if key.suffix == DORA and is_by_row:
+            ones = [1] * (max(2, len(self.spelling.layers[0].shape)) - 1)
+            tensor = replace(tensor, shape=(math.prod(tensor.shape), *ones))
+        self.tensors[key.suffix] = tensor
+        self.keys[key.suffix] = key.text
+        self.is_peft |= key.is_peft
 
-    def drop_layer_weights(self) -> list[str]:
-        """Leave out plain layer weights, which are not part of a LoRA; their keys."""
-        names = LAYER_WEIGHTS
-        if "on_input" in self.tensors:  # IA3 has a "weight"
-            names = names - {"weight"}
-        dropped = [suffix for suffix in self.tensors if suffix in names]
-        for suffix in dropped:
-            del self.tensors[suffix]
+    def drop(self, suffixes: Iterable[str]) -> list[str]:
+        """Leave out these tensors; their keys."""
+        dropped = [suffix for suffix in suffixes if self.tensors.pop(suffix, None)]
         return [self.keys[suffix] for suffix in dropped]
+
+    def split(self) -> list[Part]:
+        """A part for each projection of a fused layer.
+
+        Where its algorithm has no rows to split, each has all tensors, which fit none of them.
+        """
+        layers = self.spelling.layers
+        if len(layers) == 1:
+            return [self]
+        rows = split_by_rows(self.tensors, len(layers)) or [self.tensors] * len(layers)
+        return [
+            replace(
+                self,
+                spelling=replace(self.spelling, layers=(layer,)),
+                tensors=dict(tensors),
+                fused=self.spelling.name,
+            )
+            for layer, tensors in zip(layers, rows, strict=True)
+        ]
 
     def completes(self, other: Part) -> bool:
         """Whether the two have no tensor in common, and are not a change each."""
-        changes = [Module("", part.tensors).algorithm is not UNKNOWN for part in (self, other)]
+        changes = [Module("", {**part.tensors}).algorithm is not UNKNOWN for part in (self, other)]
         return not (self.tensors.keys() & other.tensors.keys() or all(changes))
 
 
-def split_by_spelling(tensors: Mapping[str, Tensor]) -> tuple[list[Part], list[str], list[str]]:
+def split_by_spelling(
+    tensors: Mapping[str, Stored], encoder: str
+) -> tuple[list[Part], list[str], list[str]]:
     """A file's tensors by layer and spelling; the keys of no layer; the programs' namings."""
     parts: dict[str, list[Part]] = {}
     unplaced: list[str] = []
     namings: dict[str, None] = {}
-    for key, tensor in tensors.items():
-        meaning = read_key(key)
-        if meaning is None:
-            unplaced.append(key)
+    for text, tensor in tensors.items():
+        key = read_key(text, encoder)
+        if key is None:
+            unplaced.append(text)
             continue
-        same = parts.setdefault(meaning.spelling.plain, [])
-        free = next((part for part in same if meaning.suffix not in part.tensors), None)
+        same = parts.setdefault(key.spelling.plain, [])
+        free = next((part for part in same if key.suffix not in part.tensors), None)
         if free is None:  # the first, or one tensor under two suffixes
-            free = Part(meaning.spelling)
+            free = Part(key.spelling)
             same.append(free)
-        free.add(key, meaning, tensor)
-        if meaning.suffix != ALPHA:  # which is spelt alike everywhere
-            namings[meaning.naming] = None
+        free.add(key, tensor)
+        if key.suffix != ALPHA:  # which is spelt alike everywhere
+            namings[key.naming] = None
     return [*chain(*parts.values())], unplaced, [*namings]
 
 
-def gather_modules(parts: list[Part]) -> tuple[dict[str, list[Part]], list[str]]:
-    """The parts by module, each with its copies; and the keys of plain layer weights.
+def leave_out(parts: Iterable[Part]) -> dict[str, list[str]]:
+    """Drop what is not a LoRA's; the keys of that, by the keys of SKIPPED.
+
+    A bias beside a weight is a model's own; one alone was trained, with PEFT's bias="all".
+    """
+    skipped: dict[str, list[str]] = {"own": [], "biases": [], "unread": []}
+    for part in parts:
+        weights = part.drop(LAYER_WEIGHTS - ({"weight"} if "on_input" in part.tensors else set()))
+        skipped["own" if weights else "biases"] += part.drop(LAYER_BIASES)
+        skipped["own"] += weights
+        skipped["unread"] += part.drop([s for s in part.tensors if s.startswith(UNREAD)])
+    return skipped
+
+
+def gather_modules(parts: Iterable[Part]) -> dict[str, list[Part]]:
+    """The parts by module, each with its copies.
 
     A module can be split over two spellings: diffusers' conversion of a DoRA to kohya's names
     leaves the magnitudes under a different one than the factors.
     """
     modules: dict[str, list[Part]] = {}
-    layer_weights: list[str] = []
-    for part in parts:
-        layer_weights += part.drop_layer_weights()
-        if not part.tensors:
-            continue
-        copies = modules.setdefault(part.spelling.layer.module, [])
+    for part in filter(attrgetter("tensors"), parts):
+        copies = modules.setdefault(part.spelling.layers[0].module, [])
         whole = next((copy for copy in copies if part.completes(copy)), None)
         if whole is None:
             copies.append(part)
         else:
             whole.tensors |= part.tensors
+            whole.keys |= part.keys
             whole.is_peft |= part.is_peft
-    return modules, layer_weights
+    return modules
 
 
 def build_modules(name: str, copies: list[Part], peft: dict[str, Settings]) -> list[Module]:
     """A module's copies, whole ones first, with the alpha of PEFT's settings."""
     modules = []
     for part in copies:
-        module = Module(name, part.tensors)
+        module = Module(name, {**part.tensors}, keys=part.keys, fused=part.fused)
         settings = peft[module.layer.network]
         if part.is_peft or settings.where == METADATA:
             module = with_peft_alpha(module, part.spelling.name, settings)
@@ -229,11 +153,53 @@ SAVED_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetenso
 
 
 def lora_file(path: Path) -> Path:
-    """The path, or the LoRA in it where it is a folder that PEFT or diffusers saved one in."""
-    inside = [path / name for name in SAVED_IN_FOLDERS]
-    with suppress(OSError):  # read_lora reports what may not be read
-        return next((file for file in inside if file.is_file()), path)
-    return path
+    """The path, or the LoRA in it, or one below, where it is a folder that PEFT or diffusers saved.
+
+    BloraError where it is a folder of none or of several.
+    """
+    try:
+        if not path.is_dir():
+            return path
+        for folders in ([path], sorted(inside for inside in path.iterdir() if inside.is_dir())):
+            files = [folder / name for folder in folders for name in SAVED_IN_FOLDERS]
+            loras = [file for file in files if file.is_file()]
+            if len(loras) == 1:
+                return loras[0]
+            if loras:
+                several = first_few(str(file.relative_to(path)) for file in loras)
+                raise BloraError(f"{path} holds several LoRAs ({several}): name one of them")
+        names = [file.name for file in sorted(path.iterdir())]
+    except OSError as error:
+        raise BloraError(f"cannot read {path} ({error})") from error
+    raise BloraError(about_folder(path, names))
+
+
+def about_folder(path: Path, names: list[str]) -> str:
+    """What a folder without a LoRA of PEFT's or diffusers' holds, and what to do."""
+    if loras := [name for name in names if name.endswith(".safetensors")]:
+        return f"{path} is a folder: name the LoRA in it ({first_few(loras)})"
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".ckpt"))]:
+        file = shortened(pickles[0])
+        return f"{path} is a folder with {file}, a PyTorch file: save the LoRA again as safetensors"
+    holds = first_few(names) or "empty"
+    return f"{path} is a folder without a .safetensors file ({holds}): correct --loras"
+
+
+TEXT_WIDTHS = {768: "te1", 3072: "te1", 1280: "te2", 5120: "te2"}  # of CLIP's layers
+
+
+def bare_encoder(tensors: Mapping[str, Stored]) -> str | None:
+    """Which text encoder a file is of that names none, by the width of its layers.
+
+    None where it has no layer of a text encoder without a network's name.
+    """
+    encoders = {
+        TEXT_WIDTHS[length]
+        for key, tensor in tensors.items()
+        for length in TEXT_WIDTHS.keys() & {*tensor.shape}
+        if (spelling := find_layer(key)) and spelling.is_bare
+    }
+    return max(encoders, default=None)
 
 
 def read_lora(path: Path) -> Lora:
@@ -241,19 +207,27 @@ def read_lora(path: Path) -> Lora:
     if not path.is_file():
         raise BloraError(f"no file at {path}: correct --loras")
     tensors, metadata = read_header(path)
-    parts, unplaced, namings = split_by_spelling(tensors)
-    by_module, layer_weights = gather_modules(parts)
+    encoder = bare_encoder(tensors)
+    parts, unplaced, namings = split_by_spelling(tensors, encoder or "te2")
+    skipped = leave_out(parts) | {"unplaced": unplaced}
+    by_module = gather_modules(chain.from_iterable(part.split() for part in parts))
     peft = peft_settings(metadata, path, any(part.is_peft for part in parts))
-    for settings in peft.values():
-        check_settings(settings, path)
     copies = {name: build_modules(name, by_module[name], peft) for name in sorted(by_module)}
     modules = {name: first for name, (first, *_) in copies.items()}
-    check_model(path, modules, unplaced, metadata)
+    for network in {module.layer.network for module in modules.values()}:
+        check_settings(peft[network], path)
+    if not modules:
+        check_lora(path, tensors, skipped["own"])
+    remarks = check_model(path, modules, unplaced, metadata)
     if not modules:
         holds = first_few(sorted(tensors)) or "no tensor at all"
         raise BloraError(f"{path} is not an SDXL LoRA: it holds {holds}")
+    if encoder:
+        remarks.append(
+            f"note: {path.name} names no text encoder, so its width decides: it is {encoder}"
+        )
     doubled = {name: others for name, (_, *others) in copies.items() if others}
-    return Lora(path, modules, metadata, unplaced, layer_weights, namings, doubled)
+    return Lora(path, modules, metadata, skipped, namings, doubled, remarks)
 
 
 @dataclass(frozen=True)
@@ -272,12 +246,8 @@ class BaseModel:
                 ".safetensors file, that the LoRA was trained on"
             )
         tensor = self.tensors[key]
-        if third is None:
-            return tensor
-        size = tensor.size // 3  # a DoRA that does not fit the third is refused later
-        start = tensor.start + third * size
-        shape = tuple(length // 3 for length in tensor.shape[:1]) + tensor.shape[1:]
-        return replace(tensor, shape=shape, start=start, stop=start + size)
+        # A DoRA that does not fit the third is refused later.
+        return tensor if third is None else tensor.rows(third, 3)
 
 
 def read_base_model(path: Path) -> BaseModel:

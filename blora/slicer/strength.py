@@ -18,7 +18,7 @@ from blora.slicer.keys import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
 from blora.slicer.modules import ADDED, Module, with_alpha
 from blora.slicer.reader import BaseModel
 from blora.tensorfile import DTYPES, FLOAT8, FLOATS, FORMATS, Stored, Tensor, fp32_holds, number
-from blora.text import BloraError, first_few, shortened
+from blora.text import BloraError, shortened
 
 # ---- Values --------------------------------------------------------------------------------------
 
@@ -190,10 +190,9 @@ def at_strength(module: Module, cut: Cut, base: BaseModel | None) -> Module:
     strength = cut.strength * module.factor
     if strength == 1:
         return module
-    is_known = not module.unknown
-    if is_known and DORA not in module.tensors and module.algorithm.scaled:
+    if DORA not in module.tensors and module.algorithm.scaled:
         return multiply(module, strength, {*module.algorithm.scaled, *ADDED})
-    if is_known and module.label == "DoRA" and base and not BIASES & module.tensors.keys():
+    if module.label == "DoRA" and base and not BIASES & module.tensors.keys():
         baked = bake_dora(module, strength, base.weight(module))
         return multiply(baked, strength, ADDED)
     because, advice = why_not(module)
@@ -206,8 +205,6 @@ BIASES = {UP_BIAS, "bias_values"}  # parts of the change that bake_dora does not
 def why_not(module: Module) -> tuple[str, str]:
     """Why the strength of a module cannot change, and what to do."""
     advice = "cut it at 1.0 and set the strength where the LoRA is used"
-    if module.unknown:
-        return unknown_tensors(module), advice
     reason = module.algorithm.reason
     if DORA in module.tensors and BIASES & module.tensors.keys():
         reason = "has a bias among its factors"
@@ -218,27 +215,17 @@ def why_not(module: Module) -> tuple[str, str]:
     return f"it is {module.label} and {reason}", advice
 
 
-def unknown_tensors(module: Module) -> str:
-    """That it is not known what some tensors of the module do."""
-    return f"what {first_few(f'{module.name}.{s}' for s in module.unknown)} does is unknown"
-
-
 # ---- Alpha and precision -------------------------------------------------------------------------
 
 
 def at_alpha(module: Module, alpha: float) -> Module:
-    """The module with the same change under this alpha, where it is a LoRA of another alpha."""
-    if not module.is_ranked_lora or module.alpha == alpha:
+    """The module with the same change under this alpha, where it is a LoRA of another one but 0."""
+    if not module.is_ranked_lora or module.alpha in (0, alpha):
         return module
     if not alpha or not fp32_holds(alpha) or not fp32_holds(module.effective_alpha):
         raise BloraError(
             f"the alpha of {module.name} is not a finite fp32 number: write separate files with "
             "--not_combined"
-        )
-    if module.unknown:
-        raise BloraError(
-            f"{module.name} cannot take the alpha of the others, because "
-            f"{unknown_tensors(module)}: write separate files with --not_combined"
         )
     ratio = module.effective_alpha / alpha
     return with_alpha(multiply(module, ratio, module.algorithm.scaled), alpha)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact_strength import both_traits
-from lora_algebra import Module, alpha_over_rank, read_modules, weight_change, with_alpha
+from lora_algebra import Module, alpha_over_rank, read_modules, weight_change
 from lora_files import CONTENT, weight_shape
 from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, axis_lengths, make_module, write_modules
 from slicing import all_traits, slice_lora, stored
@@ -74,7 +74,7 @@ def test_every_bias_takes_the_strength_and_what_alpha_multiplies_the_ratio_of_a_
 
 
 @pytest.mark.parametrize("form", EVERY)
-def test_a_tensor_that_no_program_writes_is_copied_at_1_and_named_or_refused(
+def test_an_unknown_tensor_beside_those_of_an_algorithm_stops_a_cut_at_any_strength(
     slicer, everything, form
 ):
     name, module = on_a_layer(form)
@@ -83,13 +83,15 @@ def test_a_tensor_that_no_program_writes_is_copied_at_1_and_named_or_refused(
     assert slicer.err == ""
     module["foo_bar"] = numbers(3, 0).half()
     lora = write_modules(slicer.folder / "in.safetensors", {name: module})
-    wanted = write_modules(slicer.folder / "wanted.safetensors", {name: with_alpha(module)})
-    assert slicer(lora, *everything) == 0
-    assert stored(slicer.output) == stored(wanted)
-    assert slicer.err == f"note: copied unknown tensors of in.safetensors (1): {name}.foo_bar\n"
-    for strength in ("0.5", "0") if form in FORMS else ():
+    for strength in ("1", "0.5", "0"):
         assert slicer(lora, *everything, "--alphas", strength) == 1
-        assert f", because what {name}.foo_bar does is unknown: " in slicer.sentence
+        start, _, end = slicer.sentence.partition(f" ({name}.foo_bar), ")
+        assert start.startswith(f"{lora} holds unknown tensors beside those of ")
+        assert end == (
+            "so what a slice would do is not known: exclude the module with a trait's blacklist"
+        )
+    assert slicer(lora, "--inspect") == 0
+    assert f"unknown tensors (1): {name}.foo_bar" in slicer.out
 
 
 FACTORED = ["LoRA", "LoCon, tucker", "LoHa", "LoHa, tucker", "GLoRA", "T-LoRA", "DoRA"]
@@ -238,7 +240,8 @@ def test_what_does_not_fit_is_refused_by_its_shapes_where_it_is_kept_and_shown_b
     assert slicer(path, *everything) == 1
     assert slicer.sentence == (
         f"{FIRST} in {path} does not fit SDXL, where the layer's weight is [640, 640]: it has "
-        "lora_down.weight [2, 320], lora_up.weight [320, 2]; use a LoRA that was trained on SDXL"
+        "lora_down.weight [2, 320], lora_up.weight [320, 2]; use a LoRA that was trained on SDXL, "
+        "or exclude the module with a trait's blacklist"
     )
 
 

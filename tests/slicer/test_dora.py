@@ -253,11 +253,16 @@ UNSCALED = (
     "LoRA is used"
 )
 A_BIAS = UNSCALED % "it is DoRA and has a bias among its factors"
-IS_UNKNOWN = UNSCALED % f"what {FIRST}.strange does is unknown"
+IS_UNKNOWN = "{lora} holds unknown tensors beside those of DoRA"
 # How it is made, and what a sound DoRA is refused with on it at 0.5.
 BASES: dict[str, tuple[Make, str | None]] = {
     SOUND: (base(), None),
     **{what: (make, NOT_WHOLE) for what, make in STRANGERS.items()},
+    "a pickle": (STRANGERS["a pickle"], "{base} is a PyTorch file"),
+    "a page": (
+        STRANGERS["a page"],
+        "{base} is a web page, not safetensors: download the file again",
+    ),
     "a folder": (STRANGERS["a folder"], NO_FILE),
     "nothing": (STRANGERS["nothing"], NO_FILE),
     "a truncated file": (lambda path: path.write_bytes(save({"a": numbers(9)})[:-1]), NOT_WHOLE),

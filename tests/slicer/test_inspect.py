@@ -120,7 +120,7 @@ def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
         "naming: kohya, sgm names",
         "base: sdxl_base_v1-0",
         "trigger words: sks (3)",
-        "tensors that SDXL has no layers for (1): strange.weight",
+        "tensors with unknown names (1): strange.weight",
     ]
 
 

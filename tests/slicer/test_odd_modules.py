@@ -52,17 +52,21 @@ def cannot_hold(suffix: str, dtype: str) -> str:
 
 
 def unknown(*suffixes: str, more: str = "") -> str:
-    return no_strength(f"what {', '.join(f'{NAME}.{s}' for s in suffixes)}{more} does is unknown")
+    return (
+        f'the kind of every "content" module in {{lora}} is unknown '
+        f"({', '.join(f'{NAME}.{s}' for s in suffixes)}{more}): use the LoRA whole, in the program "
+        "that trained it"
+    )
 
 
 TOO_LARGE = cannot_hold(UP, "F16")
 OFT = no_strength("it is OFT and a rotation cannot be multiplied")
 ITS_WEIGHTS = "it is DoRA and it needs the weights it was trained on"
 DORA = no_strength(ITS_WEIGHTS, "give the checkpoint as --base_model, or ")
-OTHER_PARTS = unknown("hada_w1_a", "lambda_layer", "lokr_w1")
-NO_OTHER_ALPHA = (
-    f"{NAME} cannot take the alpha of the others, because what {NAME}.hada_w1_a, "
-    f"{NAME}.lambda_layer, {NAME}.lokr_w1 does is unknown: write separate files with --not_combined"
+OTHER_PARTS = (
+    f"{{lora}} holds unknown tensors beside those of LoRA ({NAME}.hada_w1_a, {NAME}.lambda_layer, "
+    f"{NAME}.lokr_w1), so what a slice would do is not known: exclude the module with a trait's "
+    "blacklist"
 )
 NO_FP32 = (
     f"the alpha of {NAME} is not a finite fp32 number: write separate files with --not_combined"
@@ -147,8 +151,8 @@ CASES: dict[str, Case] = {
     "alpha of 1 x 1": with_alpha(numbers(1, 1), 160),
     "alpha of two elements": with_alpha(numbers(2), 160),
     "alpha of no elements": with_alpha(numbers(0), 640, {"alpha"}),
-    "alpha 0": with_alpha(numbers(value=0), 640, {"alpha"}),
-    "alpha -0": with_alpha(numbers(value=-0.0), 640, {"alpha"}),
+    "alpha 0": with_alpha(numbers(value=0), 640),
+    "alpha -0": with_alpha(numbers(value=-0.0), 640),
     "alpha -1": with_alpha(numbers(value=-1), 320),
     "alpha NaN": with_alpha(NAN, None, NO_FP32),
     "alpha inf": with_alpha(numbers(value=math.inf), None, NO_FP32),
@@ -168,10 +172,6 @@ CASES: dict[str, Case] = {
         }.items()
     },
     "F8_E4M3 up alone": of_type(F8, "F8_E4M3", {UP: PLAIN[UP]}),
-    "all types": Case(
-        {f"part{index}": numbers(3, dtype=dtype) for index, dtype in enumerate(EVERY_TYPE)},
-        unknown("part8", "part0", "part1", more=" and 6 more"),
-    ),
     **{f"NaN and inf in {dtype}": odd(dtype) for dtype in FLOATS},
     "a signalling NaN": lora(
         {UP: torch.full((1280, 2), 0x7C01, dtype=torch.int16).view(HALF)}, None, not_finite=(UP,)
@@ -182,19 +182,23 @@ CASES: dict[str, Case] = {
     "the largest fp64": large(1e308, F64),
     "large fp64": large(1e100, F64),
     "the smallest fp32": large(1e-45, F32, 0.0),
-    "DoRA of a vector": Case(PLAIN | {"dora_scale": numbers(1280)}, DORA, 640, {"alpha"}),
     "a LoKr of rank 0": Case(LOKR_0 | {"alpha": numbers()}, {"lokr_w1"}),
     "a bias alone": Case({"diff_b": numbers(1280)}, {"diff_b"}, 0.5 * 1280**0.5),
     "OFT without alpha": Case({"oft_blocks": numbers(640, 2, 2)}, OFT),
     "OFT with alpha NaN": Case(
         {"oft_blocks": numbers(640, 2, 2), "alpha": NAN}, OFT, not_finite=("alpha",)
     ),
-    "a LoRA with parts of others": Case(
-        PLAIN | PARTS | {"alpha": numbers(value=4)}, OTHER_PARTS, joined=NO_OTHER_ALPHA
-    ),
-    "an unknown suffix": Case({"a.b.c": numbers(2)}, unknown("a.b.c")),
-    "a suffix of escapes": Case({"\x1b[2J\n": numbers(2)}, unknown(r"\x1b[2J\n")),
 }  # fmt: skip
+# Tensors that are refused at any strength, and the sentence.
+UNKNOWN: dict[str, tuple[dict[str, Tensor], str]] = {
+    "a LoRA with parts of others": (PLAIN | PARTS | {"alpha": numbers(value=4)}, OTHER_PARTS),
+    "unknown suffixes": (
+        {f"part{index}": numbers(3, dtype=dtype) for index, dtype in enumerate(EVERY_TYPE)},
+        unknown("part8", "part0", "part1", more=" and 6 more"),
+    ),
+    "dots in it": ({"a.b.c": numbers(2)}, unknown("a.b.c")),
+    "escapes": ({"\x1b[2J\n": numbers(2)}, unknown(r"\x1b[2J\n")),
+}
 WAYS = [
     # strength, precision
     *((strength, None) for strength in ("0.5", "0", "-3", "1e-300", "1e38")),
@@ -285,6 +289,27 @@ def test_a_strange_module_is_shown_with_the_size_of_its_change(slicer, case, str
     size = None if case.change is None else pytest.approx(case.change, rel=1e-3)
     assert (facts["modules"], row["change"]) == (1, size)
     assert facts["not_finite"] == [f"{NAME}.{suffix}" for suffix in case.not_finite]
+
+
+@pytest.mark.parametrize(("tensors", "sentence"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_module_of_unknown_tensors_is_refused_and_left_out_beside_others(
+    slicer, tensors, sentence
+):
+    lora = write(slicer.folder / "strange.safetensors", named(tensors))
+    for strength, precision in [("1", None), *WAYS]:
+        way = [f"--alphas={strength}", *(["--save_precision", precision] if precision else [])]
+        assert slicer(lora, *way) == 1
+        assert slicer.sentence == sentence.format(lora=lora)
+    assert slicer(lora, "--inspect") == 0
+    assert "unknown tensors (" in slicer.out and "\x1b" not in slicer.out
+    if UP not in tensors:
+        sound = lora_module(CONTENT.format(1, 1, "q"))
+        write(lora, named(tensors) | sound)
+        assert slicer(lora) == 0
+        assert slicer.err.startswith(
+            f"note: left out modules of an unknown kind in strange.safetensors ({len(tensors)}): "
+        )
+        assert stored(slicer.output) == stored(write(slicer.folder / "sound.safetensors", sound))
 
 
 def altered(before: Path, after: Path) -> set[str]:

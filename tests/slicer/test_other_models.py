@@ -157,10 +157,11 @@ STRANGERS: dict[str, tuple[Tensors, dict[str, str], str]] = {
     },
     "Flux": ({OTHERS_KEYS["Flux"]: ROW}, {}, NO_UNET.format(OTHERS_KEYS["Flux"])),
     **{
-        f"what fits, but of {said}": (SDXL, {entry: said}, f'its {entry} is "{said}"')
+        f"what fits, but of {said}": (ONE | SECOND, {entry: said}, f'its {entry} is "{said}"')
         for entry, words in OTHERS_WORDS.items()
         for said in words.split()
     },
+    "what fits all, but of Kolors": (SDXL, {VERSION: "Kolors"}, f'its {VERSION} is "Kolors"'),
 }
 # Layers of both models, of one shape in both.
 SHARED = {
@@ -183,6 +184,18 @@ def test_a_lora_of_another_model_is_refused_as_that_whatever_the_trait(
         assert slicer(*run, "--traits_file", traits_file) == 1
         # It is about the file: not that this trait is not in it, nor that one module does not fit.
         assert slicer.sentence == f"{lora} is a LoRA for a different model, not SDXL: {sign}"
+
+
+@pytest.mark.parametrize(
+    ("entry", "word"), [(entry, w) for entry, words in OTHERS_WORDS.items() for w in words.split()]
+)
+def test_attention_to_a_text_of_sdxls_width_is_sdxls_whatever_the_metadata_say(slicer, entry, word):
+    lora = write(slicer.folder / "a.safetensors", SDXL, {entry: word})
+    assert slicer(lora) == 0
+    assert slicer.err == (
+        f'warning: its {entry} is "{word}", but the layers of a.safetensors are SDXL\'s\n'
+    )
+    assert set(load_file(slicer.output)) == set(blora_modules(CONTENT))
 
 
 # What SDXL's own LoRAs say of their model, or what says nothing: version and architecture.
@@ -219,14 +232,14 @@ def test_a_merge_that_is_said_to_be_of_sd_1_is_cut_where_it_has_what_sdxl_alone_
 
 
 WHOLE = {"unet.conv_in.weight": torch.zeros(320, 4, 3, 3), "unet.conv_in.bias": torch.zeros(320)}
-OWN_WEIGHTS = "plain layer weights in a.safetensors, not part of a LoRA"
+OWN_WEIGHTS = "plain layer weights, not part of a LoRA"
+BIASES = "trained biases, which are whole ones: only PEFT can load them"
 # What a file holds, what the note says of it, and what the content of it is.
 SKIPPED: dict[str, tuple[Tensors, str, Tensors]] = {
     # such as an embedding that a trainer bundles, or a layer that only a checkpoint has
     "tensors of another model": (
         SDXL | {f"bundle_emb.{letter}": torch.zeros(2) for letter in "abcde"},
-        "tensors of a.safetensors that SDXL has no layers for (5): "
-        "bundle_emb.a, bundle_emb.b, bundle_emb.c and 2 more",
+        "tensors with unknown names (5): bundle_emb.a, bundle_emb.b, bundle_emb.c and 2 more",
         blora_modules(CONTENT),
     ),
     "weights of another layer": (
@@ -237,10 +250,10 @@ SKIPPED: dict[str, tuple[Tensors, str, Tensors]] = {
     **{
         f"a layer's own {suffix}": (
             renamed(ONE, PEFT) | {f"{PEFT}.{suffix}": torch.zeros(shape)},
-            f"{OWN_WEIGHTS} (1): {PEFT}.{suffix}",
+            f"{why} (1): {PEFT}.{suffix}",
             ONE,
         )
-        for part, shape in {"weight": (1280, 1280), "bias": (1280,)}.items()
+        for part, shape, why in (("weight", (1280, 1280), OWN_WEIGHTS), ("bias", (1280,), BIASES))
         for suffix in (part, f"base_layer.{part}")
     },
 }
@@ -249,7 +262,8 @@ SKIPPED: dict[str, tuple[Tensors, str, Tensors]] = {
 @pytest.mark.parametrize(("tensors", "note", "kept"), SKIPPED.values(), ids=SKIPPED)
 def test_what_is_not_part_of_a_lora_is_skipped_and_named(slicer, tensors, note, kept):
     assert slicer(write(slicer.folder / "a.safetensors", tensors), "--alphas", "0.5") == 0
-    assert slicer.err == f"note: skipped {note}\n"
+    level = "warning" if BIASES in note else "note"
+    assert slicer.err == f"{level}: skipped in a.safetensors: {note}\n"
     assert set(load_file(slicer.output)) == set(kept)
 
 
@@ -257,5 +271,6 @@ def test_the_own_weights_of_layers_are_no_lora(slicer):
     lora = write(slicer.folder / "unet.safetensors", WHOLE, None)
     assert slicer(lora) == 1
     assert slicer.sentence == (
-        f"{lora} is not an SDXL LoRA: it holds unet.conv_in.bias, unet.conv_in.weight"
+        f"{lora} is not a LoRA: it holds plain layer weights (unet.conv_in.bias, "
+        "unet.conv_in.weight)"
     )

@@ -32,7 +32,7 @@ from blora.text import BloraError
 
 # The same examples on every run.
 PROVE = settings(derandomize=True, deadline=None, max_examples=1000)
-PART = f"{NAME}.a"  # of no kind known here, so that it is copied alone
+PART = f"{NAME}.diff_b"  # a LoRA of one tensor
 
 Whole = tuple[Stored, dict[str, str]]  # the tensors of a file, and its metadata
 
@@ -106,9 +106,10 @@ def test_a_flipped_byte_before_the_tensors_is_read_as_safetensors_reads_it(slice
     survey(slicer, enumerate(flipped[::SOME]))
 
 
-# A part alone is the smallest LoRA: one number of any type.
-TEXT = json.dumps({PART: tensor()}).encode()
+OUTPUTS = [1280]  # of the layer, so many as a bias of it has numbers
+TEXT = json.dumps({PART: tensor("F32", OUTPUTS, [0, 5120])}).encode()
 NUMBER = b"\0\0\x80\x3f"
+NUMBERS = NUMBER * 1280
 HEADERS: dict[str, object] = {
     "an empty object": {},
     "a list": [],
@@ -127,7 +128,7 @@ HEADERS: dict[str, object] = {
     "a negative offset": {PART: tensor(offsets=[-4, 0])},
     "a whole float offset": {PART: tensor(offsets=[0.0, 4.0])},
     "a huge offset": {PART: tensor(offsets=[0, 2**63])},
-    "an offset beyond floats": TEXT.replace(b"[0, 4]", b"[0, 4" + b"0" * 5000 + b"]"),
+    "an offset beyond floats": TEXT.replace(b"5120]", b"5120" + b"0" * 5000 + b"]"),
     "offsets turned round": {PART: tensor(offsets=[4, 0])},
     "an end beyond the file": {PART: tensor(shape=[2], offsets=[0, 8])},
     "a gap after": {PART: tensor("F16", [1], [0, 2])},
@@ -150,7 +151,9 @@ HEADERS: dict[str, object] = {
 }
 
 LENGTHS = [0, 1, 2, 7, 100_000_000, 100_000_001, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1]
-WRONG = {what: raw(header, NUMBER) for what, header in HEADERS.items()}
+WRONG = {
+    what: raw(header, NUMBERS if header is TEXT else NUMBER) for what, header in HEADERS.items()
+}
 WRONG |= {f"a header length of {length}": raw(TEXT, NUMBER, length) for length in LENGTHS}
 WRONG |= {f"{len(more)} bytes too many": small_file() + more for more in (b"\0", bytes(4096))}
 
@@ -175,7 +178,7 @@ def test_a_shape_that_numpy_refuses_is_refused_at_once(slicer, shape):
 
 ODD = {
     "a tensor twice, where the last counts": TEXT[:-1] + b"," + TEXT[1:].replace(b"F32", b"I32"),
-    "a tensor twice, the first too large": TEXT[:-1].replace(b"[1]", b"[9]") + b"," + TEXT[1:],
+    "a tensor twice, the first too large": TEXT[:-1].replace(b"[1280]", b"[9]") + b"," + TEXT[1:],
     "metadata that is null": b'{"__metadata__": null,' + TEXT[1:],
     "a metadata key twice": b'{"__metadata__": {"dtype": "1", "dtype": "2"},' + TEXT[1:],
     "a field more": TEXT.replace(b'"F32"', b'"F32", "extra": [1, {"a": null}]'),
@@ -189,7 +192,7 @@ ODD = {
 
 @pytest.mark.parametrize("header", ODD.values(), ids=ODD)
 def test_a_header_that_is_odd_is_read_as_safetensors_reads_it(slicer, header):
-    lora = write_bytes(slicer.folder / "odd.safetensors", raw(header, NUMBER))
+    lora = write_bytes(slicer.folder / "odd.safetensors", raw(header, NUMBERS))
     assert read(lora) == library(lora)
     assert slicer(lora) == 0
     assert stored(slicer.output) == stored(lora)
@@ -199,7 +202,7 @@ def test_a_header_that_is_odd_is_read_as_safetensors_reads_it(slicer, header):
 def test_the_longest_header_that_safetensors_reads_is_the_longest_that_is_read(tmp_path):
     lora = tmp_path / "long.safetensors"
     for length, whole in ((100_000_000, True), (100_000_001, False)):
-        write_bytes(lora, raw(TEXT.ljust(length), NUMBER))
+        write_bytes(lora, raw(TEXT.ljust(length), NUMBERS))
         assert (read(lora) is not None) == opens(lora) == whole
 
 
@@ -323,10 +326,11 @@ def test_a_file_is_read_as_safetensors_reads_it_and_does_a_cut_no_harm(data):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_type_of_safetensors_is_read_and_copied(slicer, dtype):
-    shape, size = [8], BITS[dtype]
-    data = raw({PART: tensor(dtype, shape, [0, size])}, bytes(range(size)))
+    size = BITS[dtype] * 160
+    numbers = bytes(at % 251 for at in range(size))
+    data = raw({PART: tensor(dtype, OUTPUTS, [0, size])}, numbers)
     lora = write_bytes(slicer.folder / "a.safetensors", data)
-    whole = {PART: (dtype, shape, bytes(range(size)))}
+    whole = {PART: (dtype, OUTPUTS, numbers)}
     assert read(lora) == (whole, {})
     assert slicer(lora) == 0
     assert stored(slicer.output) == whole
@@ -334,12 +338,13 @@ def test_every_type_of_safetensors_is_read_and_copied(slicer, dtype):
 
 @pytest.mark.parametrize("dtype", ["F16_NEW", "BF8", "Q4"])
 def test_a_type_that_is_not_known_yet_is_copied_and_comes_last(slicer, dtype):
-    other = f"{NAME}.part"
-    data = raw({PART: tensor(dtype, [3], [0, 5]), other: tensor("U8", [1], [5, 6])}, b"newer!")
+    other = f"{NAME}.alpha"
+    header = {PART: tensor(dtype, OUTPUTS, [0, 5]), other: tensor("U8", [1], [5, 6])}
+    data = raw(header, b"newer!")
     lora = write_bytes(slicer.folder / "a.safetensors", data)
     assert slicer(lora) == 0
     header, data = header_of(slicer.output.read_bytes())
-    assert header[PART] == tensor(dtype, [3], [1, 6])
+    assert header[PART] == tensor(dtype, OUTPUTS, [1, 6])
     assert header[other] == tensor("U8", [1], [0, 1])
     assert data == b"!newer"
 
