@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from threading import Semaphore, Thread
 from typing import Any, BinaryIO
 
-from blora.text import BloraError, shortened, written_whole
+from blora.text import BloraError, progress_bar, shortened, written_whole
 
 # ---- Types ---------------------------------------------------------------------------------------
 
@@ -313,15 +313,10 @@ def with_progress(chunks: Iterable[bytes | memoryview], total: int) -> Iterator[
     if total < SHOW_PROGRESS:
         yield from chunks
         return
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:  # only the bar needs it
-        yield from chunks
-        return
-    with tqdm(total=total, unit="B", unit_scale=True, delay=1, leave=False) as bar:
+    with progress_bar(total, unit="B", unit_scale=True) as advance:
         for chunk in chunks:
             yield chunk
-            bar.update(len(chunk))
+            advance(len(chunk))
 
 
 def write_hashed(
@@ -359,16 +354,26 @@ def write_hashed(
         raise errors[0]
 
 
+def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors writes them: by type and key, those of a type unknown here last."""
+    order = {dtype: index for index, dtype in enumerate(DTYPES)}
+    return dict(sorted(tensors.items(), key=lambda i: (order.get(i[1].dtype, len(order)), i[0])))
+
+
+def file_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    """The length of the file that write_file writes."""
+    sizes = (tensor.size for tensor in tensors.values())
+    return len(header_bytes(in_order(tensors), metadata)) + sum(sizes)
+
+
 def write_file(tensors: dict[str, Tensor], metadata: dict[str, str], output: Path) -> None:
     """Write a file, whole or not at all, with kohya's two hashes where the metadata has their keys.
 
-    Tensors are in safetensors' order, by type and key, those of a type unknown here last. As
-    precalculate_safetensors_hashes in kohya's sd-scripts has it, the model hash is of all bytes
+    As precalculate_safetensors_hashes in kohya's sd-scripts has it, the model hash is of all bytes
     after the header, the legacy hash of 64 KiB of a file that has the ss_ metadata alone.
     BloraError where it cannot be written.
     """
-    order = {dtype: index for index, dtype in enumerate(DTYPES)}
-    tensors = dict(sorted(tensors.items(), key=lambda i: (order.get(i[1].dtype, len(order)), i[0])))
+    tensors = in_order(tensors)
     total = sum(tensor.size for tensor in tensors.values())
     with written_whole(output) as part, part.open("w+b") as file:
         start = file.write(header_bytes(tensors, metadata))

@@ -1,5 +1,5 @@
-"""What every program needs: the one error type, escaped text, numbers as text, and a file that is
-written whole or not at all.
+"""What every program needs: the one error type, escaped text, numbers as text, a progress bar, a
+file that is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -7,9 +7,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 MAX_LISTED = 3  # keys that a message lists, of any number
 LONGEST_TEXT = 200  # characters of one
@@ -85,6 +86,21 @@ def escape_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def progress_bar(total: int, **options: Any) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, once that takes more than a second, and what moves it on.
+
+    Without tqdm there is none: nothing else needs that package.
+    """
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield lambda _: None
+        return
+    with tqdm(total=total, delay=1, leave=False, **options) as bar:
+        yield bar.update
 
 
 def say(sentence: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 from kohya_folder import ROOT
 from lora_files import CONTENT, blora_modules, write
@@ -119,6 +120,19 @@ def test_a_cut_at_1_loads_neither_numpy_nor_torch_nor_safetensors(lora, tmp_path
     assert done.stderr in ("", "\n"), done.stderr
 
 
+def test_a_look_needs_numpy_and_nothing_else(bundle, lora):
+    (bundle / "packages").mkdir()
+    for folder in Path(numpy.__file__).parents[1].glob("numpy*"):
+        (bundle / "packages" / folder.name).symlink_to(folder)
+    env = {**os.environ, "PYTHONPATH": str(bundle / "packages")}
+    assert "No module named 'tqdm'" in run("-S", "-c", "import tqdm", env=env).stderr
+    for options in (["--inspect"], ["--inspect", *STRENGTH]):
+        command = ["-S", bundle / "blora_slicer.py", "--loras", lora, *options]
+        done = run(*command, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == run(*command[1:]).stdout  # where there is everything
+
+
 def test_a_strength_without_numpy_is_told_in_one_sentence(bundle, lora):
     assert refused("-S", bundle / "blora_slicer.py", "--loras", lora, *STRENGTH) == (
         f"error: no numpy in this Python ({sys.executable}): activate kohya's venv\n"
@@ -143,8 +157,11 @@ def test_a_broken_numpy_is_named_in_one_short_sentence(bundle, lora):
 def test_files_that_version_1_left_are_named_and_break_nothing(bundle, lora, options, left):
     def cut() -> tuple[str, str, list[object]]:
         done = run(bundle / "blora_slicer.py", "--loras", lora, *options)
-        written = [path.read_bytes() for path in bundle.glob("model.safetensors")]
-        return done.stderr, done.stdout, [dict(deserialize(file)) for file in written]
+        written = [*bundle.glob("model.safetensors")]
+        tensors = [dict(deserialize(path.read_bytes())) for path in written]
+        for path in written:
+            path.unlink()
+        return done.stderr, done.stdout, tensors
 
     said, *wanted = cut()
     assert said == ""

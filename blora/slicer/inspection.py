@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from blora.sdxl import Trait, block_of
 from blora.slicer.keys import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
 from blora.slicer.modules import SKIPPED, Lora, Module
 from blora.slicer.strength import through_core, values
 from blora.tensorfile import FLOAT8, FLOATS, json_object
-from blora.text import file_size, listed, printable, span
+from blora.text import file_size, listed, printable, progress_bar, span
 
 BAR = 20  # characters for the whole change
 COLUMNS = ("block", "trait", "modules", "algorithm", "rank", "alpha", "dtype", "size", "change")
@@ -168,11 +167,13 @@ def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
     """All that --inspect shows of a file."""
     groups: dict[tuple[str, str], list[Module]] = {}
     norms, broken = {}, []
-    for name, module in tqdm(lora.modules.items(), desc=lora.path.name, delay=1, leave=False):
-        traits = [trait.name for trait in known.values() if trait.keeps(name)]
-        groups.setdefault((block_of(name), ", ".join(traits) or "-"), []).append(module)
-        norms[name], not_finite = measure(module)
-        broken += not_finite
+    with progress_bar(len(lora.modules), desc=printable(lora.path.name)) as advance:
+        for name, module in lora.modules.items():
+            traits = [trait.name for trait in known.values() if trait.keeps(name)]
+            groups.setdefault((block_of(name), ", ".join(traits) or "-"), []).append(module)
+            norms[name], not_finite = measure(module)
+            broken += not_finite
+            advance(1)
     total = math.hypot(*(norm for norm in norms.values() if norm))
     rows = [table_row(*key, modules, norms, total) for key, modules in groups.items()]
     return {
