@@ -15,7 +15,8 @@
   blora_slicer.py --loras a.safetensors --traits content style --not_combined
       writes model_content.safetensors and model_style.safetensors
   blora_slicer.py --loras a.safetensors --inspect
-      writes nothing, and shows what the file holds, block by block
+      writes nothing, and shows what the file holds, block by block; with --traits and the other
+      options of a cut, also what would be written
 
 --loras, --traits and --alphas are matched by position. If there are fewer LoRAs than traits,
 the last LoRA is used again; a missing trait means content, a missing strength means 1.0.
@@ -34,6 +35,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 VERSION = "2.2.0"
 
@@ -67,9 +69,16 @@ try:
         take_slice,
     )
     from blora.slicer.metadata import build_metadata
-    from blora.slicer.modules import SKIPPED, Lora
+    from blora.slicer.modules import SKIPPED, Lora, Module
     from blora.slicer.reader import BaseModel, lora_file, read_base_model, read_lora
-    from blora.tensorfile import Tensor, fp32_holds, shorten_metadata, write_file
+    from blora.tensorfile import (
+        Stored,
+        Tensor,
+        file_bytes,
+        fp32_holds,
+        shorten_metadata,
+        write_file,
+    )
     from blora.text import (
         BloraError,
         counted,
@@ -87,6 +96,29 @@ PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 # ---- Command line --------------------------------------------------------------------------------
+
+EXAMPLES = {
+    "--loras": "my_project_1.safetensors", "--traits": "content", "--alphas": "0.5",
+    "--output_path": "my_content.safetensors", "--traits_file": "blora_traits.json",
+    "--save_precision": "fp16", "--base_model": "sd_xl_base_1.0.safetensors",
+}  # fmt: skip
+DASHES = "-\u2010-\u2015\u2212"  # what a web page or a word processor makes of them
+
+
+class Parser(argparse.ArgumentParser):
+    """The options; a mistake is told in one sentence, without a list of them all."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2, and what to do; `message` may be argparse's, of an option."""
+        option, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem.startswith("expected "):
+            message = f"{option} needs a value, such as {option} {EXAMPLES[option]}"
+        elif problem.startswith("ignored explicit "):
+            message = f"{option} takes no value: write {option} alone"
+        elif option == "ambiguous option":
+            message = f"{problem}: write one of them out"
+        say(f"error: {message.removeprefix('argument ')}")
+        sys.exit(2)
 
 
 def shield_negatives(argv: list[str]) -> list[str]:
@@ -109,13 +141,14 @@ def strength(text: str) -> float:
     return value
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options, the original's first."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("blora_slicer.py", description=__doc__, formatter_class=raw)
+    usage = "%(prog)s --loras LORA [LORA ...] [options]"
+    parser = Parser("blora_slicer.py", usage, description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
-    add("--loras", type=Path, nargs="+", required=True,
+    add("--loras", type=Path, nargs="+",
         help="the LoRAs to cut from: files, or folders that PEFT or diffusers saved")
     add("--traits", nargs="+", default=[DEFAULT_TRAIT],
         help=f"what to keep of each (default: {DEFAULT_TRAIT})")
@@ -131,14 +164,44 @@ def build_parser() -> argparse.ArgumentParser:
         help="precision of the output (default: the input's)")
     add("--base_model", type=Path, help="the SDXL checkpoint, to cut a DoRA at another strength")
     add("--no_metadata", action="store_true", help="write no metadata at all")
-    add("--inspect", action="store_true", help="write nothing, show what the LoRAs hold")
+    add("--inspect", action="store_true",
+        help="write nothing, show what the LoRAs hold, and what other options would cut")
     add("--json", action="store_true", help="with --inspect: show it as JSON")
     add("--version", action="version", version=f"%(prog)s {VERSION}", help="print the version")
     # fmt: on
     return parser
 
 
-def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def command_line(words: list[str]) -> str:
+    """The slicer's command with these words, to be typed."""
+    import shlex
+    import subprocess
+
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(["python", "blora_slicer.py", *words])
+
+
+def check_words(parser: Parser, args: argparse.Namespace, left: list[str], argv: list[str]) -> None:
+    """Refuse words that no option takes, which are `left` of all, and a line without a LoRA."""
+    from difflib import get_close_matches
+
+    for word in left:
+        if name := re.match(rf"[{DASHES}]+(\w+)", word):
+            names = [option[2:] for option in parser._option_string_actions if option[:2] == "--"]
+            near = [f"use --{other}" for other in get_close_matches(name[1], names, 1, cutoff=0.5)]
+            advice, *_ = [*near, command_line(["--loras", EXAMPLES["--loras"]])]
+            parser.error(f"there is no option {shortened(word)}: {advice}")
+    if args.loras is None:
+        files, options = left or [EXAMPLES["--loras"]], [word for word in argv if word not in left]
+        example = command_line(["--loras", *files, *(options or ["--traits", "content"])])
+        parser.error(
+            f"LoRAs come after --loras: {example}" if left else f"no LoRA is given: {example}"
+        )
+    for word in left:
+        parser.error(f"no option takes {shortened(word)}: put it after its option, such as --loras")
+
+
+def check_usage(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     slices = max(len(args.loras), len(args.traits))
     if len(args.alphas) > slices:
@@ -146,10 +209,13 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--alphas: {len(args.alphas)} values for {number}, leave some out")
     if args.json and not args.inspect:
         parser.error("--json requires --inspect")
-    allowed = {"loras", "inspect", "json", "traits_file"}
-    for name, value in vars(args).items():
-        if args.inspect and name not in allowed and value != parser.get_default(name):
-            parser.error(f"--inspect writes nothing: leave out --{name}")
+
+
+def asks_for_cut(parser: Parser, args: argparse.Namespace) -> bool:
+    """Whether an option says what to cut, even if it says the default."""
+    others = {"loras", "inspect", "json", "traits_file"}
+    given = {name for name, value in vars(args).items() if value is not parser.get_default(name)}
+    return bool(given - others)
 
 
 # ---- Cutting -------------------------------------------------------------------------------------
@@ -164,16 +230,61 @@ class Output:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
-    def write(self, debug: bool) -> None:
-        """Write the file, and print what it holds."""
-        write_file(self.tensors, self.metadata, self.path)
+    @property
+    def modules(self) -> list[Module]:
+        """Of all slices, before the strength."""
+        return [module for piece in self.slices for module in piece.modules]
+
+    def name_modules(self) -> None:
+        """Say each module that is kept, for --debug."""
         for piece in self.slices:
-            for module in piece.modules if debug else ():
+            for module in piece.modules:
                 say(f"{describe(piece.cut)}: {module.name}")
+
+    def write(self) -> None:
+        """Write the file, and print what it holds."""
+        is_older = self.path.exists()
+        write_file(self.tensors, self.metadata, self.path)
+        if is_older:
+            say(f"note: overwrote {self.path}, which was there before")
+        for piece in self.slices:
             print(f"{describe(piece.cut)} at {piece.cut.strength:g}: {summarize(piece.modules)}")
-        modules = [module for piece in self.slices for module in piece.modules]
         size = file_size(self.path.stat().st_size)
-        print(printable(f"-> {self.path}: {summarize(modules)}, {size}"))
+        print(printable(f"-> {self.path}: {summarize(self.modules)}, {size}"))
+
+    def try_values(self) -> None:
+        """Compute every value that changes, as writing would; BloraError where one overflows."""
+        for tensor in self.tensors.values():
+            for _ in () if isinstance(tensor, Stored) else tensor.chunks():
+                pass
+
+    def facts(self) -> dict[str, Any]:
+        """What --inspect says of a file that was not written."""
+        return {
+            "file": str(self.path),
+            "overwrites": self.path.exists(),
+            "slices": [
+                {
+                    "lora": str(piece.cut.lora),
+                    "trait": piece.cut.trait.name,
+                    "strength": piece.cut.strength,
+                    "modules": len(piece.modules),
+                }
+                for piece in self.slices
+            ],
+            "modules": len(self.modules),
+            "tensors": len(self.tensors),
+            "ranks": sorted({rank for m in self.modules if (rank := m.rank) is not None}),
+            "bytes": file_bytes(self.tensors, self.metadata),
+        }
+
+    def report(self) -> str:
+        """The same as a line of text."""
+        facts = self.facts()
+        way = "overwrite" if facts["overwrites"] else "write"
+        cuts = ", ".join(f"{describe(p.cut)} at {p.cut.strength:g}" for p in self.slices)
+        keeps = f"{summarize(self.modules)}, {file_size(facts['bytes'])}"
+        return printable(f"would {way} {self.path}: {cuts}: {keeps}")
 
 
 def check_output(output: Path, inputs: Iterable[Path]) -> None:
@@ -229,8 +340,8 @@ def build_output(
     return Output(path, slices, tensors, metadata)
 
 
-def run_cut(args: argparse.Namespace) -> None:
-    """Plan, check and cut everything, and only then write."""
+def prepare(args: argparse.Namespace) -> tuple[dict[Path, Lora], list[Output]]:
+    """The LoRAs by path, and every file to write: planned and checked, with all notes said."""
     cuts = plan_cuts(args.loras, args.traits, args.alphas, load_traits(args.traits_file))
     plan = plan_outputs(cuts, args.output_path, combined=not args.not_combined)
     loras = read_loras(args.loras)
@@ -244,20 +355,37 @@ def run_cut(args: argparse.Namespace) -> None:
     remarks = (remark for output in outputs for piece in output.slices for remark in piece.remarks)
     for remark in dict.fromkeys(remarks):
         say(remark)
+    for output in outputs if args.debug else ():
+        output.name_modules()
+    return loras, outputs
+
+
+def run_cut(args: argparse.Namespace) -> None:
+    """Plan, check and cut everything, and only then write."""
+    _, outputs = prepare(args)
     for output in outputs:
-        output.write(args.debug)
+        output.write()
 
 
-def run_inspect(args: argparse.Namespace) -> None:
-    """Show what each LoRA holds."""
+def run_inspect(args: argparse.Namespace, with_cut: bool) -> None:
+    """Show what each LoRA holds, and what a cut with these options would write."""
     from blora.slicer.inspection import inspect_lora, report
 
     known = load_traits(args.traits_file)
-    facts = [inspect_lora(read_lora(path), known) for path in dict.fromkeys(args.loras)]
-    if args.json:
-        print(json.dumps(facts, indent=2))
+    if with_cut:
+        loras, outputs = prepare(args)
     else:
-        print("\n\n".join("\n".join(report(fact)) for fact in facts))
+        loras, outputs = {path: read_lora(path) for path in args.loras}, []
+    for output in outputs:
+        output.try_values()
+    facts = [inspect_lora(lora, known) for lora in loras.values()]
+    if args.json:
+        cut = {"cut": [output.facts() for output in outputs]} if with_cut else {}
+        print(json.dumps([fact | cut for fact in facts], indent=2))
+        return
+    print("\n\n".join("\n".join(report(fact)) for fact in facts))
+    for output in outputs:
+        print(output.report())
 
 
 def import_problem(error: ImportError) -> str:
@@ -276,13 +404,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 when done, 1 with one sentence on stderr when it fails."""
     escape_unencodable()
     parser = build_parser()
-    args = parser.parse_args(shield_negatives(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    args, left = parser.parse_known_args(shield_negatives(argv))
+    if left or not args.loras:
+        check_words(parser, args, [word.strip() for word in left], argv)
     check_usage(parser, args)
     if sentence := blora.leftovers():
         say(f"note: {sentence}")
     try:
         args.loras = [lora_file(path) for path in args.loras]
-        run_inspect(args) if args.inspect else run_cut(args)
+        run_inspect(args, asks_for_cut(parser, args)) if args.inspect else run_cut(args)
         print(end="", flush=True)
     except BloraError as error:
         say(f"error: {error}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 from blora.sdxl import Trait, block_of
@@ -222,17 +223,17 @@ def remarks(kept: list[Module], whole: list[Module], lora: Lora) -> list[str]:
 
 
 def check_doubles(slices: list[Slice]) -> None:
-    """Refuse a module that two slices of one file hold."""
-    owners: dict[str, Cut] = {}
-    for piece in slices:
-        for module in piece.modules:
-            owner = owners.setdefault(module.name, piece.cut)
-            if owner is not piece.cut:
-                raise BloraError(
-                    f"{module.name} would come from both {describe(owner)} and "
-                    f"{describe(piece.cut)}: leave one out, or write separate files with "
-                    "--not_combined"
-                )
+    """Refuse modules that two slices of one file hold."""
+    for one, two in combinations(slices, 2):
+        names = {module.name for module in one.modules}
+        both = [module.name for module in two.modules if module.name in names]
+        if both and replace(one.cut, strength=two.cut.strength) == two.cut:
+            raise BloraError(f"{describe(one.cut)} is asked for twice: leave one out")
+        if both:
+            raise BloraError(
+                f"{describe(one.cut)} and {describe(two.cut)} both hold {first_few(both)}: leave "
+                "one out, or write separate files with --not_combined"
+            )
 
 
 def common_alpha(slices: list[Slice]) -> float | None:

@@ -49,7 +49,7 @@ OTHERS = {
 }
 # What programs print, among what people type.
 PRINTED = ("  ", "error: ", "note: ", "middle of ", "content of ", "-> ", "early stop: ")
-PRINTED += ("Rehearsing ", "This training:")
+PRINTED += ("would write ", "Rehearsing ", "This training:")
 COMMANDS = [
     (page, line)
     for page in NAMES

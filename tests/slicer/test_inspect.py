@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from lora_algebra import Module, bias_change, weight_change
-from lora_files import CONTENT, METADATA, STYLE, TE2, blora_modules, change, lora_module, write
+from lora_files import (
+    CONTENT,
+    LAYOUT,
+    METADATA,
+    STYLE,
+    TE2,
+    blora_modules,
+    change,
+    lora_module,
+    write,
+)
 from lora_forms import FORMS, INPUT, LINEAR, LOHA, LORA, REFUSED, Form, on_each_layer, write_modules
-from slicing import slice_lora
+from slicing import slice_lora, stored
 
 
 def shown(capsys: pytest.CaptureFixture[str], *args: object) -> list[str]:
@@ -233,3 +245,74 @@ def test_training_facts_come_from_the_metadata_where_they_are_some(tmp_path, cap
     facts = inspected(capsys, *loras)
     assert [fact["file"] for fact in facts] == [str(lora) for lora in loras]
     assert [fact["training"] for fact in facts] == [SHOWN, {}, {}, {}, {}, {}]
+
+
+# ---- The preview of a cut ------------------------------------------------------------------------
+
+TOO_LARGE = {f"{CONTENT.format(0, 1, 'q')}.lora_up.weight": torch.full((1280, 2), 60000.0).half()}
+DORA = {f"{STYLE.format(0, 1, 'q')}.dora_scale": torch.ones(1280, 1)}
+CUTS = [
+    # what follows "--loras a.safetensors": of these some are refused
+    "--traits content", "--alphas 0.5", "--save_precision float", "--no_metadata", "--debug",
+    "--output_path new.safetensors", "b.safetensors --traits content style",
+    "--traits content style --not_combined", "--traits odd", "--traits layout",
+    "--traits content content", "--output_path a.safetensors", "--output_path no/a.safetensors",
+    "--base_model gone.safetensors", "--alphas 2",
+    "b.safetensors --traits content style --alphas 1 0.5",
+]  # fmt: skip
+
+
+@pytest.fixture
+def loras(tmp_path, monkeypatch) -> Path:
+    """The working directory: two LoRAs, one with a DoRA, and an older slice."""
+    monkeypatch.chdir(tmp_path)
+    strange = {"strange": torch.zeros(1)} | TOO_LARGE
+    write(tmp_path / "a.safetensors", blora_modules(CONTENT, STYLE) | strange)
+    write(tmp_path / "b.safetensors", blora_modules(STYLE, rank=3, alpha=2.0) | DORA)
+    (tmp_path / "out.safetensors").write_bytes(b"older")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", CUTS)
+def test_with_the_options_of_a_cut_it_says_what_the_cut_says_and_would_write(
+    loras, capsys, options
+):
+    options = f"--output_path out.safetensors --loras a.safetensors {options}".split()
+    before = contents(loras)
+    code = slice_lora(*options, "--inspect")
+    shown, said = capsys.readouterr()
+    assert slice_lora(*options, "--inspect", "--json") == code
+    facts, said_again = capsys.readouterr()
+    assert contents(loras) == before
+    assert slice_lora(*options) == code
+    out, err = capsys.readouterr()
+    overwrote = re.findall("^note: overwrote (.*), which was there before\n", err, re.M)
+    assert said == said_again == re.sub("(?m)^note: overwrote .*\n", "", err)
+    if code:
+        assert (shown, facts, out) == ("", "", "")
+        return
+    kept = re.findall("^-> (.*?): (.*)$", out, re.M)
+    cuts = re.findall("^(.* of .*? at .*?): ", out, re.M)
+    would = re.findall("^would (write|overwrite) (.*?): (.*?): (.*)$", shown, re.M)
+    assert [(path, keeps) for _, path, _, keeps in would] == kept
+    assert ", ".join(names for _, _, names, _ in would) == ", ".join(cuts)
+    assert [path for way, path, _, _ in would if way == "overwrite"] == overwrote
+    for fact in json.loads(facts):
+        assert [file["file"] for file in fact["cut"]] == [path for path, _ in kept]
+        for file in fact["cut"]:
+            assert file["bytes"] == Path(file["file"]).stat().st_size
+            assert file["tensors"] == len(stored(Path(file["file"])))
+
+
+def test_the_preview_stands_under_the_table(loras, capsys):
+    lora = write(loras / "c.safetensors", blora_modules(CONTENT, STYLE, LAYOUT))
+    table = shown(capsys, lora)
+    assert shown(capsys, lora, "--traits", "layout", "style", "--output_path", "x.safetensors") == [
+        *table,
+        "would write x.safetensors: layout of c.safetensors at 1, style of c.safetensors at 1: "
+        "16 modules, 48 tensors, rank 2, 0.2 MB",
+    ]

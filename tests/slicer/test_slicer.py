@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from io import StringIO
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from slicing import Stored, all_traits, cut, modules, refused, slice_lora, stored
 
 import blora
+import blora_slicer
 
 NAME = CONTENT.format(0, 1, "q")
 
@@ -154,8 +156,13 @@ REFUSALS = {
         "output_blocks.1.1"
     ),
     "my_content.safetensors": (
-        f"{NAME} would come from both content of one.safetensors and content of "
-        "my_content.safetensors: leave one out, or write separate files with --not_combined"
+        f"content of one.safetensors and content of my_content.safetensors both hold {NAME}: "
+        "leave one out, or write separate files with --not_combined"
+    ),
+    "--traits style content style": "style of one.safetensors is asked for twice: leave one out",
+    "--traits content q --traits_file q.json": (
+        f"content of one.safetensors and q of one.safetensors both hold {NAME}: leave one out, or "
+        "write separate files with --not_combined"
     ),
     "--traits content content --not_combined": (
         "two slices would both be written to out_content_one.safetensors: cut them one by one"
@@ -185,6 +192,7 @@ REFUSALS = {
 }
 TRAITS_FILES = {
     "1.json": "[1]",
+    "q.json": '{"content": {"whitelist": ["_0_1_"]}, "q": {"whitelist": ["_to_q"]}}',
     "list.json": '{"content": ["a"]}',
     "text.json": '{"content": {"whitelist": "a"}}',
     "x.json": "x",
@@ -207,36 +215,84 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_an_older_slice_that_is_overwritten_is_named_and_where_there_was_none_nothing_is(
+    lora, capsys
+):
+    assert refused(capsys, lora, "--traits", "layout")
+    output = cut(lora)
+    assert capsys.readouterr().err == ""
+    assert refused(capsys, lora, "--traits", "layout")  # and what there was stays
+    assert slice_lora("--loras", lora, "--traits", "style", "--output_path", output) == 0
+    assert capsys.readouterr().err == f"note: overwrote {output}, which was there before\n"
+    assert modules(output) == names(STYLE)
+
+
+RUN = "python blora_slicer.py --loras"
 NO_NUMBERS = ("nan", "inf", "-inf", "1e39", "-3.5e38", "x")
-WRITING = {
-    **dict.fromkeys(("--debug", "--not_combined", "--no_metadata"), ""),
-    **{"--traits": "style", "--alphas": "0.5", "--save_precision": "fp16"},
-    **dict.fromkeys(("--output_path", "--base_model"), "a.safetensors"),
-}
 USAGE = {
-    "": "the following arguments are required: --loras",
+    "": f"no LoRA is given: {RUN} my_project_1.safetensors --traits content",
+    "--traits style": f"no LoRA is given: {RUN} my_project_1.safetensors --traits style",
+    "a.safetensors": f"LoRAs come after --loras: {RUN} a.safetensors --traits content",
+    "a b --traits style --alphas -1": (
+        f"LoRAs come after --loras: {RUN} a b --traits style --alphas -1"
+    ),
+    "--loras a --debug b": "no option takes b: put it after its option, such as --loras",
+    "--loras a --trait_file b": "there is no option --trait_file: use --traits_file",
+    "--output-path=b a": "there is no option --output-path=b: use --output_path",
+    "-loras a": "there is no option -loras: use --loras",
+    "\u2014loras a": "there is no option \u2014loras: use --loras",
+    "-i a": f"there is no option -i: {RUN} my_project_1.safetensors",
+    "--loras a --trait b": "--trait could match --traits, --traits_file: write one of them out",
+    "--loras a --debug=1": "--debug takes no value: write --debug alone",
     "--loras a --alphas 1 1": "--alphas: 2 values for 1 slice, leave some out",
-    "--loras a --trait_file b": "unrecognized arguments: --trait_file b",
     "--loras a --json": "--json requires --inspect",
     **{
-        f"--loras a --alphas {text}": f"argument --alphas: '{text}' is not a finite fp32 number"
-        for text in NO_NUMBERS
+        f"--loras a --alphas {x}": f"--alphas: '{x}' is not a finite fp32 number"
+        for x in NO_NUMBERS
     },
     **{
-        f"--loras a --inspect {option} {value}": f"--inspect writes nothing: leave out {option}"
-        for option, value in WRITING.items()
+        f"{option}": f"{option} needs a value, such as {option} {value}"
+        for option, value in blora_slicer.EXAMPLES.items()
     },
 }
 
 
-@pytest.mark.parametrize(("args", "message"), USAGE.items(), ids=USAGE)
-def test_a_command_line_mistake_exits_2(capsys, args, message):
-    with pytest.raises(SystemExit) as stop:
-        slice_lora(*args.split())
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("usage: ")
-    assert err.endswith(f"blora_slicer.py: error: {message}\n")
+def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one sentence that is said of a command line, which ends with exit code 2."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        slice_lora(*args)
+    out, err = capsys.readouterr()
+    assert (out, err[:7], err.count("\n")) == ("", "error: ", 1)
+    return err[7:-1]
+
+
+@pytest.mark.parametrize(("args", "sentence"), USAGE.items(), ids=USAGE)
+def test_a_mistake_in_the_command_line_is_told_in_one_sentence(capsys, args, sentence):
+    assert mistake(capsys, *args.split()) == sentence
+
+
+def test_a_precision_that_there_is_not_is_told_with_those_that_there_are(capsys):
+    said = mistake(capsys, "--loras", "a", "--save_precision", "int8")
+    assert said.startswith("--save_precision: invalid choice: 'int8' (choose from ")
+    assert all(precision in said for precision in blora_slicer.PRECISIONS)
+
+
+@pytest.mark.parametrize("options", [[], ["--traits", "style"], ["--inspect"]])
+def test_the_command_that_is_told_for_a_file_without_loras_works(tmp_path, capsys, options):
+    lora = write(tmp_path / "my first b's.safetensors", blora_modules(CONTENT, STYLE))
+    output = tmp_path / "out.safetensors"
+    said = mistake(capsys, str(lora), *options, "--output_path", str(output))
+    words = shlex.split(said.partition(": ")[2])
+    assert words[:2] == ["python", "blora_slicer.py"]
+    assert slice_lora(*words[2:]) == 0
+    assert str(output) in capsys.readouterr().out
+
+
+def test_every_option_with_a_value_has_an_example_of_it():
+    actions = blora_slicer.build_parser()._option_string_actions
+    assert set(blora_slicer.EXAMPLES) == {
+        name for name, action in actions.items() if action.nargs != 0
+    }
 
 
 def test_the_version_is_that_of_the_folder_and_every_option_is_for_a_slice_or_inspect(capsys):
@@ -247,7 +303,8 @@ def test_the_version_is_that_of_the_folder_and_every_option_is_for_a_slice_or_in
         slice_lora("--help")
     # Each has a sentence beside it or below it.
     options = set(re.findall(r"^  (--\w+)(?=.*(?:  |\n {10,})\w)", capsys.readouterr().out, re.M))
-    assert options == {*WRITING, "--loras", "--traits_file", "--inspect", "--json", "--version"}
+    others = {"--debug", "--not_combined", "--no_metadata", "--inspect", "--json", "--version"}
+    assert options == {*blora_slicer.EXAMPLES, *others}
 
 
 @pytest.mark.parametrize("stream", [None, StringIO()], ids=["none", "no file"])

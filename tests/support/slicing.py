@@ -12,6 +12,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file
 
 import blora_slicer
+from blora.text import printable
 
 OLD = b"what was there before"
 SMALL = 1 << 20  # bytes; larger files are sparse, and compared by their dates alone
@@ -39,8 +40,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 
 def cut(*args: object) -> Path:
-    """Cut the LoRAs that begin the arguments into out.safetensors beside the first; its path."""
+    """Cut the LoRAs that come first into a new out.safetensors beside the first; its path."""
     output = Path(str(args[0])).with_name("out.safetensors")
+    output.unlink(missing_ok=True)
     assert slice_lora("--output_path", output, "--loras", *args) == 0
     return output
 
@@ -128,7 +130,8 @@ def one_sentence(code: int, err: str) -> None:
 class Slicer:
     """Runs the slicer in one folder, and checks after each run what must always hold.
 
-    At every other run there is an output of an earlier one, which a failure must leave alone.
+    At every other run there is an output of an earlier one, which a failure must leave alone. That
+    it was overwritten is said, and taken out of `err`.
     """
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +154,11 @@ class Slicer:
         self.out, self.err = self.capsys.readouterr()
         one_sentence(code, self.err)
         assert fingerprint(lora) == before
-        self.check_folder(names, wrote=code == 0 and "--inspect" not in options)
+        wrote = code == 0 and "--inspect" not in options
+        self.check_folder(names, wrote)
+        note = f"note: overwrote {printable(str(self.output))}, which was there before\n"
+        assert self.err.count(note) == (wrote and self.output.name in names)
+        self.err = self.err.replace(note, "")
         return code
 
     @property
