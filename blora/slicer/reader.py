@@ -36,13 +36,13 @@ class Part:
 
     def add(self, key: Key, tensor: Stored) -> None:
         """Add a tensor; magnitudes, one a row, become a dora_scale of [out, 1, ...]."""
-        axes = len(tensor.shape)
-        # diffusers' conversion to kohya makes a dora_scale of PEFT's [1, out, 1, 1] as it is.
-        is_pefts = BY_ROW in key.spelt or not self.spelling.prefix
-        is_by_row = axes == 1 or (axes != 2 and is_pefts)
-        if key.suffix == DORA and is_by_row:
-            ones = [1] * (max(2, len(self.spelling.layers[0].shape)) - 1)
-            tensor = replace(tensor, shape=(math.prod(tensor.shape), *ones))
+        axes, numbers = len(tensor.shape), math.prod(tensor.shape)
+        weight = self.spelling.layers[0].shape
+        # diffusers' conversion to kohya calls PEFT's [1, out, 1, 1] a dora_scale, without a prefix.
+        is_pefts = BY_ROW in key.spelt or (not self.spelling.prefix and numbers == weight[0])
+        if key.suffix == DORA and (axes == 1 or (axes != 2 and is_pefts)):
+            ones = [1] * (max(2, len(weight)) - 1)
+            tensor = replace(tensor, shape=(numbers, *ones))
         self.tensors[key.suffix] = tensor
         self.keys[key.suffix] = key.text
         self.is_peft |= key.is_peft
