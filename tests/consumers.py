@@ -8,9 +8,9 @@ docs/what_loads_where.md, between its comments.
 
 Small LoRAs of SDXL's layers are cut by blora_slicer at strengths 1, 0.5 and -1, a DoRA with its
 base model. Each slice is loaded at strength 1 by the program, in a process of its own, on a CPU. A
-cell is the worst error of a module's change, beside the change that the source and the strength
-should make in float64: "exact" is an error below 1e-4, "nothing" a file that loads without an error
-and changes nothing, "error" one that is refused. Reasons go to stderr.
+cell is the worst error in the change of a weight or bias, beside the change that the source and the
+strength should make in float64: "exact" is an error below 1e-4, "nothing" a file that loads without
+an error and changes nothing, "error" one that is refused. Reasons go to stderr.
 
 Needs tests/requirements-check.txt, and of the programs' own requirements those that their LoRA code
 imports: torchvision (ComfyUI, reForge, sd-scripts), gguf (Forge, OneTrainer), parse (OneTrainer),
@@ -45,7 +45,7 @@ Outcomes = dict[str, list[Outcome]]  # by row, at each of its strengths
 
 
 def outcome(reader: Any, title: str, strength: float, path: Path) -> Outcome:
-    """The worst error of a module's change, or what happened instead of a change."""
+    """The worst error in the change of a weight or bias, or what happened instead of a change."""
     row = ROWS[title]
     try:
         found = reader.load(path, row)

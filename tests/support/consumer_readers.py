@@ -22,7 +22,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from consumer_rows import PATHS, RANK, Row, base, shape
+from consumer_rows import BIAS, PATHS, RANK, Row, base, shape
+from lora_forms import INPUT_BLOCK
 from lycoris_modules import make_tree
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -85,17 +86,17 @@ def tree(part: str, diffusers: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def acting_weight(layer: nn.Module, shape: torch.Size) -> Tensor:
-    """The weight with which a layer acts, whatever hooks it has: from outputs for unit inputs."""
+def acting_weight(layer: nn.Module, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The weight and bias with which a layer acts, whatever hooks it has: from its outputs."""
     if len(shape) == 1:
         signs = torch.ones(shape)
         signs[::2] = -1  # of mean 0 and variance 1
-        return (layer(signs) - layer(-signs)) / 2 * signs
+        return (layer(signs) - layer(-signs)) / 2 * signs, (layer(signs) + layer(-signs)) / 2
     inputs = torch.eye(math.prod(shape[1:])).reshape(-1, *shape[1:])
-    outputs = layer(inputs) - layer(torch.zeros_like(inputs[:1]))
+    outputs, bias = layer(inputs), layer(torch.zeros_like(inputs[:1]))
     if len(shape) == 4:  # where the kernel sees the whole input
-        outputs = outputs[:, :, outputs.shape[2] // 2, outputs.shape[3] // 2]
-    return outputs.T.reshape(shape)
+        outputs, bias = (x[:, :, x.shape[2] // 2, x.shape[3] // 2] for x in (outputs, bias))
+    return (outputs - bias).T.reshape(shape), bias[0]
 
 
 def acting_weights(models: dict[str, nn.Module], names: Iterable[str], diffusers=False) -> Weights:
@@ -103,7 +104,7 @@ def acting_weights(models: dict[str, nn.Module], names: Iterable[str], diffusers
     for name in names:
         part, path = PATHS[name]
         layer = submodule(models[part], path, diffusers and part == "unet")
-        found[name] = acting_weight(layer, base(name).shape)
+        found[name], found[name + BIAS] = acting_weight(layer, base(name).shape)
     return found
 
 
@@ -164,7 +165,9 @@ class ComfyReader:
         text = self.patched(clip.patcher)
         models = {"unet": self.patched(unet).diffusion_model}
         models |= {"te1": text.clip_l.transformer, "te2": text.clip_g.transformer}
-        return {n: models[PATHS[n][0]].get_submodule(PATHS[n][1]).weight for n in row.names}
+        layers = {n: models[PATHS[n][0]].get_submodule(PATHS[n][1]) for n in row.names}
+        biases = {n + BIAS: layer.bias for n, layer in layers.items()}
+        return biases | {n: layer.weight for n, layer in layers.items()}
 
 
 FORGE_VERSION = ("modules_forge/forge_version.py", r"version = '(.+)'")
@@ -320,11 +323,13 @@ class OneTrainerReader:
     def settings(self, row: Row) -> Any:
         axes, config = row.form.axes, self.config.default_values()
         kinds = {"hada_w1_a": self.peft.LOHA, "oft_blocks": self.peft.OFT_2}
+        kinds["oft_R.weight"] = self.peft.OFT_2
         kinds |= dict.fromkeys(("lokr_w1", "lokr_w1_a"), self.peft.LOKR)
         config.peft_type = next((k for s, k in kinds.items() if s in axes), self.peft.LORA)
         config.lora_rank = config.lokr_dim = RANK
         config.lora_decompose = "dora_scale" in axes
         config.lora_decompose_output_axis = axes.get("dora_scale", "").startswith("o")
+        config.oft_block_size = INPUT_BLOCK
         config.lokr_decompose_factor = -1
         config.lokr_decompose_both = "lokr_w1_a" in axes
         config.lokr_full_matrix = {"lokr_w1", "lokr_w2"} <= set(axes)

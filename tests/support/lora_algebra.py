@@ -2,12 +2,13 @@
 
 A module is a dict of its tensors by suffix. Formulas: LoRA (arXiv 2106.09685), LoHa (FedPara,
 2108.06098), LoKr and LoCon (LyCORIS, 2309.14859), (IA)3 (2205.05638), GLoRA (2306.07967), OFT
-(2306.07280), BOFT (2311.06243), DoRA (2402.09353). A tucker core is a kernel in the middle: out and
-in only meet its two ranks.
+(2306.07280, of inputs 2506.19847), BOFT (2311.06243), DoRA (2402.09353). A tucker core is a kernel
+in the middle: out and in only meet its two ranks.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ def oft_change(m: Module, base: Tensor) -> Tensor:
     """Rows turned in [n, b, b] blocks; of BOFT, [m, n, b, b], in m ways of pairing far rows."""
     blocks = m["oft_blocks"]
     if blocks.dim() == 3:
-        return turned(base, blocks.mT) - base
+        return m.get("rescale", 1) * turned(base, blocks.mT) - base
     weight = base
     for level, stage in enumerate(blocks):
         apart = 2**level * stage.shape[-1] // 2
@@ -128,8 +129,18 @@ def oft_change(m: Module, base: Tensor) -> Tensor:
     return weight - base
 
 
+def input_oft_change(m: Module, base: Tensor) -> Tensor:
+    """Columns turned in blocks, each stored as the numbers above its diagonal."""
+    above = m["oft_R.weight"]
+    width = (1 + math.isqrt(1 + 8 * above.shape[1])) // 2
+    blocks = above.new_zeros(len(above), width, width)
+    rows, columns = torch.triu_indices(width, width, 1)
+    blocks[:, rows, columns] = above
+    return turned(base.flatten(1).T, blocks).T.reshape(base.shape) - base
+
+
 def weight_change(module: Module, base: Tensor | None = None) -> Tensor:
-    """What is added to the weight, a DoRA's scale left aside; four kinds depend on it."""
+    """What is added to the weight, a DoRA's scale left aside; five kinds depend on it."""
     m = {suffix: tensor.double() for suffix, tensor in module.items()}
     base = None if base is None else base.double()
     if "diff" in m or "w_norm" in m:
@@ -138,6 +149,8 @@ def weight_change(module: Module, base: Tensor | None = None) -> Tensor:
         return ia3_change(m, base)
     if "oft_blocks" in m:
         return oft_change(m, base)
+    if "oft_R.weight" in m:
+        return input_oft_change(m, base)
     if "b2.weight" in m:
         return alpha_over_rank(m) * glora_change(m, base)
     for marker, formula in (("lora_", lora_change), ("hada_", loha_change), ("lokr_", lokr_change)):

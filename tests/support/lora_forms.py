@@ -46,6 +46,8 @@ class Form:
     kinds: tuple[str, ...] = WEIGHTS
 
 
+INPUT_BLOCK = 4
+UP_BIAS = "lora_up.bias"
 LORA = {"lora_up.weight": "orJ", "lora_down.weight": "riK"}
 TUCKER = {"lora_up.weight": "orJ", "lora_mid.weight": "rrK", "lora_down.weight": "riJ"}
 LOHA = {"hada_w1_a": "or", "hada_w1_b": "rI", "hada_w2_a": "or", "hada_w2_b": "rI"}
@@ -58,6 +60,7 @@ W2_TUCKER = {"lokr_t2": "rrK", "lokr_w2_a": "rb", "lokr_w2_b": "rd"}
 FORMS = {
     "LoRA": Form(LORA, {"lora_up.weight"}),
     "LoRA, with bias": Form(LORA | {"diff_b": "o"}, {"lora_up.weight", "diff_b"}),
+    "LoRA, with bias of lora_up": Form(LORA | {UP_BIAS: "o"}, {"lora_up.weight", UP_BIAS}),
     "LoCon, tucker": Form(TUCKER, {"lora_up.weight"}, ("3x3",)),
     "DyLoRA": Form(LORA | {"lora_up.weight": "or"}, {"lora_up.weight"}, CONVOLUTIONS),
     "LoHa": Form(LOHA, {"hada_w1_a"}),
@@ -78,10 +81,11 @@ FORMS = {
     "IA3, conv, on the input": Form({"weight": "1iJ", "on_input": ""}, {"weight"}, CONVOLUTIONS),
     "GLoRA": Form(GLORA, {"a2.weight", "b2.weight"}),
 }
-# Of OFT h blocks of 2 numbers, of BOFT m times n blocks of 10.
+# Of OFT h blocks of 2 numbers, of inputs q of 4 (6 above the diagonal), of BOFT m times n of 10.
 REFUSED = {
     "OFT": Form({"oft_blocks": "h22", "alpha": ""}),
     "OFT, rescaled": Form({"oft_blocks": "h22", "rescale": "o1J", "alpha": ""}),
+    "OFT, of inputs": Form({"oft_R.weight": "q6"}),
     "BOFT": Form({"oft_blocks": "mnxx", "alpha": ""}, kinds=("attention",)),
     "T-LoRA": Form({"q_layer.weight": "riJ", "p_layer.weight": "orJ", "lambda_layer": "1r"}),
     "DoRA": Form(LORA | {"dora_scale": "o1J"}),
@@ -106,11 +110,12 @@ def axis_lengths(name: str, rank: int) -> dict[str, list[int]]:
     lengths["c"], lengths["d"] = split(inputs)
     lengths["I"], lengths["D"] = (n * math.prod(kernel) for n in (inputs, lengths["d"]))
     lengths["n"] = outputs // 10
+    lengths["q"] = lengths["I"] // INPUT_BLOCK
     lengths["m"] = (lengths["n"] - 1).bit_count() + 1
     return {letter: [length] for letter, length in lengths.items()} | {
         "K": kernel,
         "J": [1 for _ in kernel],
-        **{digit: [int(digit)] for digit in "12"},
+        **{digit: [int(digit)] for digit in "126"},
     }
 
 
