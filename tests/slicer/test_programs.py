@@ -5,45 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from exact_strength import slice_all
-from lora_algebra import Module, bias_change, final_weight, read_modules, weight_change
-from lora_files import CONTENT, STYLE, lora_module, weight_shape
+from lora_algebra import bias_change, final_weight, read_modules, weight_change
+from lora_files import CONTENT, STYLE, lora_module
 from lycoris_files import SCALED, lycoris_change
 from lycoris_modules import SDXL, make_tree
+from peft_files import LAYERS, Merge, Setting, adapted, assert_merged, assert_near, merges, tree_of
 from safetensors.torch import load_file, save_file
 from slicing import all_traits, everything
-from torch import Tensor, nn
-
-# A matrix, a convolution of 1 x 1 and one of 3 x 3, as diffusers and as kohya call them.
-LAYERS = {
-    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    ),
-    "down_blocks.1.resnets.0.conv_shortcut": "lora_unet_input_blocks_4_0_skip_connection",
-    "conv_in": "lora_unet_input_blocks_0_0",
-}
-
-
-def tree_of(layers: dict[str, str]) -> nn.Module:
-    """A model of these layers, of the widths that they have in SDXL; always the same numbers."""
-    torch.manual_seed(0)
-    shapes = {layer: weight_shape(name) for layer, name in layers.items()}
-    return make_tree({n: ("Conv2d" if len(s) > 2 else "Linear", s) for n, s in shapes.items()})
-
-
-def assert_near(found: Tensor, wanted: Tensor, unit: float = 1e-5) -> None:
-    """Equal within `unit` of the whole."""
-    assert wanted.norm() > 0
-    assert (found.reshape(wanted.shape) - wanted).norm() < unit * wanted.norm()
-
+from torch import Tensor
 
 # ---- PEFT ----------------------------------------------------------------------------------------
 
-Setting = tuple[str, dict[str, object]]  # PEFT's class of settings, and its options
 LORA = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 OTHER = {"r": 4, "alpha": 6, "init_weights": False}
 PATTERNS = {"rank_pattern": {"to_q": 3, "conv_in": 5}, "alpha_pattern": {"conv_shortcut": 1.5}}
@@ -64,44 +40,6 @@ SETTINGS: dict[str, Setting] = {
     "LoKr, both whole": ("LoKrConfig", OTHER | {"r": 64}),
     "LoKr, both whole, by pattern": ("LoKrConfig", OTHER | PATTERNS | {"rank_pattern": {".*": 96}}),
 }
-
-
-class Merge(NamedTuple):
-    """A layer's weight before and after PEFT's merge, and what the factors are multiplied with."""
-
-    base: Tensor
-    merged: Tensor
-    scaling: float
-
-    @property
-    def change(self) -> Tensor:
-        return self.merged - self.base
-
-
-def adapted(setting: Setting, layers: dict[str, str]) -> nn.Module:
-    """PEFT's model of these layers after a training moved every parameter."""
-    import peft  # here, as it takes seconds
-
-    name, options = setting
-    config = getattr(peft, name)(target_modules=list(layers), **options)
-    model = peft.get_peft_model(tree_of(layers), config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "magnitude" in key:
-                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
-    return model
-
-
-def merges(model: nn.Module, layers: dict[str, str]) -> dict[str, Merge]:
-    """PEFT's own merge in float64, by kohya's name of the layer."""
-    model.double()
-    found = {}
-    for layer, name in layers.items():
-        module = model.base_model.model.get_submodule(layer)
-        base = module.base_layer.weight.detach().clone()
-        module.merge()
-        found[name] = Merge(base, module.base_layer.weight.detach(), module.scaling["default"])
-    return found
 
 
 Adapter = tuple[Path, dict[str, Merge]]
@@ -131,13 +69,6 @@ def change_settings(lora: Path, **settings: object) -> None:
     assert settings.keys() <= known.keys()
     changed = {key: value for key, value in (known | settings).items() if value is not None}
     config.write_text(json.dumps(changed), "utf-8")
-
-
-def assert_merged(modules: dict[str, Module], wanted: dict[str, Merge], strength: float) -> None:
-    """The modules change each layer by the strength times what PEFT's merge does."""
-    assert set(modules) == set(wanted)
-    for name, merge in wanted.items():
-        assert_near(weight_change(modules[name]), strength * merge.change)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
