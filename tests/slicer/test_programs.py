@@ -49,7 +49,7 @@ def saved(folder: Path, setting: Setting) -> Adapter:
     """adapter_model.safetensors beside its adapter_config.json, and what PEFT makes of it."""
     model = adapted(setting, LAYERS)
     model.save_pretrained(folder)
-    return folder / "adapter_model.safetensors", merges(model, LAYERS)
+    return folder / "adapter_model.safetensors", merges(model.base_model.model, LAYERS)
 
 
 @pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS)
@@ -259,7 +259,7 @@ def test_what_diffusers_converts_to_kohya_changes_what_peft_merges(tmp_path, use
     assert any("lora_magnitude_vector" in key for key in converted) == use_dora
     save_file(converted, tmp_path / "in.safetensors")
     modules = read_modules(slice_all(tmp_path / "in.safetensors", 1.0))
-    wanted = merges(model, layers)
+    wanted = merges(model.base_model.model, layers)
     assert set(modules) == set(wanted)
     for name, merge in wanted.items():
         assert ("dora_scale" in modules[name]) == use_dora

@@ -22,11 +22,14 @@ Setting = tuple[str, dict[str, object]]  # PEFT's class of settings, and its opt
 
 
 class Merge(NamedTuple):
-    """A layer's weight before and after PEFT's merge, and what the factors are multiplied with."""
+    """A layer's weight before and after PEFT's merge, what the factors are multiplied with, and
+    what the merge adds to the bias.
+    """
 
     base: Tensor
     merged: Tensor
     scaling: float
+    bias_change: Tensor | None
 
     @property
     def change(self) -> Tensor:
@@ -40,30 +43,38 @@ def tree_of(layers: dict[str, str]) -> nn.Module:
     return make_tree({n: ("Conv2d" if len(s) > 2 else "Linear", s) for n, s in shapes.items()})
 
 
-def adapted(setting: Setting, layers: dict[str, str], adapter: str = "default") -> nn.Module:
-    """PEFT's model of these layers after a training moved every parameter."""
+def adapted(
+    setting: Setting, layers: dict[str, str], adapter: str = "default", trained: bool = False
+) -> nn.Module:
+    """PEFT's model of these layers, after a training moved its magnitudes, or all that it trains.
+
+    Without the latter it should start from factors that change something.
+    """
     import peft  # here, as it takes seconds
 
     name, options = setting
-    config = getattr(peft, name)(target_modules=list(layers), **options)
+    config = getattr(peft, name)(**({"target_modules": list(layers)} | options))
     model = peft.get_peft_model(tree_of(layers), config, adapter_name=adapter)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "magnitude" in key:
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            elif trained and parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
 def merges(model: nn.Module, layers: dict[str, str]) -> dict[str, Merge]:
     """PEFT's own merge in float64, by kohya's name of the layer."""
-    model.double()
     found = {}
     for layer, name in layers.items():
-        module = model.base_model.model.get_submodule(layer)
-        base = module.base_layer.weight.detach().clone()
+        module = model.get_submodule(layer).double()
+        own = module.base_layer
+        before = {key: tensor.clone() for key, tensor in own.state_dict().items()}
         module.merge()
         [scaling] = module.scaling.values()
-        found[name] = Merge(base, module.base_layer.weight.detach(), scaling)
+        moved = None if own.bias is None else own.bias.detach() - before["bias"]
+        found[name] = Merge(before["weight"], own.weight.detach(), scaling, moved)
     return found
 
 
