@@ -62,4 +62,7 @@ def test_of_all_sdxl_modules_a_trait_keeps_exactly_its_own():
         ("style", block_modules(STYLE)),
         ("layout", block_modules(LAYOUT)),
         ("clip_2_content", {m for m in text_encoder_modules([0]) if m.startswith("lora_te2_")}),
+        ("text", {m for m in modules if m.startswith(("lora_te1_", "lora_te2_"))}),
+        ("content_block", {m for m in modules if m.startswith(f"lora_unet_{CONTENT}_")}),
+        ("style_block", {m for m in modules if m.startswith(f"lora_unet_{STYLE}_")}),
     ]

@@ -62,11 +62,14 @@ def file_bytes(network: Built, args: Namespace) -> int:
 
 
 def count_by_trait(modules: list[str], known: dict[str, Trait]) -> str:
-    """Modules in words: "80 content (output_blocks.0.1), 80 style (output_blocks.1.1)"."""
+    """Modules in words: "80 content (output_blocks.0.1), 80 style (output_blocks.1.1)".
+
+    A module is told by the first trait of the file that keeps it.
+    """
     groups: Counter[tuple[str, str]] = Counter()
     for module in modules:
-        traits = [trait.name for trait in known.values() if trait.keeps(module)]
-        groups[printable(" and ".join(traits)), block_of(module)] += 1
+        trait = next((trait.name for trait in known.values() if trait.keeps(module)), "")
+        groups[printable(trait), block_of(module)] += 1
     if len(groups) > MANY_BLOCKS:
         return f"{len(modules)} in {len(groups)} blocks"
     counted = [f"{n} {t} ({b})" if t else f"{n} in {b}" for (t, b), n in groups.items()]

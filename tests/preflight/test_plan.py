@@ -177,6 +177,7 @@ def test_modules_are_told_by_trait_and_block():
         "240: 80 layout (input_blocks.8.1), 80 content (output_blocks.0.1), "
         "80 style (output_blocks.1.1)": "blora_content_layout_style",
         "2: 1 in input_blocks.0.0, 1 in out": ("input_blocks.0.0$", "out.2$"),
+        "10: 10 content_block (output_blocks.0.1)": (r"output_blocks.0.1.*ff.net.2$",),
         "71 in 12 blocks": (".*attn1.to_q$", "out.2$"),
     }.items():
         assert planned(network=made(preset=preset)).plan["modules"] == told

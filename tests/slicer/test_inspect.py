@@ -49,18 +49,19 @@ def test_each_block_has_a_row_for_each_trait_with_its_share_of_the_whole_change(
     rows = {(row["block"], row["trait"]): row for row in facts["blocks"]}
     assert {key: row["modules"] for key, row in rows.items()} == {
         ("middle_block.1", "-"): 1,
-        ("output_blocks.0.1", "-"): 1,
-        ("output_blocks.0.1", "content"): 8,
-        ("output_blocks.1.1", "style"): 8,
-        ("te2", "-"): 1,
-        ("te2", "clip_2_content"): 1,
+        ("output_blocks.0.1", "content_block"): 1,
+        ("output_blocks.0.1", "content, content_block"): 8,
+        ("output_blocks.1.1", "style, style_block"): 8,
+        ("te2", "text"): 1,
+        ("te2", "clip_2_content, text"): 1,
     }
-    row = rows["output_blocks.1.1", "style"]
+    row = rows["output_blocks.1.1", "style, style_block"]
     assert (row["algorithm"], row["ranks"], row["alphas"]) == ("LoRA", [3], [2.0])
     assert (row["dtype"], row["bytes"]) == ("F32", sum(t.nbytes for t in style.values()))
     names = {key.split(".")[0] for key in blora_modules(CONTENT)}
     content = math.hypot(*(float(change(lora, name).norm()) for name in names))
-    assert rows["output_blocks.0.1", "content"]["change"] == pytest.approx(content, rel=1e-5)
+    row = rows["output_blocks.0.1", "content, content_block"]
+    assert row["change"] == pytest.approx(content, rel=1e-5)
     total = sum(row["change"] ** 2 for row in facts["blocks"])
     for row in facts["blocks"]:
         assert row["share"] == pytest.approx(row["change"] ** 2 / total, rel=1e-6)
@@ -121,14 +122,14 @@ def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
     lora = write_modules(tmp_path / "a.safetensors", modules, METADATA)
     assert shown(capsys, lora) == [
         f"{lora}: 5 modules, 0.1 MB",
-        "block              trait    modules   algorithm    rank     alpha      dtype    size  "
-        "change  share",
-        "input_blocks.4.1   -              2   OFT, norm       -         -  BF16, F32  0.0 MB  "
-        "     -      -",
-        "output_blocks.0.1  content        1        LoRA       4         1        F32  0.0 MB  "
-        "  1280  80.0%  ################",
-        "output_blocks.1.1  style          2  DoRA, LoRA  4 to 8  0.5 to 1   F32, F16  0.1 MB  "
-        "   640  20.0%  ####",
+        "block              trait                   modules   algorithm    rank     alpha      "
+        "dtype    size  change  share",
+        "input_blocks.4.1   -                             2   OFT, norm       -         -  "
+        "BF16, F32  0.0 MB       -      -",
+        "output_blocks.0.1  content, content_block        1        LoRA       4         1        "
+        "F32  0.0 MB    1280  80.0%  ################",
+        "output_blocks.1.1  style, style_block            2  DoRA, LoRA  4 to 8  0.5 to 1   "
+        "F32, F16  0.1 MB     640  20.0%  ####",
         "naming: kohya, sgm names",
         "base: sdxl_base_v1-0",
         "trigger words: sks (3)",

@@ -22,6 +22,7 @@ import blora
 import blora_slicer
 
 NAME = CONTENT.format(0, 1, "q")
+TE = ("te1", "te2")
 
 
 @pytest.fixture
@@ -38,11 +39,15 @@ def tensors_of(path: Path, kept: set[str]) -> Stored:
     return {key: entry for key, entry in stored(path).items() if key.split(".")[0] in kept}
 
 
+OTHER_LAYERS = ("transformer_blocks_0_ff_net_0_proj", "proj_in")
 KEPT = {
     "content": names(CONTENT),
     "style": names(STYLE),
     "layout": names(LAYOUT),
     "clip_2_content": {TE2.format(0, "q")},
+    "text": {TE2.format(layer, "q").replace("te2", te) for layer in (0, 10) for te in TE},
+    "content_block": names(CONTENT) | {f"{CONTENT[:27]}_{layer}" for layer in OTHER_LAYERS},
+    "style_block": names(STYLE) | {f"{STYLE[:27]}_{layer}" for layer in OTHER_LAYERS},
 }
 
 
@@ -51,9 +56,8 @@ def test_a_trait_keeps_the_modules_of_its_block_and_nothing_else(tmp_path, trait
     tensors = blora_modules(CONTENT, STYLE, LAYOUT, alpha=0.3, dtype=torch.bfloat16)
     others = ["lora_unet_output_blocks_2_1_transformer_blocks_0_attn1_to_q"]
     for block in (CONTENT[:27], STYLE[:27], LAYOUT[:26]):
-        others += [f"{block}_{x}" for x in ("transformer_blocks_0_ff_net_0_proj", "proj_in")]
-    others += [TE2.format(layer, "q") for layer in (0, 1, 10)]
-    for name in (*others, TE2.format(0, "q").replace("te2", "te1")):
+        others += [f"{block}_{layer}" for layer in OTHER_LAYERS]
+    for name in (*others, *KEPT["text"]):
         tensors |= lora_module(name)
     lora = write(tmp_path / "full.safetensors", tensors)
     assert stored(cut(lora, "--traits", trait)) == tensors_of(lora, KEPT[trait])
@@ -150,7 +154,10 @@ FORM = 'is not of the form {"whitelist": ["..."], "blacklist": ["..."]}: correct
 IS_INPUT = "is one of the inputs: change --output_path"
 REFUSALS = {
     # what follows "--loras one.safetensors", and the sentence
-    "--traits odd": 'unknown trait "odd": choose one of content, style, layout, clip_2_content',
+    "--traits odd": (
+        'unknown trait "odd": choose one of content, style, layout, clip_2_content, text, '
+        "content_block, style_block"
+    ),
     "--traits layout": (
         'one.safetensors has no modules for the trait "layout": its blocks are output_blocks.0.1, '
         "output_blocks.1.1"
