@@ -14,6 +14,8 @@
       joins the content of a with the style of b
   blora_slicer.py --loras a.safetensors --traits content style --not_combined
       writes model_content.safetensors and model_style.safetensors
+  blora_slicer.py --loras a.safetensors --blocks OUT00=1 OUT01=0.3
+      keeps two blocks whole, the second at 0.3 of its strength
   blora_slicer.py --loras a.safetensors --inspect
       writes nothing, and shows what the file holds, block by block; with --traits and the other
       options of a cut, also what would be written
@@ -56,6 +58,7 @@ try:
     if getattr(blora, "VERSION", "unknown") != VERSION:
         raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
     from blora.sdxl import load_traits
+    from blora.slicer.blocks import parse_blocks
     from blora.slicer.cut import (
         DEFAULT_STRENGTH,
         DEFAULT_TRAIT,
@@ -100,7 +103,7 @@ PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
 EXAMPLES = {
     "--loras": "my_project_1.safetensors", "--traits": "content", "--alphas": "0.5",
     "--output_path": "my_content.safetensors", "--traits_file": "blora_traits.json",
-    "--save_precision": "fp16", "--base_model": "sd_xl_base_1.0.safetensors",
+    "--blocks": "OUT00=1", "--save_precision": "fp16", "--base_model": "sd_xl_base_1.0.safetensors",
 }  # fmt: skip
 DASHES = "-\u2010-\u2015\u2212"  # what a web page or a word processor makes of them
 
@@ -122,12 +125,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def shield_negatives(argv: list[str]) -> list[str]:
-    """The arguments with a space before each negative number: argparse takes "-1e-5" for an option.
+    """The arguments with a space before each that begins with a negative number, as lists can.
 
-    What does not begin with a dash is a value to it, and float() drops the space.
+    argparse takes "-1e-5" for an option. What does not begin with a dash is a value to it, and
+    float() drops the space.
     """
-    negative = re.compile(r"-(\.?\d[\d._e+-]*|inf|infinity|nan)", re.IGNORECASE)
-    return [f" {word}" if negative.fullmatch(word) else word for word in argv]
+    negative = re.compile(r"-(\.?\d|(inf|infinity|nan)\b)", re.IGNORECASE)
+    return [f" {word}" if negative.match(word) else word for word in argv]
 
 
 def strength(text: str) -> float:
@@ -150,10 +154,12 @@ def build_parser() -> Parser:
     # fmt: off
     add("--loras", type=Path, nargs="+",
         help="the LoRAs to cut from: files, or folders that PEFT or diffusers saved")
-    add("--traits", nargs="+", default=[DEFAULT_TRAIT],
-        help=f"what to keep of each (default: {DEFAULT_TRAIT})")
+    add("--traits", nargs="+", default=[],
+        help=f"what to keep of each (default: {DEFAULT_TRAIT}, or with --blocks everything)")
     add("--alphas", type=strength, nargs="+", default=[DEFAULT_STRENGTH],
         help=f"the strength of each: 0.5 is half, -1 the opposite (default: {DEFAULT_STRENGTH})")
+    add("--blocks", nargs="+",
+        help="keep these blocks at these weights: OUT00=1 OUT01=0.3, or LBW's list of 12 or 20")
     add("--output_path", type=Path, default=blora.ROOT / "model.safetensors",
         help="the file to write (default: model.safetensors beside this script)")
     add("--debug", action="store_true", help="name every module that is kept")
@@ -207,6 +213,10 @@ def check_usage(parser: Parser, args: argparse.Namespace) -> None:
     if len(args.alphas) > slices:
         number = counted(slices, "slice")
         parser.error(f"--alphas: {len(args.alphas)} values for {number}, leave some out")
+    try:
+        args.blocks = parse_blocks(args.blocks) if args.blocks else None
+    except BloraError as error:
+        parser.error(f"argument --blocks: {error}")
     if args.json and not args.inspect:
         parser.error("--json requires --inspect")
 
@@ -324,7 +334,9 @@ def build_output(
     metadata = {} if args.no_metadata else build_metadata(slices, alpha, path)
     dtype = PRECISIONS.get(args.save_precision)
     modules = [module for piece in slices for module in piece.modules]
-    strengths = {piece.cut.strength * m.factor for piece in slices for m in piece.modules}
+    strengths = {
+        piece.cut.strength_of(m.name) * m.factor for piece in slices for m in piece.modules
+    }
     if dtype or alpha is not None or strengths != {1}:
         if not base:
             # numpy's BLAS starts threads for products of matrices, of which only a DoRA has any.
@@ -342,7 +354,8 @@ def build_output(
 
 def prepare(args: argparse.Namespace) -> tuple[dict[Path, Lora], list[Output]]:
     """The LoRAs by path, and every file to write: planned and checked, with all notes said."""
-    cuts = plan_cuts(args.loras, args.traits, args.alphas, load_traits(args.traits_file))
+    known = load_traits(args.traits_file)
+    cuts = plan_cuts(args.loras, args.traits, args.alphas, known, args.blocks)
     plan = plan_outputs(cuts, args.output_path, combined=not args.not_combined)
     loras = read_loras(args.loras)
     base = read_base_model(args.base_model) if args.base_model else None

@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 from blora.sdxl import Trait, block_of
+from blora.slicer.blocks import Blocks
 from blora.slicer.keys import ALPHA, LORA_MID
 from blora.slicer.modules import Lora, Module, peft_tuner, with_rank_as_alpha
 from blora.slicer.peft import PEFT_CONFIG
@@ -21,15 +22,36 @@ from blora.text import BloraError, first_few, listed, printable, shortened, span
 
 DEFAULT_TRAIT = "content"
 DEFAULT_STRENGTH = 1.0
+EVERYTHING = Trait("", ("",), ())
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One slice to make: which trait of which LoRA, at which strength."""
+    """One slice to make: which trait of which LoRA, at which strength, in which blocks."""
 
     lora: Path
     trait: Trait
     strength: float
+    blocks: Blocks | None = None
+
+    def keeps(self, module: str) -> bool:
+        """Whether the module, by kohya's name, is of the trait and in a block."""
+        return self.trait.keeps(module) and (not self.blocks or module in self.blocks.modules)
+
+    def strength_of(self, module: str) -> float:
+        """What the change of a module that it keeps is multiplied with."""
+        return self.strength * (self.blocks.modules[module] if self.blocks else 1.0)
+
+    @property
+    def kept(self) -> str:
+        """What it keeps, in words: "style", "OUT00=1 OUT01=0.3", "style in OUT01=0.3"."""
+        return " in ".join(filter(None, (self.trait.name, str(self.blocks or ""))))
+
+    @property
+    def file_part(self) -> str:
+        """What it keeps, for the name of a file: "style", "OUT00_OUT01", "style_OUT01"."""
+        parts = [self.trait.name, *(self.blocks.weights if self.blocks else ())]
+        return re.sub(r"[^\w.-]+", "_", "_".join(filter(None, parts)))
 
 
 @dataclass(frozen=True)
@@ -44,7 +66,7 @@ class Slice:
 
 def describe(cut: Cut) -> str:
     """A cut in words: "content of a.safetensors"."""
-    return f"{printable(cut.trait.name)} of {printable(cut.lora.name)}"
+    return f"{printable(cut.kept)} of {printable(cut.lora.name)}"
 
 
 def summarize(modules: Iterable[Module]) -> str:
@@ -56,9 +78,18 @@ def summarize(modules: Iterable[Module]) -> str:
 
 
 def plan_cuts(
-    loras: list[Path], traits: list[str], alphas: list[float], known: dict[str, Trait]
+    loras: list[Path],
+    traits: list[str],
+    alphas: list[float],
+    known: dict[str, Trait],
+    blocks: Blocks | None = None,
 ) -> list[Cut]:
-    """Pair LoRAs, traits and strengths by position, with defaults for what is left out."""
+    """Pair LoRAs, traits and strengths by position, with defaults for what is left out.
+
+    Blocks are those of all cuts. Without a trait they are kept whole.
+    """
+    if blocks and not traits:
+        known, traits = {"": EVERYTHING}, [""] * len(loras)
     cuts = []
     for index in range(max(len(loras), len(traits))):
         name = traits[index] if index < len(traits) else DEFAULT_TRAIT
@@ -66,21 +97,21 @@ def plan_cuts(
             names = ", ".join(map(shortened, known))
             raise BloraError(f'unknown trait "{shortened(name)}": choose one of {names}')
         strength = alphas[index] if index < len(alphas) else DEFAULT_STRENGTH
-        cuts.append(Cut(loras[min(index, len(loras) - 1)], known[name], strength))
+        cuts.append(Cut(loras[min(index, len(loras) - 1)], known[name], strength, blocks))
     return cuts
 
 
 def plan_outputs(cuts: list[Cut], output: Path, combined: bool) -> dict[Path, list[Cut]]:
     """Which file each cut goes to: one for all when combined, otherwise one a cut.
 
-    The latter are named after their traits, and their LoRAs where several give the same trait.
+    The latter are named after what they keep, and their LoRAs where several keep the same.
     """
     if combined:
         return {output: cuts}
     plan: dict[Path, list[Cut]] = {}
     names = [cut.trait.name for cut in cuts]
     for cut in cuts:
-        parts = [output.stem, re.sub(r"[^\w.-]+", "_", cut.trait.name)]
+        parts = [output.stem, cut.file_part]
         if names.count(cut.trait.name) > 1:
             parts.append(cut.lora.stem)
         path = output.with_name("_".join(parts) + output.suffix)
@@ -91,20 +122,18 @@ def plan_outputs(cuts: list[Cut], output: Path, combined: bool) -> dict[Path, li
 
 
 def take_slice(lora: Lora, cut: Cut) -> Slice:
-    """The modules of the LoRA that the trait keeps, each with an alpha where it has a rank.
+    """The modules of the LoRA that the cut keeps, each with an alpha where it has a rank.
 
     BloraError where there are none, or one does not fit its layer, or is there twice.
     """
-    trait = shortened(cut.trait.name)
-    kept = [module for name, module in lora.modules.items() if cut.trait.keeps(name)]
+    kept = [module for name, module in lora.modules.items() if cut.keeps(name)]
     if not kept:
+        wanted = shortened(cut.kept) if cut.blocks else f'the trait "{shortened(cut.kept)}"'
         blocks = ", ".join(dict.fromkeys(block_of(name) for name in lora.modules))
-        raise BloraError(
-            f'{cut.lora} has no modules for the trait "{trait}": its blocks are {blocks}'
-        )
+        raise BloraError(f"{cut.lora} has no modules for {wanted}: its blocks are {blocks}")
     whole = [module for module in kept if not (module.is_incomplete or module.is_unknown)]
     if not whole:
-        raise BloraError(nothing_whole(kept, f'"{trait}" module in {cut.lora}'))
+        raise BloraError(nothing_whole(kept, f'"{shortened(cut.kept)}" module in {cut.lora}'))
     for module in whole:
         check_known(module, cut.lora)
         check_fit(module, cut.lora)

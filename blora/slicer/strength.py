@@ -127,7 +127,7 @@ class Solved(Tensor):
 def change_values(
     slices: list[Slice], base: BaseModel | None, dtype: str | None, alpha: float | None
 ) -> list[Module]:
-    """The modules of all slices, each at its slice's strength.
+    """The modules of all slices, each at the strength that its cut gives it.
 
     `alpha` is the one that all LoRA modules get, `dtype` the precision; None leaves them as they
     are. BloraError where a module cannot be changed.
@@ -187,7 +187,7 @@ def at_strength(module: Module, cut: Cut, base: BaseModel | None) -> Module:
     The strength goes into one factor alone: the change is a product of factors, so each further
     one would bring it in once more. alpha stays: some programs read 0 as "alpha = rank".
     """
-    strength = cut.strength * module.factor
+    strength = cut.strength_of(module.name) * module.factor
     if strength == 1:
         return module
     if DORA not in module.tensors and module.algorithm.scaled:

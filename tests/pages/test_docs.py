@@ -70,7 +70,8 @@ RESIZE.add_argument("--verbose", action="store_true")
 def check_slicer(line: str) -> None:
     args = blora_slicer.build_parser().parse_args(shlex.split(line)[2:])
     known = load_traits(args.traits_file)
-    assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known)
+    blocks = blora_slicer.parse_blocks(args.blocks) if args.blocks else None
+    assert blora_slicer.plan_cuts(args.loras, args.traits, args.alphas, known, blocks)
 
 
 def check_preflight(line: str) -> None:
