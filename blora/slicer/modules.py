@@ -205,10 +205,12 @@ class Module:
         sizes: dict[str, int] = {}
         for suffix in axes.keys() & self.tensors.keys():
             shape, letters = self.tensors[suffix].shape, axes[suffix].split()
-            if suffix == "oft_blocks":  # BOFT has several layers of them
+            is_rotation = suffix == "oft_blocks"
+            if is_rotation:  # of which BOFT has several layers
                 shape = shape[-3:]
-            # A factor of a matrix is a matrix; what changes a norm has one axis.
-            if len(shape) < min(len(letters), 2 if self.layer.shape[1:] else 1):
+            # A factor of a matrix is a matrix, or has a kernel; what changes a norm has one axis.
+            fewest = min(len(letters), 2 if self.layer.shape[1:] else 1)
+            if len(shape) < fewest or (len(shape) not in (1, 2, 4) and not is_rotation):
                 return None
             last = len(letters) - 1
             lengths = (*shape[:last], math.prod(shape[last:]))

@@ -80,7 +80,7 @@ def test_an_unknown_tensor_beside_those_of_an_algorithm_stops_a_cut_at_any_stren
     name, module = on_a_layer(form)
     lora = write_modules(slicer.folder / "known.safetensors", {name: module})
     assert slicer(lora, *everything) == 0
-    assert slicer.err == ""
+    assert "unknown" not in slicer.err
     module["foo_bar"] = numbers(3, 0).half()
     lora = write_modules(slicer.folder / "in.safetensors", {name: module})
     for strength in ("1", "0.5", "0"):
