@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -103,7 +104,8 @@ TUCKER = {
 
 def peft_tuner(suffix: str) -> str | None:
     """The algorithm of PEFT alone that a tensor belongs to."""
-    return next((name for start, name in PEFT_TENSORS.items() if suffix.startswith(start)), None)
+    match = re.match("|".join(PEFT_TENSORS), suffix)
+    return PEFT_TENSORS[match[0]] if match else None
 
 
 @dataclass(frozen=True)

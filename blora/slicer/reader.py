@@ -77,8 +77,19 @@ class Part:
         return not (self.tensors.keys() & other.tensors.keys() or all(changes))
 
 
+MOST_COPIES = 8  # of a module; each is compared with the others
+
+
+def add_part(part: Part, copies: list[Part], path: Path) -> None:
+    """Append a part to those of its module; BloraError where these are too many."""
+    copies.append(part)
+    if len(copies) > MOST_COPIES:
+        name = part.spelling.layers[0].module
+        raise BloraError(f"{path} holds {name} more than {MOST_COPIES} times: delete all but one")
+
+
 def split_by_spelling(
-    tensors: Mapping[str, Stored], encoder: str
+    path: Path, tensors: Mapping[str, Stored], encoder: str
 ) -> tuple[list[Part], list[str], list[str]]:
     """A file's tensors by layer and spelling; the keys of no layer; the programs' namings."""
     parts: dict[str, list[Part]] = {}
@@ -93,7 +104,7 @@ def split_by_spelling(
         free = next((part for part in same if key.suffix not in part.tensors), None)
         if free is None:  # the first, or one tensor under two suffixes
             free = Part(key.spelling)
-            same.append(free)
+            add_part(free, same, path)
         free.add(key, tensor)
         if key.suffix != ALPHA:  # which is spelt alike everywhere
             namings[key.naming] = None
@@ -114,7 +125,7 @@ def leave_out(parts: Iterable[Part]) -> dict[str, list[str]]:
     return skipped
 
 
-def gather_modules(parts: Iterable[Part]) -> dict[str, list[Part]]:
+def gather_modules(path: Path, parts: Iterable[Part]) -> dict[str, list[Part]]:
     """The parts by module, each with its copies.
 
     A module can be split over two spellings: diffusers' conversion of a DoRA to kohya's names
@@ -125,7 +136,7 @@ def gather_modules(parts: Iterable[Part]) -> dict[str, list[Part]]:
         copies = modules.setdefault(part.spelling.layers[0].module, [])
         whole = next((copy for copy in copies if part.completes(copy)), None)
         if whole is None:
-            copies.append(part)
+            add_part(part, copies, path)
         else:
             whole.tensors |= part.tensors
             whole.keys |= part.keys
@@ -208,9 +219,9 @@ def read_lora(path: Path) -> Lora:
         raise BloraError(f"no file at {path}: correct --loras")
     tensors, metadata = read_header(path)
     encoder = bare_encoder(tensors)
-    parts, unplaced, namings = split_by_spelling(tensors, encoder or "te2")
+    parts, unplaced, namings = split_by_spelling(path, tensors, encoder or "te2")
     skipped = leave_out(parts) | {"unplaced": unplaced}
-    by_module = gather_modules(chain.from_iterable(part.split() for part in parts))
+    by_module = gather_modules(path, chain.from_iterable(part.split() for part in parts))
     peft = peft_settings(metadata, path, any(part.is_peft for part in parts))
     copies = {name: build_modules(name, by_module[name], peft) for name in sorted(by_module)}
     modules = {name: first for name, (first, *_) in copies.items()}
