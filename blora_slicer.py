@@ -66,6 +66,7 @@ try:
         check_doubles,
         common_alpha,
         describe,
+        lbw_lines,
         plan_cuts,
         plan_outputs,
         summarize,
@@ -261,6 +262,8 @@ class Output:
             print(f"{describe(piece.cut)} at {piece.cut.strength:g}: {summarize(piece.modules)}")
         size = file_size(self.path.stat().st_size)
         print(printable(f"-> {self.path}: {summarize(self.modules)}, {size}"))
+        for line in lbw_lines(self.slices):
+            print(printable(line))
 
     def try_values(self) -> None:
         """Compute every value that changes, as writing would; BloraError where one overflows."""
@@ -276,7 +279,7 @@ class Output:
             "slices": [
                 {
                     "lora": str(piece.cut.lora),
-                    "trait": piece.cut.trait.name,
+                    "keeps": piece.cut.kept,
                     "strength": piece.cut.strength,
                     "modules": len(piece.modules),
                 }

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 from blora.sdxl import Trait, block_of
-from blora.slicer.blocks import Blocks
+from blora.slicer.blocks import Blocks, lbw_text
 from blora.slicer.keys import ALPHA, LORA_MID
 from blora.slicer.modules import Lora, Module, peft_tuner, with_rank_as_alpha
 from blora.slicer.peft import PEFT_CONFIG
@@ -249,6 +249,20 @@ def remarks(kept: list[Module], whole: list[Module], lora: Lora) -> list[str]:
             "cut it again"
         )
     return sentences
+
+
+def lbw_lines(slices: list[Slice]) -> Iterator[str]:
+    """For each LoRA of a file, the list of LBW under which it acts as its slices together."""
+    loras = {piece.lora.path: piece.lora for piece in slices}
+    for path, lora in loras.items():
+        strengths = {
+            module.name: piece.cut.strength_of(module.name)
+            for piece in slices
+            if piece.lora is lora
+            for module in piece.modules
+        }
+        owner = f" for {path.name}" if len(loras) > 1 else ""
+        yield f"LBW{owner}: {lbw_text(lora, strengths)}"
 
 
 def check_doubles(slices: list[Slice]) -> None:

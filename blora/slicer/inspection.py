@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from blora.sdxl import Trait, block_of
+from blora.slicer.blocks import lbw_list
 from blora.slicer.keys import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
 from blora.slicer.modules import SKIPPED, Lora, Module
 from blora.slicer.strength import through_core, values
@@ -163,6 +164,16 @@ def training_facts(metadata: dict[str, str]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value and value != "None"}
 
 
+def lbw_lists(lora: Lora, known: dict[str, Trait]) -> dict[str, dict[str, str]]:
+    """For each trait that keeps something, LBW's list for its slice, and why there is none."""
+    kept = {
+        trait.name: dict.fromkeys(filter(trait.keeps, lora.modules), 1.0)
+        for trait in known.values()
+    }
+    found = {name: lbw_list(lora, strengths) for name, strengths in kept.items() if strengths}
+    return {name: {"list": weights, "reason": reason} for name, (weights, reason) in found.items()}
+
+
 def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
     """All that --inspect shows of a file."""
     groups: dict[tuple[str, str], list[Module]] = {}
@@ -182,6 +193,7 @@ def inspect_lora(lora: Lora, known: dict[str, Trait]) -> dict[str, Any]:
         "modules": len(lora.modules),
         "naming": "; ".join(lora.namings),
         "blocks": rows,
+        "lbw": lbw_lists(lora, known),
         "training": training_facts(lora.metadata),
         "not_finite": broken,
         "incomplete": [name for name, module in lora.modules.items() if module.is_incomplete],
@@ -236,6 +248,8 @@ def report(facts: dict[str, Any]) -> list[str]:
         *table(rows),
         f"naming: {facts['naming']}",
     ]
+    for trait, lbw in facts["lbw"].items():
+        lines.append(f"LBW for {trait}: {lbw['list'] or 'none, because ' + lbw['reason']}")
     lines += [f"{key}: {value}" for key, value in training.items()]
     if words:
         lines.append("trigger words: " + ", ".join(f"{word} ({n})" for word, n in words.items()))

@@ -49,7 +49,7 @@ OTHERS = {
 }
 # What programs print, among what people type.
 PRINTED = ("  ", "error: ", "note: ", "middle of ", "content of ", "-> ", "early stop: ")
-PRINTED += ("would write ", "Rehearsing ", "This training:")
+PRINTED += ("LBW: ", "would write ", "Rehearsing ", "This training:")
 COMMANDS = [
     (page, line)
     for page in NAMES
@@ -290,7 +290,7 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(own_blocks):
     Path(LORA).parent.mkdir(parents=True)
     save_file(tensors, LORA)
     _, out, err = run(CUT)
-    assert (out.splitlines(), err) == (shown("middle of", "->"), "")
+    assert (out.splitlines(), err) == (shown("middle of", "->", "LBW: "), "")
     kept, _ = read_header(Path("my_middle.safetensors"))
     assert set(kept) == {key for key in tensors if "_middle_block_1_" in key}
 

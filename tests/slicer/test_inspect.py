@@ -131,6 +131,11 @@ def test_the_report_reads_as_a_table_with_bars(tmp_path, capsys):
         "output_blocks.1.1  style, style_block            2  DoRA, LoRA  4 to 8  0.5 to 1   "
         "F32, F16  0.1 MB     640  20.0%  ####",
         "naming: kohya, sgm names",
+        *(
+            f"LBW for {trait}: none, because {INPUT['attention']} is OFT, which LBW may not take "
+            "out at 0 in A1111"
+            for trait in ("content", "style", "content_block", "style_block")
+        ),
         "base: sdxl_base_v1-0",
         "trigger words: sks (3)",
         "tensors with unknown names (1): strange.weight",

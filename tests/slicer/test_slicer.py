@@ -144,6 +144,7 @@ def test_it_says_at_the_end_what_was_kept_and_with_debug_each_module_before(lora
     assert said.out.splitlines() == [
         "content of my_content.safetensors at 0.5: 8 modules, 24 tensors, rank 2",
         f"-> {output}: 8 modules, 24 tensors, rank 2, {size} MB",
+        "LBW: 0,0,0,0,0,0,0.5,0,0,0,0,0",
     ]
     cut(lora, "--debug")
     err = capsys.readouterr().err.splitlines()
