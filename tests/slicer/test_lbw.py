@@ -190,6 +190,23 @@ def test_a_list_is_given_for_what_lbw_multiplies_as_a_slice_is(tmp_path, capsys,
         assert weight_in_lbw(CONTENT_Q, line) == (not kept)
 
 
+ODD = STYLE.format(0, 1, "q")
+ODD_TENSORS = {
+    # tensors beside whole ones, and the reason
+    "is incomplete": {f"{ODD}.lora_up.weight": torch.ones(1280, 2)},
+    "has a tensor that is not known (strange)": lora_module(ODD)
+    | {f"{ODD}.strange": torch.ones(1)},
+    "is there twice": lora_module(ODD)
+    | lora_module(ODD.replace("output_blocks_1_1", "up_blocks_0_attentions_1"), layer=ODD),
+}
+
+
+@pytest.mark.parametrize(("reason", "tensors"), ODD_TENSORS.items(), ids=ODD_TENSORS)
+def test_what_programs_make_of_such_a_module_is_not_known(tmp_path, capsys, reason, tensors):
+    cut(write(tmp_path / "a.safetensors", blora_modules(CONTENT) | tensors))
+    assert printed(capsys) == f"none, because {ODD} {reason}"
+
+
 def test_names_that_a1111_does_not_read_have_none(tmp_path, capsys):
     name = "unet.up_blocks.0.attentions.0.proj_in"
     tensors = lora_module(name, layer=PROJ)
