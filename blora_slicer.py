@@ -72,6 +72,7 @@ try:
         summarize,
         take_slice,
     )
+    from blora.slicer.keys import UP_BIAS
     from blora.slicer.metadata import build_metadata
     from blora.slicer.modules import SKIPPED, Lora, Module
     from blora.slicer.reader import BaseModel, lora_file, read_base_model, read_lora
@@ -340,7 +341,8 @@ def build_output(
     strengths = {
         piece.cut.strength_of(m.name) * m.factor for piece in slices for m in piece.modules
     }
-    if dtype or alpha is not None or strengths != {1}:
+    has_bias = any(UP_BIAS in module.tensors for module in modules)
+    if dtype or alpha is not None or has_bias or strengths != {1}:
         if not base:
             # numpy's BLAS starts threads for products of matrices, of which only a DoRA has any.
             # They spin on the core that hashes: 0.235 s of CPU to cut 28 MB at 0.5, not 0.185.
@@ -401,7 +403,7 @@ def run_inspect(args: argparse.Namespace, with_cut: bool) -> None:
         return
     print("\n\n".join("\n".join(report(fact)) for fact in facts))
     for output in outputs:
-        print(output.report())
+        print("\n".join([output.report(), *map(printable, lbw_lines(output.slices))]))
 
 
 def import_problem(error: ImportError) -> str:

@@ -138,7 +138,7 @@ def change_values(
             # 8-bit floats are too coarse to be multiplied.
             if dtype and any(tensor.dtype in FLOAT8 for tensor in module.tensors.values()):
                 module = at_precision(module, dtype)
-            module = at_strength(module, piece.cut, base)
+            module = at_strength(with_plain_bias(module), piece.cut, base)
             if alpha is not None:
                 module = at_alpha(module, alpha)
             changed.append(at_precision(module, dtype) if dtype else module)
@@ -213,6 +213,27 @@ def why_not(module: Module) -> tuple[str, str]:
         if module.label == "DoRA":
             advice = f"give the checkpoint as --base_model, or {advice}"
     return f"it is {module.label} and {reason}", advice
+
+
+def with_plain_bias(module: Module) -> Module:
+    """The module with a bias of lora_up, as PEFT and ai-toolkit have it, as change of the bias.
+
+    alpha / rank is multiplied in. No program reads lora_up.bias under kohya's names, and Forge
+    refuses a file with 12 such keys; diff_b is read by ComfyUI, the Forges and Fooocus.
+    """
+    tensors = dict(module.tensors)
+    bias, added = tensors.pop(UP_BIAS, None), tensors.get("diff_b")
+    ratio = module.effective_alpha / module.rank if module.rank else math.nan
+    can_change = ratio == 1 or (bias and bias.dtype in FLOATS and fp32_holds(ratio))
+    if not bias or DORA in tensors or not module.alpha or not can_change:
+        return module
+    if not added:
+        return replace(module, tensors=tensors | {"diff_b": change(module, UP_BIAS, ratio)})
+    check_floats(module, (UP_BIAS, "diff_b"))
+    wide = "F64" if "F64" in (bias.dtype, added.dtype) else "F32"
+    both = Solved(wide, added.shape, lambda: values(bias) * ratio + values(added))
+    changed = Changed(added.dtype, added.shape, f"{module.name}.diff_b", both)
+    return replace(module, tensors=tensors | {"diff_b": changed})
 
 
 # ---- Alpha and precision -------------------------------------------------------------------------

@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from exact_strength import both_traits
-from lora_algebra import Module, alpha_over_rank, read_modules, weight_change
+from lora_algebra import Module, alpha_over_rank, bias_change, read_modules, weight_change
 from lora_files import CONTENT, weight_shape
-from lora_forms import FORMS, INPUT, OUTPUT, REFUSED, axis_lengths, make_module, write_modules
+from lora_forms import (
+    FORMS,
+    INPUT,
+    OUTPUT,
+    REFUSED,
+    WITH_UP_BIAS,
+    axis_lengths,
+    make_module,
+    write_modules,
+)
 from slicing import all_traits, slice_lora, stored
 
 from blora.slicer import modules
@@ -65,12 +74,29 @@ def test_every_bias_takes_the_strength_and_what_alpha_multiplies_the_ratio_of_a_
     for (name, before), strength in zip(sources.items(), map(float, strengths), strict=True):
         after = result[name]
         torch.testing.assert_close(weight_change(after), strength * weight_change(before), **near)
-        torch.testing.assert_close(after["diff_b"], strength * before["diff_b"], **exact)
-        for suffix in ("lora_up.bias", "bias_values"):
-            old, new = (alpha_over_rank(m) * m[suffix] for m in (before, after))
-            torch.testing.assert_close(new, strength * old, **exact)
+        torch.testing.assert_close(bias_change(after), strength * bias_change(before), **near)
+        assert "lora_up.bias" not in after  # which no program reads
+        old, new = (alpha_over_rank(m) * m["bias_values"] for m in (before, after))
+        torch.testing.assert_close(new, strength * old, **exact)
         for suffix in ("bias_indices", "bias_size"):
             assert torch.equal(after[suffix], before[suffix])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize("alpha", [None, 1.5], ids=["no alpha", "alpha 1.5"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_a_bias_of_lora_up_comes_out_as_the_change_of_the_bias_that_it_means(
+    slicer, everything, dtype, alpha, strength
+):
+    source = make_module(FIRST, WITH_UP_BIAS, 2, alpha, dtype)
+    lora = write_modules(slicer.folder / "in.safetensors", {FIRST: source})
+    assert slicer(lora, *everything, "--alphas", strength) == 0
+    [result] = read_modules(slicer.output).values()
+    assert set(result) == {"lora_up.weight", "lora_down.weight", "alpha", "diff_b"}
+    unit = {torch.float16: 2e-3, torch.float64: 1e-12}[dtype]
+    wanted = strength * bias_change(source)
+    assert result["diff_b"].dtype == dtype
+    assert (result["diff_b"].double() - wanted).norm() < unit * wanted.norm()
 
 
 @pytest.mark.parametrize("form", EVERY)

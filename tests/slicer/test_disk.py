@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from broken_files import DOWN, UP, raw, small_file, small_lora, tensor
 from lora_files import STYLE, write
-from slicing import CUTS, LOOKS, OLD, SMALL, cut, fingerprint, opens, refusal, refused
+from slicing import CUTS, LOOKS, OLD, SMALL, cut, fingerprint, opens, refusal, refused, slice_lora
 
 import blora_slicer
 from blora.tensorfile import CHUNK, read_header, with_progress, write_file, write_hashed
@@ -104,7 +104,8 @@ def test_an_output_that_is_a_link_stays_one_and_its_target_is_written(lora, tmp_
     elsewhere.mkdir()
     (elsewhere / "there.safetensors").write_bytes(OLD)
     output.symlink_to(f"elsewhere/{target}")
-    assert cut(lora).readlink() == Path("elsewhere", target)
+    assert slice_lora("--loras", lora, "--output_path", output) == 0
+    assert output.readlink() == Path("elsewhere", target)
     assert opens(elsewhere / target)
     assert {path.name for path in elsewhere.iterdir()} == {"there.safetensors", target}
     assert {path.name for path in tmp_path.iterdir()} == {lora.name, output.name, "elsewhere"}

@@ -21,7 +21,17 @@ from lora_files import (
     lora_module,
     write,
 )
-from lora_forms import FORMS, INPUT, LINEAR, LOHA, LORA, REFUSED, Form, on_each_layer, write_modules
+from lora_forms import (
+    FORMS,
+    INPUT,
+    LINEAR,
+    LOHA,
+    REFUSED,
+    WITH_UP_BIAS,
+    Form,
+    on_each_layer,
+    write_modules,
+)
 from slicing import slice_lora, stored
 
 
@@ -74,7 +84,7 @@ BY_THE_WEIGHT = {
     if name.startswith(("IA3", "GLoRA", "OFT", "BOFT", "T-LoRA"))
 }
 MEASURED = {n: form for n, form in (FORMS | REFUSED).items() if n not in BY_THE_WEIGHT}
-MEASURED["LoRA, with a bias of lora_up"] = Form(LORA | {"lora_up.bias": "o"})
+MEASURED["LoRA, with a bias of lora_up"] = WITH_UP_BIAS
 for half in "12":
     core = {f"hada_t{half}": "rr", f"hada_w{half}_a": "ro"}
     MEASURED[f"LoHa, tucker in half {half} alone"] = Form(LOHA | core, kinds=LINEAR)
@@ -321,4 +331,5 @@ def test_the_preview_stands_under_the_table(loras, capsys):
         *table,
         "would write x.safetensors: layout of c.safetensors at 1, style of c.safetensors at 1: "
         "16 modules, 48 tensors, rank 2, 0.2 MB",
+        "LBW: 0,0,0,0,1,0,0,1,0,0,0,0",
     ]

@@ -194,7 +194,7 @@ ODD = STYLE.format(0, 1, "q")
 ODD_TENSORS = {
     # tensors beside whole ones, and the reason
     "is incomplete": {f"{ODD}.lora_up.weight": torch.ones(1280, 2)},
-    "has a tensor that is not known (strange)": lora_module(ODD)
+    f"has a tensor that is not known ({ODD}.strange)": lora_module(ODD)
     | {f"{ODD}.strange": torch.ones(1)},
     "is there twice": lora_module(ODD)
     | lora_module(ODD.replace("output_blocks_1_1", "up_blocks_0_attentions_1"), layer=ODD),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from lora_algebra import Module, bias_change, weight_at, weight_change
 from lora_files import SDXL, weight_shape
-from lora_forms import FORMS, REFUSED, Form, base_weight, make_module, write_modules
+from lora_forms import FORMS, REFUSED, WITH_UP_BIAS, Form, base_weight, make_module, write_modules
 from safetensors.torch import save_file
 from slicing import all_traits, slice_lora
 from torch import Tensor
@@ -76,7 +76,7 @@ ROWS = {
     "LoRA with an alpha of 0": Row(FORMS["LoRA"], ATTENTION, alpha=0.0),
     "LoRA whose q, k, v were one": Row(FORMS["LoRA"], ATTENTION, fused=True),
     "LoRA with a bias, `diff_b`": Row(FORMS["LoRA, with bias"], BIASED),
-    "LoRA with a bias, `lora_up.bias`": Row(FORMS["LoRA, with bias of lora_up"], BIASED),
+    "LoRA with a bias, `lora_up.bias`": Row(WITH_UP_BIAS, BIASED),
     "LoCon: convolutions": Row(FORMS["LoRA"], CONVOLUTIONS),
     "LoCon with tucker": Row(FORMS["LoCon, tucker"], KERNEL),
     "LoRA of the text encoders": Row(FORMS["LoRA"], TEXT),

@@ -46,12 +46,18 @@ def alpha_over_rank(module: Module) -> float:
 def with_alpha(module: Module) -> Module:
     """The module as it comes out: one that has a rank and no alpha gets the rank as its alpha.
 
+    A bias of lora_up comes out as the change of the bias that it means.
     A LoKr of two whole factors has no rank. It gets 1: LyCORIS loads none without an alpha.
     """
     rank = 1 if {"lokr_w1", "lokr_w2"} <= module.keys() else rank_of(module)
-    if rank is None or "alpha" in module:
+    if rank is not None and "alpha" not in module:
+        module = module | {"alpha": torch.tensor(float(rank))}
+    if "lora_up.bias" not in module or "dora_scale" in module or not module["alpha"]:
         return module
-    return module | {"alpha": torch.tensor(float(rank))}
+    bias = module["lora_up.bias"]
+    scaled = bias.float() * torch.tensor(alpha_over_rank(module), dtype=torch.float32)
+    kept = {suffix: tensor for suffix, tensor in module.items() if suffix != "lora_up.bias"}
+    return kept | {"diff_b": scaled.to(bias.dtype)}
 
 
 def tucker(core: Tensor, out_factor: Tensor, in_factor: Tensor) -> Tensor:

@@ -60,7 +60,6 @@ W2_TUCKER = {"lokr_t2": "rrK", "lokr_w2_a": "rb", "lokr_w2_b": "rd"}
 FORMS = {
     "LoRA": Form(LORA, {"lora_up.weight"}),
     "LoRA, with bias": Form(LORA | {"diff_b": "o"}, {"lora_up.weight", "diff_b"}),
-    "LoRA, with bias of lora_up": Form(LORA | {UP_BIAS: "o"}, {"lora_up.weight", UP_BIAS}),
     "LoCon, tucker": Form(TUCKER, {"lora_up.weight"}, ("3x3",)),
     "DyLoRA": Form(LORA | {"lora_up.weight": "or"}, {"lora_up.weight"}, CONVOLUTIONS),
     "LoHa": Form(LOHA, {"hada_w1_a"}),
@@ -81,6 +80,8 @@ FORMS = {
     "IA3, conv, on the input": Form({"weight": "1iJ", "on_input": ""}, {"weight"}, CONVOLUTIONS),
     "GLoRA": Form(GLORA, {"a2.weight", "b2.weight"}),
 }
+# Whose bias comes out as the change of the bias that it means.
+WITH_UP_BIAS = Form(LORA | {UP_BIAS: "o"}, {"lora_up.weight", UP_BIAS})
 # Of OFT h blocks of 2 numbers, of inputs q of 4 (6 above the diagonal), of BOFT m times n of 10.
 REFUSED = {
     "OFT": Form({"oft_blocks": "h22", "alpha": ""}),
