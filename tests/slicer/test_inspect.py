@@ -271,7 +271,8 @@ CUTS = [
     # what follows "--loras a.safetensors": of these some are refused
     "--traits content", "--alphas 0.5", "--save_precision float", "--no_metadata", "--debug",
     "--output_path new.safetensors", "b.safetensors --traits content style",
-    "--traits content style --not_combined", "--traits odd", "--traits layout",
+    "--traits content style --not_combined", "--blocks OUT00=1 OUT01=0.3",
+    "--traits odd", "--traits layout",
     "--traits content content", "--output_path a.safetensors", "--output_path no/a.safetensors",
     "--base_model gone.safetensors", "--alphas 2",
     "b.safetensors --traits content style --alphas 1 0.5",
@@ -322,6 +323,21 @@ def test_with_the_options_of_a_cut_it_says_what_the_cut_says_and_would_write(
         for file in fact["cut"]:
             assert file["bytes"] == Path(file["file"]).stat().st_size
             assert file["tensors"] == len(stored(Path(file["file"])))
+
+
+def test_in_json_the_preview_says_what_each_slice_is(loras, capsys):
+    options = ("--blocks", "OUT01=1", "--output_path", "new.safetensors")
+    [facts] = inspected(capsys, loras / "b.safetensors", *options)
+    [file] = facts["cut"]
+    assert file["slices"] == [
+        {
+            "lora": str(loras / "b.safetensors"),
+            "keeps": "OUT01=1",
+            "strength": 1.0,
+            "modules": 8,
+        }
+    ]
+    assert (file["modules"], file["ranks"], file["overwrites"]) == (8, [3], False)
 
 
 def test_the_preview_stands_under_the_table(loras, capsys):
