@@ -10,6 +10,7 @@ something is wrong. 20,000 files take some 15 minutes of one core.
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def call(arguments: list[str]) -> tuple[int, str, list[str]]:
         with redirect_stdout(out), redirect_stderr(err):
             code = slice_lora(*arguments)
         signal.alarm(0)
-        one_sentence(code, err.getvalue())
+        one_sentence(code, re.sub("\r[^\n]*\r", "", err.getvalue()))  # without a bar
     except (Exception, SystemExit, HangError) as error:
         signal.alarm(0)
         wrong.append(f"{type(error).__name__}: {str(error)[:300]}")
@@ -114,7 +115,7 @@ def misfit(name: str, kept: Module) -> str | None:
 
 
 def wrong_module(name: str, kept: Module, strength: float, file: Fuzzed) -> Iterator[str]:
-    if name in file.forbidden:
+    if name in file.forbidden and "damaged" not in file.twists:
         yield f"{name} was cut, with {sorted(kept)}"
     elif unknown := kept.keys() - SUFFIXES.keys():
         yield f"{name} keeps {sorted(unknown)}"

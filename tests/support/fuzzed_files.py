@@ -352,12 +352,19 @@ LONG = [
     "unet.conv_in.lora_A." + "a-" * 50_000 + ".weight", "text_encoder." * 30_000 + "alpha",
 ]  # fmt: skip
 
+MANY = (
+    "a.b.c{}.weight", "unet.{}.lora_A.weight", "lora_unet_{}_x.alpha",
+    "unet.conv_in.lora_A.x{}.weight",
+    "_orig_mod.module.unet.x{}.lora_B.weight",
+    "lora_te2_text_model_encoder_layers_{}_mlp_fc1.alpha",
+)  # fmt: skip
+
 
 def hostile_key(file: Fuzzed, chance: random.Random) -> None:
     """A key without an end, or thousands of foreign ones."""
     if chance.random() < 0.05:
-        word = chance.choice(("a.b.c{}.weight", "unet.{}.lora_A.weight", "lora_unet_{}_x.alpha"))
-        file.tensors |= {word.format(n): torch.ones(1) for n in range(10_000)}
+        word, one = chance.choice(MANY), torch.ones(1)
+        file.tensors |= {word.format(n): one for n in range(20_000)}
     else:
         file.tensors[chance.choice(LONG)] = torch.ones(1)
 
