@@ -233,8 +233,8 @@ def remarks(kept: list[Module], whole: list[Module], lora: Lora) -> list[str]:
         f"warning: {name} is an OFT as PEFT and OneTrainer store it, which ComfyUI does not read": [
             module.name for module in whole if "oft_R.weight" in module.tensors
         ],
-        f"warning: alpha is 0 in modules of {name}, which sd-scripts and LyCORIS read as the rank, "
-        "and ComfyUI as no change": [m.name for m in whole if m.rank and m.alpha == 0],
+        f"warning: alpha is 0 in modules of {name}, which only trainers read as the rank: to every "
+        "program that draws it is no change": [m.name for m in whole if m.rank and m.alpha == 0],
         f"warning: {name} was resized, and sd-scripts' tool does not resize tucker cores, so these "
         "modules are wrong": [m.name for m in whole if is_resized and LORA_MID in m.tensors],
         f"warning: alpha is NaN or inf in modules of {name}": [
@@ -285,7 +285,7 @@ def common_alpha(slices: list[Slice]) -> float | None:
     diffusers scales all U-Net modules by the alpha it meets most, over each one's own rank. The
     smallest becomes the common one: then each lora_up takes a ratio above 1, where a smaller one
     would push fp16 into its subnormal numbers. An alpha of 0
-    stays: programs read it as the rank, or as no change. None where nothing changes.
+    stays: it is no change, or to trainers the rank. None where nothing changes.
     """
     loras = [m for piece in slices for m in piece.modules if m.is_ranked_lora and m.alpha != 0]
     if len(slices) == 1 or len({module.alpha for module in loras}) < 2:

@@ -93,8 +93,10 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
     """The Frobenius norm of a module's change, bias included, and its keys that hold NaN or inf.
 
     The change of a DoRA is that of its factors: what its scale adds depends on the base model.
-    None where the size is not known: a factor is missing, of a type without values, or misfits.
+    None where the size is not known: a factor is missing, unknown, without values, or misfits.
     """
+    if module.unknown:
+        return None, []
     read = {
         suffix: tensor
         for suffix, tensor in module.tensors.items()
@@ -102,7 +104,7 @@ def measure(module: Module) -> tuple[float | None, list[str]]:
     }
     known = {s: values(t) for s, t in read.items() if t.dtype in FLOATS or t.dtype in FLOAT8}
     broken = [f"{module.name}.{s}" for s, v in known.items() if not np.isfinite(v).all()]
-    is_whole = module.fits and not module.is_incomplete and not module.unknown
+    is_whole = module.fits and not module.is_incomplete
     change_norm = NORMS.get(module.algorithm.name)
     if broken or not is_whole or read.keys() - known.keys() - {ALPHA} or not change_norm:
         return None, broken

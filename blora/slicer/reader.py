@@ -233,6 +233,13 @@ def read_lora(path: Path) -> Lora:
     if not modules:
         holds = first_few(sorted(tensors)) or "no tensor at all"
         raise BloraError(f"{path} is not an SDXL LoRA: it holds {holds}")
+    for network, settings in peft.items():
+        own = [module for module in modules.values() if module.layer.network == network]
+        if settings.values.get("use_dora") and own and not any(DORA in m.tensors for m in own):
+            remarks.append(
+                f"warning: {path.name} was trained with use_dora, and holds no lengths of a DoRA: "
+                "the slice acts as a plain LoRA"
+            )
     if encoder:
         remarks.append(
             f"note: {path.name} names no text encoder, so its width decides: it is {encoder}"
