@@ -86,8 +86,6 @@ def state_with_name(setting: Setting) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module", params=REFUSED)
 def only_pefts(request: pytest.FixtureRequest, tmp_path_factory) -> Saved:
-    if request.param == "ADAMSS":
-        pytest.importorskip("sklearn")
     setting, folder = REFUSED[request.param], tmp_path_factory.mktemp("adapter")
     adapted(setting, ONE_LAYER).save_pretrained(folder)
     lora = folder / "adapter_model.safetensors"
