@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from blora.sdxl import Layer, sdxl_layers
-from blora.slicer.keys import DORA
+from blora.slicer.keys import DORA, PREFIX
 from blora.slicer.modules import ADDED, Lora, Module
 from blora.tensorfile import fp32_holds
 from blora.text import BloraError, shortened
@@ -181,9 +181,18 @@ def lbw_list(lora: Lora, strengths: Mapping[str, float]) -> tuple[str, str]:
             return "", f"{at_strength(name, strength)}, and LBW has no weight for it"
         if reason := "is there twice" if name in lora.copies else not_weighted(module, strength):
             return "", f"{name} {reason}"
+        if wrapped := [key for key in module.keys.values() if not is_kohyas(key, module)]:
+            return "", f"A1111 reads kohya's names alone, not {shortened(wrapped[0])}"
     kept = {place for place, (_, strength) in by_place.items() if strength}
     places = LBW_12 if kept <= {*LBW_12} else LBW_20
     return ",".join(number_text(by_place.get(place, ("", 0.0))[1]) for place in places), ""
+
+
+def is_kohyas(key: str, module: Module) -> bool:
+    """Whether a key has kohya's prefix and no other, and names one layer."""
+    prefix = PREFIX.match(key.replace(".", "_"))
+    is_alone = prefix and prefix[0] == f"lora_{module.layer.network}_"
+    return bool(is_alone and not module.fused)
 
 
 def lbw_text(lora: Lora, strengths: Mapping[str, float]) -> str:

@@ -73,6 +73,13 @@ AXES = {
     "diff": "o i", "w_norm": "o", "diff_b": "n", "b_norm": "n", "weight": "m", DORA: "m",
     UP_BIAS: "n",
 }  # fmt: skip
+# The same with a tucker core, which has the kernel, between the two ranks.
+TUCKER = {
+    LORA_MID: {LORA_MID: "r s k", LORA_DOWN: "s i"},
+    "hada_t1": {"hada_t1": "r s k", "hada_w1_a": "r o", "hada_w1_b": "s i"},
+    "hada_t2": {"hada_t2": "t u k", "hada_w2_a": "t o", "hada_w2_b": "u i"},
+    "lokr_t2": {"lokr_t2": "r s k", "lokr_w2_a": "r o", "lokr_w2_b": "s i"},
+}
 # Tensors of a PEFT LoRA that only its training uses: its merge, and every other program, do not.
 UNREAD = ("lora_velora_embed", "lora_monteclora_sampler")
 # How the tensors of algorithms begin that only PEFT has (peft 0.21.2, tuners/*/layer.py).
@@ -81,25 +88,17 @@ PEFT_TENSORS = {
     "boft_": "BOFT", "c3a_": "C3A", "deft_": "DEFT", "delora_": "DeLoRA",
     "fourierft_": "FourierFT", "frod_": "FRoD", "glora_": "GLoRA", "gralora_": "GraLoRA",
     "hira_": "HiRA", "hra_": "HRA", "ia3_": "IA3", "lily_": "Lily", "ln_tuning_": "LN tuning",
-    "miss_": "MiSS", "oft_r": "OFT of before 0.16", "osf_": "OSF", "peanut_": "PEANuT",
+    "miss_": "MiSS", "osf_": "OSF", "peanut_": "PEANuT",
     "poly_": "Poly", "psoft_": "PSOFT", "pvera_": "PVeRA", "randlora_": "RandLoRA",
     "road_": "RoAd", "shira_": "SHiRA", "supertuning_": "super tuning", "tinylora_": "TinyLoRA",
     "trainable_tokens_": "trainable tokens", "unilora_": "UniLoRA", "vblora_": "VB-LoRA",
     "vera_": "VeRA", "waveft_": "WaveFT",
 }  # fmt: skip
-
 # How factors are stored that fit no layer.
 TRANSPOSED = "transposed, as PaddleMIX stores them"
 BLOCK_DIAGONAL = "block-diagonal, as PEFT's BD-LoRA stores them"
 # Algorithms whose change can be split by rows, as that of fused projections has to be.
 BY_ROWS = ("LoRA", "LoHa", "LoKr", "GLoRA", "full", "bias")
-# The same with a tucker core, which has the kernel, between the two ranks.
-TUCKER = {
-    LORA_MID: {LORA_MID: "r s k", LORA_DOWN: "s i"},
-    "hada_t1": {"hada_t1": "r s k", "hada_w1_a": "r o", "hada_w1_b": "s i"},
-    "hada_t2": {"hada_t2": "t u k", "hada_w2_a": "t o", "hada_w2_b": "u i"},
-    "lokr_t2": {"lokr_t2": "r s k", "lokr_w2_a": "r o", "lokr_w2_b": "s i"},
-}
 
 
 def peft_tuner(suffix: str) -> str | None:

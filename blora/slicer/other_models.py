@@ -160,7 +160,7 @@ def check_lora(path: Path, keys: Iterable[str], own: list[str]) -> None:
                 f"{path} has HCP-Diffusion's names ({shortened(key)}), which are not read here: "
                 "save it in kohya's names with HCP-Diffusion"
             )
-        if tuner := peft_tuner(without_prefix(key)[1]):
+        if key.startswith("base_model.") and (tuner := peft_tuner(without_prefix(key)[1])):
             raise BloraError(
                 f"{path} is PEFT's {tuner}, which kohya's names cannot express: use it with PEFT"
             )

@@ -216,6 +216,18 @@ def test_names_that_a1111_does_not_read_have_none(tmp_path, capsys):
     )
 
 
+def test_kohyas_names_behind_a_wrapper_have_none(tmp_path, capsys):
+    name = f"lora_unet_{PROJ}"
+    cut(
+        write(tmp_path / "a.safetensors", lora_module(name, layer=PROJ)),
+        "--traits",
+        "content_block",
+    )
+    assert printed(capsys) == (
+        f"none, because A1111 reads kohya's names alone, not {name}.alpha"
+    )
+
+
 def test_a_joined_slice_has_a_list_for_each_file_and_not_combined_for_each_slice(tmp_path, capsys):
     a, b = (write(tmp_path / f"{n}.safetensors", blora_modules(CONTENT, STYLE)) for n in "ab")
     cut(a, b, "--traits", "content", "style")
