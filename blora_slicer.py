@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-VERSION = "2.2.0"
+VERSION = "2.3.0"
 
 
 def cannot_load(error: ImportError) -> str:

@@ -5,7 +5,7 @@ Both use text, sdxl, tensorfile and sheet. Neither imports from the other's fold
 
 from pathlib import Path
 
-VERSION = "2.2.0"
+VERSION = "2.3.0"
 ROOT = Path(__file__).resolve().parent.parent  # the programs, blora_traits.json, blora_network.py
 
 # Version 1 had these beside the programs. Nothing imports them any more.

@@ -35,7 +35,7 @@ STRENGTH = ["--alphas", "0.5"]
 NO_TEXT = "cannot import name 'BloraError' from 'blora.text' ({}/blora/text.py)"
 MISFITS = (
     ("blora", "", "No module named 'blora'"),
-    ("blora/__init__.py", 'VERSION = "2.3.0"\n', "it is version 2.3.0"),
+    ("blora/__init__.py", 'VERSION = "2.4.0"\n', "it is version 2.4.0"),
     ("blora/__init__.py", "# 1.5.0 had none\n", "it is version unknown"),
     ("blora/text.py", "# nothing of what the others ask for\n", NO_TEXT),
 )
