@@ -223,9 +223,7 @@ def test_kohyas_names_behind_a_wrapper_have_none(tmp_path, capsys):
         "--traits",
         "content_block",
     )
-    assert printed(capsys) == (
-        f"none, because A1111 reads kohya's names alone, not {name}.alpha"
-    )
+    assert printed(capsys) == (f"none, because A1111 reads kohya's names alone, not {name}.alpha")
 
 
 def test_a_joined_slice_has_a_list_for_each_file_and_not_combined_for_each_slice(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 from kohya_folder import ROOT
 
 # Where a file of the repository is imported from, as in pytest.ini.
-FOLDERS = (ROOT / "tests/support", ROOT, ROOT / "tests/standin", ROOT / "tools")
+FOLDERS = tuple(ROOT / name for name in ("tests/support", "", "tests", "tests/standin", "tools"))
 
 
 @cache
