@@ -158,7 +158,7 @@ def check_lora(path: Path, keys: Iterable[str], own: list[str]) -> None:
         if ".___." in key:
             raise BloraError(
                 f"{path} has HCP-Diffusion's names ({shortened(key)}), which are not read here: "
-                "save it in kohya's names with HCP-Diffusion"
+                "convert it to the WebUI format with HCP-Diffusion"
             )
         if key.startswith("base_model.") and (tuner := peft_tuner(without_prefix(key)[1])):
             raise BloraError(

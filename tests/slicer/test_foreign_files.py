@@ -278,7 +278,7 @@ ALONE = {
     "HCP-Diffusion's": (
         {f"lora:{LAYER}.___.layer.W_up": ROWS},
         f"{{0}} has HCP-Diffusion's names (lora:{LAYER}.___.layer.W_up), which are not read here: "
-        "save it in kohya's names with HCP-Diffusion",
+        "convert it to the WebUI format with HCP-Diffusion",
     ),
     "UniLoRA": (
         {"base_model.unilora_theta_d": ROWS},
