@@ -85,8 +85,10 @@ def test_it_shows_the_command_the_progress_and_what_each_file_holds(demo):
     assert f'cp -r *blora* lycoris_presets "{demo.folder.parents[3]}/"' in demo.printed
     assert re.search(r"100%\|.*10/10", demo.printed)
     assert re.search(r"content of demo_1\.safetensors at 1: 80 modules, 240 tensors", demo.printed)
-    shown = re.findall(r"^(output_blocks\S+) +(\w+) +80 +LoRA +4 +4 +F32", demo.printed, re.M)
-    content, style = ("output_blocks.0.1", "content"), ("output_blocks.1.1", "style")
+    row = r"^(output_blocks\S+) +(\w+, \w+) +80 +LoRA +4 +4 +F32"
+    shown = re.findall(row, demo.printed, re.MULTILINE)
+    content = ("output_blocks.0.1", "content, content_block")
+    style = ("output_blocks.1.1", "style, style_block")
     assert shown == [content, style, content, style]
 
 
