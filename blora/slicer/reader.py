@@ -9,7 +9,7 @@ from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
-from blora.sdxl import checkpoint_weight
+from blora.sdxl import checkpoint_weight, layers_by_module
 from blora.slicer.keys import ALPHA, BY_ROW, DORA, Key, Spelling, find_layer, read_key
 from blora.slicer.modules import UNKNOWN, UNREAD, Lora, Module, split_by_rows
 from blora.slicer.other_models import check_lora, check_model
@@ -207,6 +207,7 @@ def bare_encoder(tensors: Mapping[str, Stored]) -> str | None:
     encoders = {
         TEXT_WIDTHS[length]
         for key, tensor in tensors.items()
+        if key.partition(".")[0] not in layers_by_module()  # kohya's names, of which most files are
         for length in TEXT_WIDTHS.keys() & {*tensor.shape}
         if (spelling := find_layer(key)) and spelling.is_bare
     }
