@@ -27,9 +27,9 @@ OTHER_MODELS = (
 DOUBTFUL = "stable-diffusion-v1"
 SAME_UNET = "kolors"  # has SDXL's U-Net and another text encoder, so that its layers tell nothing
 MODEL_METADATA = ("ss_base_model_version", "modelspec.architecture")
-BLOCK = re.compile(r"((?:in|out)put_blocks_\d+_\d+|(?:down|up)_blocks_\d+_[a-z]+_\d+)_")
+BLOCK = r"((?:in|out)put_blocks_\d+_\d+|(?:down|up)_blocks_\d+_[a-z]+_\d+)_"
 # Layers, behind the prefix, of models that have one of SDXL's text encoders, or both.
-OTHER_LAYERS = re.compile(
+OTHER_LAYERS = (
     r"(single|double|joint)_(transformer_)?blocks_|transformer_blocks_\d+_attn_|te3_|3_|t5xxl_"
 )
 
@@ -67,7 +67,7 @@ def foreign_block(keys: Iterable[str]) -> str | None:
     """A block of a U-Net that a key names and that SDXL does not have."""
     for key in keys:
         network, rest = without_prefix(key)
-        match = BLOCK.match(rest) if network in ("unet", "") else None
+        match = re.match(BLOCK, rest) if network in ("unet", "") else None
         if match and match[1] not in blocks_by_spelling():
             return f"it has {match[1]}, a block that SDXL does not have"
     return None
@@ -79,7 +79,7 @@ def other_layers(keys: Iterable[str], has_unet: bool) -> str | None:
         network, rest = without_prefix(key)
         if network == "te":
             return "it has lora_te_, the one text encoder of Stable Diffusion 1 and 2"
-        if not has_unet and OTHER_LAYERS.match(rest):
+        if not has_unet and re.match(OTHER_LAYERS, rest):
             return f"it has {shortened(key)}, and nothing of SDXL's U-Net"
     return None
 
@@ -136,7 +136,7 @@ def check_model(
 # ---- What is no LoRA -----------------------------------------------------------------------------
 
 CHECKPOINT = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "cond_stage_model.")
-INNER_NAME = re.compile(r"(input|output|middle|down|mid|up)_blocks?[._]|text_model[._]")
+INNER_NAME = r"(input|output|middle|down|mid|up)_blocks?[._]|text_model[._]"
 
 
 def check_lora(path: Path, keys: Iterable[str], own: list[str]) -> None:
@@ -164,7 +164,7 @@ def check_lora(path: Path, keys: Iterable[str], own: list[str]) -> None:
             raise BloraError(
                 f"{path} is PEFT's {tuner}, which kohya's names cannot express: use it with PEFT"
             )
-        if (match := INNER_NAME.search(key)) and find_layer(key[match.start() :]):
+        if (match := re.search(INNER_NAME, key)) and find_layer(key[match.start() :]):
             raise BloraError(
                 f'{path} has layers of SDXL behind a prefix that is not known ("'
                 f"{shortened(key[: match.start()])}\"): rename its keys to kohya's"

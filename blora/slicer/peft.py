@@ -17,9 +17,9 @@ from blora.text import BloraError, shortened
 
 # What patterns are made of: letters, dots, sets of letters, and at most three repeated sets.
 SET = r"(\\[dw]|\[\^?[\w.-]+\])"
-PIECE = re.compile(rf"([\w.-]|\\[.-]|{SET})*({SET}[+*]([\w.-]|\\[.-]|{SET})*){{0,3}}")
-NAME = re.compile(r"\^?([\w.-]|\\[.-])*\$?")
-GROUP = re.compile(r"\(([^()]*)\)")
+PIECE = rf"([\w.-]|\\[.-]|{SET})*({SET}[+*]([\w.-]|\\[.-]|{SET})*){{0,3}}"
+NAME = r"\^?([\w.-]|\\[.-])*\$?"
+GROUP = r"\(([^()]*)\)"
 MOST = 100  # patterns that are no names, each of which is tried on each layer
 
 
@@ -68,7 +68,7 @@ def without_groups(pattern: str) -> list[str]:
     waiting, alternatives = [pattern], []
     while waiting:
         text = waiting.pop()
-        group = GROUP.search(text)
+        group = re.search(GROUP, text)
         if not group:
             alternatives += text.split("|")
             continue
@@ -81,7 +81,7 @@ def without_groups(pattern: str) -> list[str]:
 def read_wild(text: str) -> Wild:
     """A pattern without groups; ValueError where it is not read."""
     pieces = text.removeprefix("^").removesuffix("$").replace(".+", "..*").split(".*")
-    if not all(map(PIECE.fullmatch, pieces)):
+    if not all(re.fullmatch(PIECE, piece) for piece in pieces):
         raise ValueError
     pieces[-1] += "$"  # and a repeated set takes as few letters as it can
     lazy = [re.sub(r"(?<=[\]dw])([+*])", r"\1?", piece) for piece in pieces]
@@ -94,7 +94,7 @@ def read_patterns(entries: object, where: str) -> Patterns:
     for order, (pattern, value) in enumerate(entries.items() if isinstance(entries, dict) else ()):
         try:
             for text in without_groups(pattern):
-                if NAME.fullmatch(text):
+                if re.fullmatch(NAME, text):
                     name = text.replace("\\", "").removesuffix("$")
                     patterns.exact.setdefault(name, (order, value))
                 else:
