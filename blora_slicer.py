@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import re
 import sys
@@ -80,7 +79,7 @@ try:
         Stored,
         Tensor,
         file_bytes,
-        fp32_holds,
+        fp32_number,
         shorten_metadata,
         write_file,
     )
@@ -138,11 +137,8 @@ def shield_negatives(argv: list[str]) -> list[str]:
 
 def strength(text: str) -> float:
     """A strength from the command line: a number that fp32 holds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not fp32_holds(value):
+    value = fp32_number(text)
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text.strip()!r} is not a finite fp32 number")
     return value
 

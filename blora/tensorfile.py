@@ -67,6 +67,15 @@ def fp32_holds(value: float) -> bool:
     return math.isfinite(as_fp32(value))
 
 
+def fp32_number(text: str) -> float | None:
+    """The number that a text gives; None where it is none, or fp32 does not hold it."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if fp32_holds(value) else None
+
+
 # ---- Tensors and their bytes ---------------------------------------------------------------------
 
 CHUNK = 1 << 20  # bytes read, hashed and written at a time

@@ -6,7 +6,6 @@ names of blocks and lists of 12 and 20 numbers other programs took over.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from functools import cache
 from blora.sdxl import Layer, sdxl_layers
 from blora.slicer.keys import DORA, PREFIX
 from blora.slicer.modules import ADDED, Lora, Module
-from blora.tensorfile import fp32_holds
+from blora.tensorfile import fp32_number
 from blora.text import BloraError, shortened
 
 LBW_12 = ("BASE", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT0{n}" for n in range(6)))
@@ -124,11 +123,8 @@ def parse_pair(entry: str) -> tuple[str, float]:
 
 def parse_weight(text: str) -> float:
     """A number that fp32 holds."""
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not fp32_holds(weight):
+    weight = fp32_number(text)
+    if weight is None:
         raise BloraError(f'the weight "{shortened(text)}" is not a finite fp32 number: {HOW}')
     return weight
 

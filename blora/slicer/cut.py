@@ -284,8 +284,8 @@ def common_alpha(slices: list[Slice]) -> float | None:
 
     diffusers scales all U-Net modules by the alpha it meets most, over each one's own rank. The
     smallest becomes the common one: then each lora_up takes a ratio above 1, where a smaller one
-    would push fp16 into its subnormal numbers. An alpha of 0
-    stays: it is no change, or to trainers the rank. None where nothing changes.
+    would push fp16 into its subnormal numbers. An alpha of 0 stays: it is no change, or to trainers
+    the rank. None where nothing changes.
     """
     loras = [m for piece in slices for m in piece.modules if m.is_ranked_lora and m.alpha != 0]
     if len(slices) == 1 or len({module.alpha for module in loras}) < 2:

@@ -219,7 +219,7 @@ def with_plain_bias(module: Module) -> Module:
     """The module with a bias of lora_up, as PEFT and ai-toolkit have it, as change of the bias.
 
     alpha / rank is multiplied in. No program reads lora_up.bias under kohya's names, and Forge
-    refuses a file with 12 such keys; diff_b is read by ComfyUI, the Forges and Fooocus.
+    refuses a file with more than 12 such keys; diff_b is read by ComfyUI, the Forges and Fooocus.
     """
     tensors = dict(module.tensors)
     bias, added = tensors.pop(UP_BIAS, None), tensors.get("diff_b")
