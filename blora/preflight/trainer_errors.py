@@ -99,7 +99,9 @@ def row_sentence(failure: BaseException, words: str, args: Namespace) -> str:
         if fits and (match := re.search(row["pattern"], f"{way}: {kind}: {words}")):
             names = names_of(failure, args) | match.groupdict()
             try:
-                return f"{row['sentence'].format_map(names)} ({words})"
+                sentence: str = row["sentence"].format_map(names)
+                # What Python says of a None helps nobody who starts a training.
+                return sentence if "NoneType" in words else f"{sentence} ({words})"
             except (KeyError, AttributeError):  # another release has other variables
                 break
     return f"{OTHERS} ({kind}: {words})"

@@ -107,6 +107,11 @@ IN_README = {
     r"bash tests/(demo|check)\.sh$": None,  # one is run by the other's tests, the other right now
     r"pip install ": check_pip,
 }
+IN_UPKEEP = {
+    r"for |rmdir ": None,  # run by test_readme.py, in bash and in cmd.exe
+    # test_real_tools.py runs it
+    r"python -c ": lambda line: ast.parse(shlex.split(line)[2]),
+}
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
@@ -115,7 +120,7 @@ def test_every_command_is_one_that_works(page, command, tmp_path, monkeypatch):
     for text in blocks_of("recipes", "json"):
         (tmp_path / "my_traits.json").write_text(text)
     monkeypatch.chdir(tmp_path)
-    checks = CHECKS | (IN_README if page == "README" else {})
+    checks = CHECKS | {"README": IN_README, "upkeep": IN_UPKEEP}.get(page, {})
     check = next(check for start, check in checks.items() if re.match(start, command))
     if check:
         check(command)

@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bundle_files import BUNDLE, tracked, unpack
 from cmd_runner import calls, windows_path
-from kohya_folder import BASH, ROOT, Bash, Bat
+from kohya_folder import BASH, ROOT, Bash, Bat, install
 from preset_modules import EXPECTED, block_modules, lora_parameters, text_encoder_modules
 from readme_commands import PAGES, blocks_of
 from recipes import CLASSIC, FAST
@@ -28,9 +29,26 @@ AS_CLASSIC = options("--network_module=lycoris.kohya", "--no_half_vae", without=
 MEMORY_OF = [options(), options(without="gradient_checkpointing"), AS_CLASSIC]
 
 
-def shell_block(start: str) -> list[str]:
-    [block] = [block for block in blocks_of("README", "") if block.startswith(start)]
+OWN = ["my_fast.sh", "my_blora_prompts.txt", "_in/lora/config.toml", "_out/lora/a.safetensors"]
+
+
+def shell_block(start: str, page: str = "README") -> list[str]:
+    [block] = [block for block in blocks_of(page, "") if block.startswith(start)]
     return block.splitlines()
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def make_installed(kohya: Path, own: list[str]) -> None:
+    """The bundle and files of one's own in a folder, after a run that compiled the programs."""
+    kohya.mkdir()
+    install(kohya)
+    (kohya / "blora/__pycache__").mkdir()
+    for name in ("blora/__pycache__/text.pyc", *own):
+        (kohya / name).parent.mkdir(parents=True, exist_ok=True)
+        (kohya / name).touch()
 
 
 def test_the_install_lines_for_linux_install_the_bundle_and_its_packages(tmp_path):
@@ -64,6 +82,33 @@ def test_the_install_lines_for_cmd_install_the_bundle_and_its_packages(cmd, tmp_
     assert copied == {*BUNDLE, "venv"}
     files = {path.relative_to(unpacked) for path in unpacked.glob("[bl]*/**/*.*")}
     assert {path.relative_to(kohya) for path in kohya.glob("[bl]*/**/*.*")} == files
+
+
+REMOVED_BESIDE = pytest.mark.parametrize("own", [OWN, [*OWN, "lycoris_presets/my_middle.toml"]])
+
+
+@REMOVED_BESIDE
+def test_the_lines_for_linux_remove_the_bundle_and_nothing_else(tmp_path, own):
+    make_installed(tmp_path / "my kohya", own)
+    lines = "\n".join(shell_block("for file in", "upkeep"))
+    lines = lines.replace("<kohya folder>", "../my kohya")
+    done = subprocess.run([BASH, "-c", lines], cwd=unpack(tmp_path / "bundle"), check=False)
+    assert (done.returncode == 0) == (own == OWN)
+    assert files(tmp_path / "my kohya") == set(own)
+    assert (tmp_path / "my kohya/lycoris_presets").exists() == (own != OWN)
+
+
+@REMOVED_BESIDE
+def test_the_lines_for_cmd_remove_the_bundle_and_nothing_else(cmd, tmp_path, own):
+    unpacked = unpack(tmp_path / "bundle")
+    make_installed(tmp_path / "my kohya", own)
+    lines = "\r\n".join(["@echo off", *shell_block("for %f in", "upkeep"), ""])
+    # In a .bat the percent sign of a loop is doubled.
+    lines = lines.replace("%", "%%").replace("<kohya folder>", "..\\my kohya")
+    (unpacked / "typed.bat").write_bytes(lines.encode())
+    cmd.run(unpacked / "typed.bat")
+    assert files(tmp_path / "my kohya") == set(own)
+    assert (tmp_path / "my kohya/lycoris_presets").exists() == (own != OWN)
 
 
 def test_the_install_lines_for_powershell_are_those_of_cmd():

@@ -334,6 +334,10 @@ NO_PYTHON = (
     "--optimizer_args has {}, which is no value of Python: write a number, True, False or None"
 )
 GONE_ON = 'the state in "my-state" is not of this {}: give the {} that it was trained with'
+NO_TOKENIZERS = (
+    "sd-scripts cannot load SDXL's tokenizers: connect to huggingface.co, set HF_HUB_OFFLINE=1 if "
+    "it downloaded them before, or give their whole folder as --tokenizer_cache_dir"
+)
 NOT_READ = 'the dataset config "my/config.toml" cannot be read: correct it'
 REFUSALS = {
     partial(get_optimizer, ["foo=1"], MATRIX): "--optimizer_type=prodigy does not take foo: give "
@@ -387,9 +391,7 @@ REFUSALS = {
     partial(read_caption, "a", b""): 'the caption "a" is empty: write its words, or delete it',
     partial(read_caption, "a", b"caf\xe9"): 'the caption "a" is not UTF-8: save it as UTF-8',
     named("load_vae", lambda: {}["encoder.weight"]): "--vae=None cannot be loaded: correct it",
-    named("load_tokenizers", lambda: Path("clip-vit").read_text()): "SDXL's tokenizers are not on "
-    "this machine and cannot be downloaded: connect to huggingface.co once, or give their folder "
-    "as --tokenizer_cache_dir",
+    named("load_tokenizers", lambda: Path("clip-vit").read_text()): NO_TOKENIZERS,
 }
 
 
@@ -402,6 +404,11 @@ def test_what_it_raises_is_told_by_its_setting(tmp_path, monkeypatch, capsys, ca
     # LyCORIS prints what it has against a preset, and raises nothing but an AssertionError.
     words = own_words(failure) or re.search(r"^Error.*", printed, re.MULTILINE)[0].strip()
     assert refusal(failure, ARGS, f"{printed}\nit\n") == f"{REFUSALS[call]} ({words})"
+
+
+def test_what_python_says_of_a_none_is_left_out():
+    """transformers opens the vocabulary that it did not find, whose path is None."""
+    assert refusal(raised(named("_load_tokenizer", lambda: Path(None))), ARGS, "") == NO_TOKENIZERS
 
 
 def test_a_rate_of_zero_is_blamed_before_the_preset():

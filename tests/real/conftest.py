@@ -32,6 +32,7 @@ ROWS = {
     "tools.*refused_for_a_dora": "from a DoRA file alone",
     "tools.*(dim_from|then_saved|both_blocks|half_the_alpha|another_rank)": "loads a slice into",
     "tools.*(but_for_the_rounding|name_of_its_own)": "the recipe's two commands",
+    "tools.*tokenizers_where": "saves its tokenizers",
     "test_real_tools": "resizes LoRA, DoRA, LoHa",
 }
 PINNED = "accelerate transformers diffusers safetensors huggingface-hub einops toml".split()

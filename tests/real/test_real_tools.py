@@ -1,7 +1,7 @@
-"""The recipes "a smaller file" and "go on training a slice", with sd-scripts' own programs.
+"""The recipes "a smaller file" and "go on training a slice", and a training without internet.
 
-networks/resize_lora.py resizes files as wide as SDXL's layers, and LyCORIS loads slices into
-sd-scripts' own SDXL.
+networks/resize_lora.py resizes files as wide as SDXL's layers, LyCORIS loads slices into
+sd-scripts' own SDXL, and sd-scripts saves its tokenizers for another machine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from lora_algebra import Module, alpha_over_rank, final_weight, read_modules, we
 from lora_files import CONTENT, METADATA, STYLE, lora_module, write
 from lora_forms import FORMS, INPUT, base_weight, make_module, write_modules
 from preset_modules import block_modules
-from real_kohya import KOHYA_ROOT, SUPPORT, kohya_python
+from readme_commands import blocks_of
+from real_kohya import BEFORE_0_10, KOHYA_ROOT, SUPPORT, kohya_python
 from safetensors import safe_open
 from safetensors.torch import load_file
 from slicing import all_traits, refusal, slice_lora, stored
@@ -330,3 +332,26 @@ def test_another_rank_is_refused(going_on):
 
 def test_dim_from_weights_is_refused_for_a_dora_with_a_scale_of_its_inputs(going_on):
     assert "doesn't match the broadcast shape" in going_on[1]["DoRA, alone"]["refused"]
+
+
+# ---- Without internet ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(BEFORE_0_10, reason="0.9 has no strategy_sdxl")
+def test_the_pages_line_saves_both_tokenizers_where_sd_scripts_looks_for_them(
+    tmp_path, monkeypatch, cached_tokenizers
+):
+    made = Path(cached_tokenizers.partition("=")[2])
+    downloaded = {}
+    for folder in filter(Path.is_dir, made.iterdir()):  # as huggingface_hub keeps a download
+        kept = tmp_path / f"hub/models--{folder.name.replace('_', '--')}"
+        shutil.copytree(folder, kept / "snapshots/0123")
+        (kept / "refs").mkdir()
+        (kept / "refs/main").write_text("0123")
+        downloaded[folder.name] = json.loads((folder / "vocab.json").read_text("utf-8"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    [line] = [line for line in "".join(blocks_of("upkeep", "")).splitlines() if " -c " in line]
+    kohya_python(*shlex.split(line)[1:], cwd=tmp_path)
+    saved = {path.parent.name: path for path in tmp_path.glob("tokenizers/*/vocab.json")}
+    assert {name: json.loads(p.read_text("utf-8")) for name, p in saved.items()} == downloaded

@@ -30,9 +30,9 @@ def blocks_of(page: str, language: str) -> list[str]:
 
 
 def check_setting(word: str) -> None:
-    """A setting that the launchers or torch know; accelerate takes its options."""
+    """A setting that the launchers, torch or transformers know; accelerate takes its options."""
     name, _, value = word.partition("=")
-    assert name in {*launch.SETTINGS, "CUDA_VISIBLE_DEVICES"}
+    assert name in {*launch.SETTINGS, "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"}
     if name == "BLORA_ACCELERATE_ARGS":
         assert processes(value.split(), "script.py").lacks_multi_gpu is False
 
