@@ -24,7 +24,7 @@ from blora import ROOT
 from blora.launch import chosen_options, chosen_settings, read_launcher
 
 RECIPES = ("classic", "fast")
-# The slider's end. Gradio refuses a value beyond it, and then every load and print of the form.
+# The slider's maximum. Gradio refuses a value beyond it, and then every load and print of the form.
 RANK = 512
 
 # The user's. Were the checkpoint in the file, its path would not exist, and the GUI
@@ -97,7 +97,7 @@ ADDITIONAL = {
 
 
 def launcher_options(launcher: str) -> list[str]:
-    """The options that sdxl_blora_LAUNCHER hands to sd-scripts, at the slider's end."""
+    """The options that sdxl_blora_LAUNCHER hands to sd-scripts, at the slider's maximum."""
     text = read_launcher(ROOT / f"sdxl_blora_{launcher}.sh")
     return chosen_options(text, chosen_settings(text, {"BLORA_RANK": str(RANK)}), [])
 

@@ -59,7 +59,7 @@ def own(name: str, owner: ModuleType | FunctionType | type | None = None) -> Any
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of the code that trains a LoRA, whatever its line ends."""
+    """16 hex digits of the code that trains a LoRA, whatever its line endings."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*train_network.py"), *folder.glob("library/*.py")]):
         text = file.read_bytes().replace(b"\r\n", b"\n")
