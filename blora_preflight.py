@@ -6,11 +6,12 @@
 """Check a training before it begins, and describe it.
 
   blora_preflight.py sdxl_train_network.py --pretrained_model_name_or_path=... --dataset_config=...
-      takes the command line of the training, as the launchers pass it and the kohya_ss GUI
-      prints it. The trainer's own parser reads the options; then files, folders, the checkpoint
-      and the output are checked. Then it rehearses: it runs the trainer's own code through its
-      first two steps, without the weights, and opens every picture as the trainer does. Nothing
-      is left behind
+      takes the command line of the training, as the launchers pass it. The trainer's own parser
+      reads the options; then files, folders, the checkpoint and the output are checked. Then it
+      rehearses: it runs the trainer's own code through its first two steps, without the weights,
+      and opens every picture as the trainer does. Nothing is left behind
+  blora_preflight.py logs/print_command.txt
+      takes the last command that the kohya_ss GUI printed
   blora_preflight.py --preview sheet.html sdxl_train_network.py ...
       writes a web page that shows the pictures as the trainer will see them
   blora_preflight.py --json sdxl_train_network.py ...
@@ -53,7 +54,13 @@ try:
     from blora.preflight.names import check_file, watch_names
     from blora.preflight.option_warnings import check_options
     from blora.preflight.plan import plan
-    from blora.preflight.processes import Started, check_device, check_processes, processes
+    from blora.preflight.processes import (
+        Started,
+        check_device,
+        check_processes,
+        printed_command,
+        processes,
+    )
     from blora.preflight.rehearsal import (
         Rehearsal,
         read_options,
@@ -241,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preview", metavar="SHEET.html", type=lambda path: Path(path).expanduser(),
         default=setting("BLORA_PREVIEW") if os.environ.get("BLORA_PREVIEW") else None,
         help="show the pictures as the trainer will see them (or set BLORA_PREVIEW)")
-    add("script", help="the training script")
+    add("script", help="the training script, or a file with what the GUI printed")
     add("options", nargs=argparse.REMAINDER, help="the options it will get")
     # fmt: on
     return parser
@@ -264,7 +271,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_preview(args, parser)
-    words = [args.script, *args.options]
+    words = [args.script]
+    if args.script.lower().endswith(".txt"):
+        try:
+            words = printed_command(Path(args.script))
+        except BloraError as error:
+            parser.error(printable(str(error)))
+    words += args.options
     # The whole line may stand here, with accelerate and its options before the script.
     start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
     training = Training(

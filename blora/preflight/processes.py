@@ -1,15 +1,41 @@
-"""The processes that accelerate will start for a training, and on what they compute."""
+"""The command that starts a training: its words, its processes, and on what they compute."""
 
 from __future__ import annotations
 
 import io
+import re
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from pathlib import Path
 
 from blora.preflight.report import Report
 from blora.text import BloraError
 
 OPTIONS = "accelerate's options (BLORA_ACCELERATE_ARGS in the launcher)"
+
+# A line of the kohya_ss GUI, which quotes nothing: its paths may hold blanks. An option of
+# accelerate has one value or none, and that is no path.
+PRINTED = re.compile(
+    r"(?P<accelerate>.+?) launch (?P<options>(?:--\S+ (?:(?!\w:)[^-/\s]\S* )?)*)"
+    r"(?P<script>.+?\.py) --config_file (?P<config>.+?\.toml)(?: (?P<more>.*))?"
+)
+
+
+def printed_command(file: Path) -> list[str]:
+    """The words of the last command in a file to which the kohya_ss GUI printed it."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise BloraError(f'cannot read "{file}" ({error.strerror}): correct its path') from error
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    if not (found := PRINTED.fullmatch(last)):
+        raise BloraError(
+            f'the last line of "{file}" is no training command of the kohya_ss GUI: press Print '
+            "training command there, and give its logs/print_command.txt"
+        )
+    accelerate = [found["accelerate"], "launch", *found["options"].split()]
+    script = [found["script"], "--config_file", found["config"]]
+    return [*accelerate, *script, *(found["more"] or "").split()]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,8 @@ CHECKS = {
     r"python blora_slicer\.py .* middle ": None,
     r"python blora_slicer\.py ": check_slicer,
     r"python networks/resize_lora\.py ": lambda line: RESIZE.parse_args(shlex.split(line)[2:]),
+    # run by test_preflight.py, and with the GUI itself by test_real_gui.py
+    r"python blora_preflight\.py logs/print_command\.txt$": None,
     r"python blora_preflight\.py ": check_preflight,
 }
 IN_README = {
@@ -166,12 +168,6 @@ def test_the_page_copies_the_recipes_by_either_shell_to_where_the_gui_lists_them
     subprocess.run([BASH, "-c", bash], check=True)
     copied = {path.name for path in presets.iterdir()}
     assert copied == {"blora_gui_classic.json", "blora_gui_fast.json"}
-
-
-def test_the_line_that_the_page_gives_to_preflight_ends_as_fast_does():
-    fields = json.loads((ROOT / "blora_gui_fast.json").read_text(encoding="utf-8"))
-    [line] = blocks_of("gui", "")
-    assert line.endswith(f".toml {fields['additional_parameters'].strip()}\n")
 
 
 def test_the_pages_picture_is_there_and_small():

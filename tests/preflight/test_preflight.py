@@ -160,6 +160,45 @@ def test_the_words_before_the_script_are_accelerates(monkeypatch):
         ]
 
 
+# The line of the GUI, and what is in it, but for the options of accelerate and sd-scripts.
+OF_GUI = {
+    "/k/.venv/bin/accelerate": ("/k/sd-scripts/sdxl_train_network.py", "/out/a.toml"),
+    "/my kohya/bin/accelerate": ("/my kohya/sd-scripts/sdxl_train_network.py", "/my out/a b.toml"),
+    r"D:\my kohya\accelerate.EXE": (r"D:\my kohya/sd-scripts/sdxl_train_network.py", "o/a.toml"),
+    "accelerate": ("sd-scripts/sdxl_train_network.py", "_out/a.toml"),
+}
+OF_ACCELERATE = ["--dynamo_backend no --gpu_ids 0,1 --num_cpu_threads_per_process 2", "--multi_gpu"]
+
+
+@pytest.mark.parametrize("accelerate", OF_GUI)
+@pytest.mark.parametrize("options", OF_ACCELERATE)
+def test_a_file_with_what_the_gui_printed_stands_for_its_last_command(
+    monkeypatch, accelerate, options
+):
+    trainings = []
+    monkeypatch.setattr(blora_preflight, "check", lambda it: trainings.append(it) or Report())
+    script, config = OF_GUI[accelerate]
+    line = f"{accelerate} launch {options} {script} --config_file {config} --seed=0 --a=b"
+    Path("print_command.txt").write_text(f"an older one\n{line}\n\n")
+    assert main(["print_command.txt", "--more"]) == 0
+    [training] = trainings
+    assert training.accelerate == [accelerate, "launch", *options.split()]
+    assert training.script == Path(script)
+    assert training.words == ["--config_file", config, "--seed=0", "--a=b", "--more"]
+
+
+def test_a_file_without_a_command_of_the_gui_is_refused(capsys):
+    Path("a.txt").write_text("A [v]\n")
+    for name, reason in {
+        "a.txt": 'the last line of "a.txt" is no training command of the kohya_ss GUI: press Print '
+        "training command there, and give its logs/print_command.txt\n",
+        "gone.txt": 'cannot read "gone.txt" (No such file or directory): correct its path\n',
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            main([name])
+        assert capsys.readouterr().err.endswith(f"error: {reason}")
+
+
 def test_what_needs_no_parser_is_said_before_the_trainer_is_imported(capsys):
     placeholder = "--pretrained_model_name_or_path=path/to/sd_xl_base_1.0.safetensors"
     assert asked(capsys, SCRIPT, placeholder)["errors"] == [NOT_SET]

@@ -166,12 +166,15 @@ def test_a_step_has_the_same_modules_output_and_gradients_bit_for_bit(answer, st
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_preflight_takes_the_whole_printed_line_and_plans_the_launchers_training(
+def test_preflight_takes_the_file_of_the_printed_line_and_plans_the_launchers_training(
     folder, printed, cached_tokenizers, name
 ):
     of_launcher = [f"sd-scripts/{SCRIPT}", *launched(name)]
     reports = []
-    for words in (printed[f"{name}, as a preset"], of_launcher):
+    lines = Path(folder, "logs/print_command.txt").read_text("utf-8").splitlines()
+    [line] = [line for line in lines if line.split() == printed[f"{name}, as a preset"]]
+    Path(folder, "logs/the_last.txt").write_text(f"one before it\n{line}\n")
+    for words in (["logs/the_last.txt"], of_launcher):
         asked = ["blora_preflight.py", "--json", *words, cached_tokenizers]
         told = kohya_python(*asked, cwd=folder, path=folder)
         # The GUI writes Prodigy, the launcher prodigy; what is free on the disk changes meanwhile.
