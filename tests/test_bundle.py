@@ -25,7 +25,7 @@ GROUND_FLOOR = {"blora", "blora.text", "blora.sdxl", "blora.tensorfile", "blora.
 def test_the_readmes_copy_command_installs_the_bundle_and_nothing_else(tmp_path):
     install(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == BUNDLE
-    assert len(list((tmp_path / "lycoris_presets").glob("*.toml"))) == 5
+    assert len(list((tmp_path / "lycoris_presets").glob("*.toml"))) == 7
 
 
 def test_nothing_that_is_copied_takes_a_name_of_a_kohya_folder():

@@ -150,7 +150,7 @@ def test_the_presets_settings_and_options_that_it_names_exist(page):
     text = PAGES[page]
     assert set(re.findall(r"\bBLORA_[A-Z_]+", text)) <= set(launch.SETTINGS)
     presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
-    assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout)_\w+", text)) <= presets
+    assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout|style)\w*", text)) <= presets
     parsers = [program.build_parser() for program in (blora_slicer, blora_preflight)]
     parsers += [build_parser(), RESIZE, launch_command_parser()]
     known = {option for parser in parsers for option in parser._option_string_actions}

@@ -17,10 +17,12 @@ OWN = {
     "wrapped": r"inner\.output_blocks\.1\.1\.transformer_blocks\.0\.attn1\.to_q$",
     "time": r"(time_embed\.0|output_blocks\.1\.1\.transformer_blocks\.0\.attn1\.to_q)$",
 }
-CONTENT, LAYOUT = "output_blocks.0.1", "input_blocks.8.1"
+CONTENT, STYLE, LAYOUT = "output_blocks.0.1", "output_blocks.1.1", "input_blocks.8.1"
 # Where the backward pass ends, and how many of the 794 Linear and Conv2d layers lie before it.
 STOPS = {
     "blora_content_style": (CONTENT, 387),
+    "blora_content": (CONTENT, 387),
+    "blora_style": (STYLE, 493),
     "blora_content_style_clip": (CONTENT, 387),
     "bdora_content_style_clip": (CONTENT, 387),
     "blora_content_layout_style": (LAYOUT, 173),
@@ -41,7 +43,7 @@ def case(preset: str, checkpointing: bool = True, **more: Any) -> dict[str, Any]
 
 
 def preset_files(folder: Path) -> dict[str, str]:
-    """The five presets by name, and own ones of a single pattern."""
+    """The presets by name, and own ones of a single pattern."""
     files = {name: str(ROOT / f"lycoris_presets/{name}.toml") for name in PRESETS}
     lines = "enable_conv = true\nunet_target_module = []\n"
     lines += "text_encoder_target_module = []\ntext_encoder_target_name = []\n"

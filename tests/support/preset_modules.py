@@ -10,6 +10,8 @@ CONTENT, STYLE, LAYOUT = "output_blocks_0_1", "output_blocks_1_1", "input_blocks
 EXPECTED = {
     # preset: U-Net blocks, text-encoder layers (all: attention alone, else every Linear)
     "blora_content_style": ([CONTENT, STYLE], "all"),
+    "blora_content": ([CONTENT], "all"),
+    "blora_style": ([STYLE], "all"),
     "blora_content_layout_style": ([CONTENT, LAYOUT, STYLE], "all"),
     "blora_layout_style": ([LAYOUT, STYLE], "all"),
     "blora_content_style_clip": ([CONTENT, STYLE], [0, 1]),
