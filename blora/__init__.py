@@ -1,11 +1,12 @@
-"""The code of blora_slicer.py (slicer/) and blora_preflight.py (preflight/).
+"""The code of the programs: slicer/, preflight/, and drawing/ of blora_compare.py.
 
-Both use text, sdxl, tensorfile and sheet. Neither imports from the other's folder.
+All use text, sdxl, tensorfile and sheet. drawing/ stands on slicer/; slicer/ and preflight/ do not
+import from each other.
 """
 
 from pathlib import Path
 
-VERSION = "2.3.0"
+VERSION = "2.4.0"
 ROOT = Path(__file__).resolve().parent.parent  # the programs, blora_traits.json, blora_network.py
 
 # Version 1 had these beside the programs. Nothing imports them any more.

@@ -64,6 +64,7 @@ class Picture:
     lines: tuple[Line, ...] = ()
     is_out: bool = False  # drawn grey
     link: str = ""  # a path, relative to the page, that a click opens
+    rows: int = 1  # of a section with columns that it stands beside, in sight all along
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,13 @@ def picture_html(picture: Picture) -> str:
         source = f"data:image/webp;base64,{b64encode(picture.thumbnail).decode()}"
         image = f'<img alt="{words(picture.name)}" decoding="async" src="{source}">'
     link = f' href="{quote(picture.link)}"' if picture.link else ""
-    out = ' class="out"' if picture.is_out else ""
+    kind = ' class="out"' if picture.is_out else ""
+    if picture.rows > 1:
+        kind += f' style="--rows: {picture.rows}"'
     lines = "".join(map(line_html, (Line(picture.name, "name"), *picture.lines)))
     # In which language a caption is written is not known.
     return (
-        f'<figure{out}><a class="mat"{link}>{image}</a>\n'
+        f'<figure{kind}><a class="mat"{link}>{image}</a>\n'
         f'<figcaption lang="">\n{lines}</figcaption></figure>\n'
     )
 
@@ -130,7 +133,7 @@ def picture_html(picture: Picture) -> str:
 def section_html(number: int, section: Section) -> Iterator[str]:
     """A heading, and the pictures in a grid."""
     yield f'<h2 id="s{number}" dir="auto">{titled(section)}</h2>\n'
-    columns = f' style="--columns: {len(section.columns)}; --least: 0"' if section.columns else ""
+    columns = f' style="--columns: {len(section.columns)}"' if section.columns else ""
     yield f'<div class="grid"{columns}>\n'
     yield from (f'<h3 dir="auto">{words(heading)}</h3>\n' for heading in section.columns)
     yield from map(picture_html, section.pictures)

@@ -62,15 +62,23 @@ def test_no_two_files_of_the_bundle_import_each_other():
 
 def test_no_script_of_the_bundle_is_imported_by_another_file_of_it():
     scripts = {name for name, path in FILES.items() if "\ndef main(" in path.read_text("utf-8")}
-    assert {"blora_preflight", "blora_slicer"} <= scripts
+    assert {"blora_compare", "blora_preflight", "blora_slicer"} <= scripts
     assert importing(scripts) == {}
 
 
-def test_a_hall_is_known_to_its_own_program_alone():
-    for name in ("slicer", "preflight"):
-        hall = {module for module in IMPORTS if module.startswith(f"blora.{name}.")}
-        assert hall
-        assert importing(hall).keys() <= hall | {f"blora_{name}"}
+def test_a_hall_is_known_to_its_own_programs_and_the_slicer_s_to_drawing():
+    halls = {
+        name: {module for module in IMPORTS if module.startswith(f"blora.{name}.")}
+        for name in ("slicer", "preflight", "drawing")
+    }
+    assert all(halls.values())
+    on_it = {
+        "slicer": halls["drawing"] | {"blora_slicer", "blora_compare"},
+        "preflight": {"blora_preflight"},
+        "drawing": {"blora_compare"},
+    }
+    for name, hall in halls.items():
+        assert importing(hall).keys() <= hall | on_it[name]
 
 
 def test_the_ground_floor_stands_on_nothing_of_the_halls():

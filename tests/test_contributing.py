@@ -14,7 +14,8 @@ ROWS = {
     for name, imports in re.findall(r"^\| `([\w/]+\.py)` \|.*\| ?(.*) \|$", PAGE, re.MULTILINE)
 }
 # Those that hold no more than a docstring, a version and a path.
-EMPTY = {"blora/__init__.py", "blora/slicer/__init__.py", "blora/preflight/__init__.py"}
+HALLS = ("", "slicer/", "preflight/", "drawing/")
+EMPTY = {f"blora/{hall}__init__.py" for hall in HALLS}
 ROOMS = [*ROOT.glob("*.py"), *(ROOT / "blora").rglob("*.py")]
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 from sdxl_train_network_options import build_parser
 
+import blora_compare
 import blora_preflight
 import blora_slicer
 from blora import launch
@@ -46,6 +47,7 @@ NAMES = [name for name in PAGES if name not in ("options", "tested_with")]
 OTHERS = {
     "rented_machine": {"--branch", "--upgrade", "--local", "--version"},
     "when_something_fails": {"--train_inpainting"},  # of sd-scripts since 0.10.4
+    "see_what_it_learned": {"--zero_terminal_snr"},
 }
 # What programs print, among what people type.
 PRINTED = ("  ", "error: ", "note: ", "middle of ", "content of ", "-> ", "early stop: ")
@@ -84,6 +86,12 @@ def check_preflight(line: str) -> None:
         launch_command_parser().parse_args(command[4:])
 
 
+def check_compare(line: str) -> None:
+    """Options of ours that there are, and traits."""
+    args = blora_compare.build_parser().parse_args(shlex.split(line.partition(" -- ")[0])[2:])
+    assert blora_compare.chosen_traits(args.traits, args.traits_file)
+
+
 def check_pip(line: str) -> None:
     """Packages that the test environment has as well."""
     pinned = (ROOT / "tests/requirements.txt").read_text()
@@ -96,6 +104,7 @@ CHECKS = {
     # run below, with the trait that the page adds
     r"python blora_slicer\.py .* middle ": None,
     r"python blora_slicer\.py ": check_slicer,
+    r"python blora_compare\.py ": check_compare,
     r"python networks/resize_lora\.py ": lambda line: RESIZE.parse_args(shlex.split(line)[2:]),
     # run by test_preflight.py, and with the GUI itself by test_real_gui.py
     r"python blora_preflight\.py logs/print_command\.txt$": None,
@@ -151,7 +160,7 @@ def test_the_presets_settings_and_options_that_it_names_exist(page):
     assert set(re.findall(r"\bBLORA_[A-Z_]+", text)) <= set(launch.SETTINGS)
     presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
     assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout|style)\w*", text)) <= presets
-    parsers = [program.build_parser() for program in (blora_slicer, blora_preflight)]
+    parsers = [program.build_parser() for program in (blora_slicer, blora_preflight, blora_compare)]
     parsers += [build_parser(), RESIZE, launch_command_parser()]
     known = {option for parser in parsers for option in parser._option_string_actions}
     for benchmark in (ROOT / "tests").glob("bench_*.py"):
@@ -213,7 +222,8 @@ def test_the_sample_dataset_config_has_the_launchers_paths_and_works_there(kohya
 # ---- See what it learned -------------------------------------------------------------------------
 def test_the_sample_prompts_name_the_pages_command():
     prompts = (ROOT / "blora_prompts.txt").read_text(encoding="utf-8")
-    command, in_cmd, _ = "".join(blocks_of("see_what_it_learned", "")).splitlines()
+    lines = "".join(blocks_of("see_what_it_learned", "")).splitlines()
+    command, in_cmd = (line for line in lines if line.startswith(("./my_fast", "my_fast")))
     assert f"#   {command}\n" in prompts
     assert in_cmd == command.replace("./", "").replace(".sh", ".bat")
 

@@ -28,6 +28,7 @@ ROWS = {
     "kohya.*test_(lycoris_builds|the_models_have)": "builds each of the five presets",
     "kohya.*test_the_gradients": "the gradients of sd-scripts' own U-Net",
     "kohya.*(same_file|nearly_the_same|early_stop|and_no_others)": "trains the same file",
+    "test_real_compare": "the model and its slices as it draws them",
     "test_real_kohya": "the launchers train two steps",
     "tools.*refused_for_a_dora": "from a DoRA file alone",
     "tools.*(dim_from|then_saved|both_blocks|half_the_alpha|another_rank)": "loads a slice into",

@@ -1,0 +1,250 @@
+"""What is compared: the saves of trainings, row by row, and their slices, column by column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from blora.drawing.pictures import Drawing, Prompt, stamp
+from blora.sdxl import Trait
+from blora.sheet import (
+    Line,
+    Picture,
+    Section,
+    make_thumbnail,
+    thumbnail_limit,
+    write_page,
+)
+from blora.slicer.cut import Cut, take_slice
+from blora.slicer.modules import Lora
+from blora.slicer.output import build_output
+from blora.slicer.reader import BaseModel, lora_file, read_lora
+from blora.text import BloraError, counted, say
+
+TITLE = "What each save learned"
+WITHOUT = "without"
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column shows of every save: traits at a strength."""
+
+    name: str
+    traits: tuple[Trait, ...]
+    strength: float
+
+    def cuts(self, lora: Lora) -> list[Cut]:
+        """The slices of a save that it shows."""
+        return [Cut(lora.path, trait, self.strength) for trait in self.traits]
+
+
+# ---- Rows: the saves -----------------------------------------------------------------------------
+
+
+def steps_of(lora: Lora) -> int | None:
+    """How many steps a save was trained, as sd-scripts writes it."""
+    text = lora.metadata.get("ss_steps", "")
+    return int(text) if re.fullmatch(r"\d{1,12}", text) else None
+
+
+def by_training(lora: Lora) -> tuple[str, bool, int, str]:
+    """The order of saves: by training and its steps, those without steps last."""
+    steps = steps_of(lora)
+    return lora.metadata.get("ss_output_name", ""), steps is None, steps or 0, lora.path.name
+
+
+def files_of(word: str) -> list[Path] | None:
+    """The files of a folder or of a pattern, which cmd leaves as it is; None for anything else."""
+    path = Path(word)
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors"))
+    if not path.exists() and re.search(r"[*?\[]", word):
+        found = map(Path, glob(word))  # noqa: PTH207  (it may be absolute)
+        return sorted(file for file in found if file.is_file())
+    return None
+
+
+def lacking(lora: Lora, columns: Iterable[Column]) -> str:
+    """The name of a trait of which a save has nothing; "" where it has all."""
+    traits = (trait for column in columns for trait in column.traits)
+    return next((t.name for t in traits if not any(map(t.keeps, lora.modules))), "")
+
+
+def read_saves(words: Iterable[str], columns: list[Column]) -> list[Lora]:
+    """The LoRAs that are named, those of a folder or a pattern in the order of their steps.
+
+    Of these, one without a trait is left out and said, as slices often lie beside saves.
+    """
+    saves: list[Lora] = []
+    for word in words:
+        files = files_of(word)
+        if files is None:
+            saves.append(read_lora(lora_file(Path(word))))
+            continue
+        whole = []
+        for lora in sorted(map(read_lora, files), key=by_training):
+            if trait := lacking(lora, columns):
+                say(f"note: left out {lora.path.name}, which has nothing of {trait}")
+            else:
+                whole.append(lora)
+        if not whole:
+            raise BloraError(f'no LoRA to compare in "{word}": correct --loras')
+        saves += whole
+    return list({lora.path: lora for lora in saves}.values())
+
+
+def labels(saves: list[Lora]) -> list[str]:
+    """What to call each save: its file's name, with its folder's where two have the same."""
+    stems = [lora.path.stem for lora in saves]
+    return [
+        stem if stems.count(stem) == 1 else f"{lora.path.resolve().parent.name}/{stem}"
+        for stem, lora in zip(stems, saves, strict=True)
+    ]
+
+
+# ---- Columns: the slices -------------------------------------------------------------------------
+
+
+def plan_columns(traits: list[Trait], strengths: list[float]) -> list[Column]:
+    """Each trait at each strength, and all of them together."""
+    groups: list[tuple[Trait, ...]] = [(trait,) for trait in traits]
+    if len(traits) > 1:
+        groups.append(tuple(traits))
+    columns = []
+    for group, strength in product(groups, strengths):
+        name = "both" if len(group) == len(traits) == 2 else " and ".join(t.name for t in group)
+        at = "" if strengths == [1] else f" at {strength:g}"
+        columns.append(Column(f"{name}{at}", group, strength))
+    return columns
+
+
+def check_slices(saves: list[Lora], columns: list[Column], base: BaseModel | None) -> None:
+    """Cut everything once, without writing it; BloraError where a slice cannot be cut or drawn."""
+    from blora.drawing.slices import check_drawable
+
+    remarks = []
+    for lora, column in product(saves, columns):
+        slices = [take_slice(lora, cut) for cut in column.cuts(lora)]
+        build_output(lora.path, slices, base, has_metadata=False).try_values()
+        for piece in slices:
+            check_drawable(piece.modules, lora.path)
+            remarks += piece.remarks
+    for remark in dict.fromkeys(remarks):
+        say(remark)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def look_settings(lora: Lora, column: Column) -> list[dict[str, Any]]:
+    """What decides a look: the file, what is kept of it, the strength."""
+    return [
+        {
+            "lora": stamp(lora.path),
+            "trait": cut.trait.name,
+            "keeps": [cut.trait.whitelist, cut.trait.blacklist],
+            "strength": cut.strength,
+        }
+        for cut in column.cuts(lora)
+    ]
+
+
+def plan_drawings(
+    saves: list[Lora], columns: list[Column], prompts: list[Prompt], common: dict[str, Any]
+) -> list[Drawing]:
+    """Every picture: first those without a LoRA, then save by save and column by column."""
+    looks: list[tuple[str, list[dict[str, Any]]]] = [(WITHOUT, [])]
+    for label, lora in zip(labels(saves), saves, strict=True):
+        looks += [(f"{label}_{c.name}", look_settings(lora, c)) for c in columns]
+    return [
+        Drawing(
+            look,
+            prompt,
+            seed,
+            f"{name}_prompt{number}_seed{seed}",
+            common | {"slices": cuts, "prompt": prompt.text + prompt.options, "seed": seed},
+        )
+        for look, (name, cuts) in enumerate(looks)
+        for number, prompt in enumerate(prompts, start=1)
+        for seed in prompt.seeds
+    ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is compared: its files, its pictures, and the page of them."""
+
+    page: Path
+    checkpoint: Path
+    base: BaseModel | None  # its weights, where it is one file: a DoRA needs them
+    saves: list[Lora]
+    columns: list[Column]
+    drawings: list[Drawing]
+    words: list[str]  # gen_img.py's options
+
+    @property
+    def folder(self) -> Path:
+        """Of the pictures."""
+        return self.page.with_suffix("")
+
+    def missing(self) -> list[Drawing]:
+        """The pictures that are not drawn yet."""
+        return [drawing for drawing in self.drawings if not (self.folder / drawing.file).is_file()]
+
+    def network(self, folder: Path) -> list[str]:
+        """Write what the network module of gen_img.py reads; returns the options of the models."""
+        from blora.drawing.slices import write_looks
+
+        looks = [[], *(c.cuts(lora) for lora in self.saves for c in self.columns)]
+        path = folder / "looks.json"
+        write_looks(path, looks, self.checkpoint if self.base else None)
+        network = ["--network_module", "blora.drawing.slices", "--network_weights", str(path)]
+        return ["--ckpt", str(self.checkpoint), *network]
+
+    def cell(self, drawing: Drawing, name: str, line: str = "", rows: int = 1) -> Picture:
+        """A picture as the page shows it; an empty frame where it is not drawn yet."""
+        from PIL import Image
+
+        path = self.folder / drawing.file
+        lines = (Line(line, "detail"),) if line else ()
+        if not path.is_file():
+            return Picture(name, None, (*lines, Line("not drawn yet", "note")), rows=rows)
+        with Image.open(path) as image:
+            thumbnail = make_thumbnail(image, thumbnail_limit(len(self.drawings)))
+        return Picture(name, thumbnail, lines, link=f"{self.folder.name}/{path.name}", rows=rows)
+
+    def sections(self) -> Iterator[Section]:
+        """One for each prompt and seed: a row a save, the picture without a LoRA beside all."""
+        names = [
+            (label, f"{steps:,} steps" if (steps := steps_of(lora)) is not None else "")
+            for label, lora in zip(labels(self.saves), self.saves, strict=True)
+        ]
+        cells = list(product(names, self.columns))
+        subjects: dict[tuple[Prompt, int], list[Drawing]] = {}
+        for drawing in self.drawings:
+            subjects.setdefault((drawing.prompt, drawing.seed), []).append(drawing)
+        headings = (WITHOUT, *(column.name for column in self.columns))
+        for (prompt, seed), (bare, *others) in subjects.items():
+            pictures = [self.cell(bare, self.checkpoint.stem, rows=len(self.saves))]
+            for drawing, (name, _) in zip(others, cells, strict=True):
+                pictures.append(self.cell(drawing, *name))
+            yield Section(f"{prompt.text}, seed {seed}", tuple(pictures), headings)
+
+    def summary(self) -> str:
+        """What the page shows, in numbers."""
+        drawn = counted(len(self.drawings) - len(self.missing()), "picture")
+        return f"{drawn} of {counted(len(self.saves), 'save')}"
+
+    def write(self) -> None:
+        """Write the page."""
+        names = " and ".join(dict.fromkeys(trait.name for c in self.columns for trait in c.traits))
+        intro = Line(
+            f"{self.checkpoint.name} without a LoRA, and with the {names} of each save. "
+            "A click opens a picture in full; its settings are in the file."
+        )
+        write_page(self.page, TITLE, intro, self.sections())

@@ -1,0 +1,131 @@
+"""What blora_compare.py has sd-scripts' gen_img.py draw, on a full-size SDXL of random weights.
+
+With BLORA_E2E=1: two loads of the model on a CPU, five minutes and 16 GB of memory. The pictures
+are compared with those that gen_img.py draws by itself, of the model and of the slicer's files with
+sd-scripts' own network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kohya_folder import install
+from lora_files import CONTENT, STYLE, lora_module, write
+from PIL import Image
+from real_kohya import KOHYA_PYTHON, make_copy, random_sdxl
+
+pytestmark = pytest.mark.slow
+
+NOT_RUN = "NOT RUN: BLORA_E2E=1 draws with a full-size SDXL on the CPU, five minutes"
+PROMPT = r"A \[v\] on a beach --l 7"
+SIZE = 128
+
+
+@dataclass(frozen=True)
+class Kohya:
+    """A folder of kohya_ss: the bundle, and sd-scripts in a folder of it."""
+
+    path: Path
+    sdxl: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.sdxl / "random_sdxl.safetensors"
+
+    def run(self, *words: object) -> str:
+        done = subprocess.run(
+            [KOHYA_PYTHON, *map(str, words)],
+            cwd=self.path,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def compare(self, *words: object) -> str:
+        given = ["--checkpoint", self.checkpoint, "--prompts", "p.txt", "--size", SIZE, "--steps"]
+        tokenizers = ["--", "--tokenizer_cache_dir", self.sdxl / "tokenizers"]
+        return self.run("blora_compare.py", *given, "1", *words, *tokenizers)
+
+
+def make_lora(path: Path) -> Path:
+    """A LoRA of every attention module of both blocks, which changes what is drawn."""
+    tensors: dict[str, torch.Tensor] = {}
+    for template in (CONTENT, STYLE):
+        for block in range(10):
+            for attention in (1, 2):
+                for projection in ("q", "k", "v", "out_0"):
+                    tensors |= lora_module(template.format(block, attention, projection))
+    down = {key: tensor / 8 for key, tensor in tensors.items() if key.endswith("down.weight")}
+    return write(path, tensors | down, {"ss_steps": "750", "ss_output_name": "my"})
+
+
+@pytest.fixture(scope="module")
+def kohya(tmp_path_factory) -> Kohya:
+    if os.environ.get("BLORA_E2E") != "1":
+        pytest.skip(NOT_RUN)
+    path = tmp_path_factory.mktemp("compare") / "kohya ss"
+    make_copy(path / "sd-scripts")
+    install(path)
+    made = Kohya(path, random_sdxl(tmp_path_factory.mktemp("random_sdxl")))
+    make_lora(path / "my.safetensors")
+    (path / "p.txt").write_text(f"{PROMPT}\n")
+    made.compare("--loras", "my.safetensors")
+    cut = ["blora_slicer.py", "--loras", "my.safetensors", "--traits", "content", "style"]
+    made.run(*cut, "--not_combined", "--output_path", "cut.safetensors")
+    made.run(*cut, "--output_path", "joined.safetensors")
+    looks = {"without": "0,0,0", "content": "1,0,0", "style": "0,1,0", "both": "0,0,1"}
+    options = f"--w {SIZE} --h {SIZE} --s 1 --d 1"
+    lines = [f"{PROMPT} {options} --am {am} --f {look}.png" for look, am in looks.items()]
+    (path / "own.txt").write_text("\n".join(lines))
+    slices = "cut_content.safetensors", "cut_style.safetensors", "joined.safetensors"
+    network = ["--network_module", *["networks.lora"] * 3, "--network_weights", *slices]
+    given = ["--ckpt", made.checkpoint, "--sdxl", "--from_file", "own.txt", "--outdir", "own"]
+    given += ["--tokenizer_cache_dir", made.sdxl / "tokenizers"]
+    made.run("sd-scripts/gen_img.py", *given, *network)
+    return made
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def pictures(kohya: Kohya, look: str) -> tuple[np.ndarray, np.ndarray]:
+    """A look as blora_compare.py draws it, and as gen_img.py does by itself."""
+    name = look if look == "without" else f"my_{look}"
+    [drawn] = (kohya.path / "compare").glob(f"{name}_prompt1_seed1_*.png")
+    return pixels(drawn), pixels(kohya.path / f"own/{look}.png")
+
+
+def test_without_a_lora_it_is_the_picture_of_the_bare_model_to_the_bit(kohya):
+    ours, own = pictures(kohya, "without")
+    assert ours.shape == (SIZE, SIZE, 3)
+    assert np.array_equal(ours, own)
+
+
+@pytest.mark.parametrize("look", ["content", "style", "both"])
+def test_a_slice_is_the_picture_of_its_file_but_for_the_rounding(kohya, look):
+    """gen_img.py adds a network's output to the layer's; ours is in the weight, as ComfyUI's."""
+    (ours, own), (bare, _) = pictures(kohya, look), pictures(kohya, "without")
+    assert np.abs(ours - own).max() <= 1  # of 255
+    assert (ours != own).mean() < 0.001
+    assert (ours != bare).mean() > 0.1
+
+
+def test_what_is_there_is_not_drawn_again(kohya):
+    before = {path: path.stat().st_mtime_ns for path in (kohya.path / "compare").glob("*.png")}
+    shutil.move(kohya.path / "compare.html", kohya.path / "before.html")
+    out = kohya.compare("--loras", "my.safetensors")
+    assert out == "-> compare.html: 4 pictures of 1 save\n"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (kohya.path / "compare.html").read_bytes() == (kohya.path / "before.html").read_bytes()
