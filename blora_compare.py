@@ -186,11 +186,12 @@ def plan(args: argparse.Namespace, words: list[str]) -> Comparison:
     check_page(page, "--output")
     check_slices(saves, columns, base)
     words = [*DEFAULTS, *card_options(words, has_card()), *words]
+    values = [word.rpartition("=")[2] for word in words]
     common = {
         "checkpoint": stamp(args.checkpoint),
         "gen_img.py": digest(script.read_bytes()),
         "options": words,
-        "files": [stamp(Path(word)) for word in words if Path(word).is_file()],
+        "files": [stamp(file) for file in map(Path, values) if file.is_file()],
     }
     drawings = plan_drawings(saves, columns, prompts, common)
     return Comparison(page, args.checkpoint, base, saves, columns, drawings, words)

@@ -1,6 +1,6 @@
 """sd-scripts' own generator, gen_img.py: started once for all pictures that are not there yet.
 
-A finished picture is moved to its place, with its settings in it; so whatever ends the generator
+A finished picture is copied to its place, with its settings in it; so whatever ends the generator
 early costs the one picture that it was at.
 """
 
@@ -75,7 +75,7 @@ def is_whole(path: Path) -> bool:
 
 
 def keep(drawn: Path, output: Path, settings: dict[str, object]) -> None:
-    """Move a picture to its place, with gen_img.py's words in it and ours."""
+    """Copy a picture to its place, with gen_img.py's words in it and ours."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -85,7 +85,6 @@ def keep(drawn: Path, output: Path, settings: dict[str, object]) -> None:
             info.add_text(key, text)
         info.add_itxt("blora", json.dumps(settings, ensure_ascii=False))
         image.save(part, "PNG", pnginfo=info)
-    drawn.unlink()
 
 
 def reason(log: str, code: int) -> str:
@@ -144,14 +143,16 @@ def draw(
     BloraError, in gen_img.py's words, where it ends before the last picture.
     """
     script = find_generator()
-    with TemporaryDirectory(prefix=".drawing", dir=folder) as name:
+    with TemporaryDirectory(prefix=".drawing", dir=folder, ignore_cleanup_errors=True) as name:
         part = Path(name)
         prompts = part / "prompts.txt"
         prompts.write_text("".join(f"{drawing.line}\n" for drawing in drawings), "utf-8")
 
         def take() -> int:
             """Keep each finished picture."""
-            finished = [d for d in drawings if is_whole(part / d.file)]
+            finished = [
+                d for d in drawings if not (folder / d.file).exists() and is_whole(part / d.file)
+            ]
             for drawing in finished:
                 keep(part / drawing.file, folder / drawing.file, drawing.settings)
             return len(finished)

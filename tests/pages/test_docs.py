@@ -50,7 +50,16 @@ OTHERS = {
     "see_what_it_learned": {"--zero_terminal_snr"},
 }
 # What programs print, among what people type.
-PRINTED = ("  ", "error: ", "note: ", "middle of ", "content of ", "-> ", "early stop: ")
+PRINTED = (
+    "  ",
+    "error: ",
+    "note: ",
+    "middle of ",
+    "content of ",
+    "style of ",
+    "-> ",
+    "early stop: ",
+)
 PRINTED += ("LBW: ", "would write ", "Rehearsing ", "This training:")
 COMMANDS = [
     (page, line)
@@ -111,10 +120,8 @@ CHECKS = {
     r"python blora_preflight\.py ": check_preflight,
 }
 IN_README = {
-    # run by test_readme.py, in bash and in cmd.exe
-    r"source |cp -r |\"<kohya folder>|x?copy |mkdir _in\\": None,
-    r"mkdir -p |cp blora_dataset\.toml ": None,  # that file is loaded below
-    r"cp sdxl_\w+\.sh \w+\.sh$|copy sdxl_\w+\.bat \w+\.bat$": None,
+    # run by test_readme.py in bash, by it and by test_windows_lines.py in cmd.exe
+    r"source |cp |mkdir -p |cd |\"<kohya folder>|x?copy |mkdir _in\\|pushd ": None,
     r"bash tests/(demo|check)\.sh$": None,  # one is run by the other's tests, the other right now
     r"pip install ": check_pip,
 }
@@ -166,6 +173,20 @@ def test_the_presets_settings_and_options_that_it_names_exist(page):
     for benchmark in (ROOT / "tests").glob("bench_*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', benchmark.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - OTHERS.get(page, set()) <= known
+
+
+def test_the_slicer_prints_what_the_first_screen_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensors = {}
+    for name in network(1).modules:
+        tensors |= lora_module(name, 64, 64.0)
+    Path(LORA).parent.mkdir(parents=True)
+    save_file(tensors, LORA)
+    first = blocks_of("README", "")[0]
+    _, cut, *shown = first.splitlines()
+    code, out, err = run(cut.replace("blora_slicer.py", str(ROOT / "blora_slicer.py")))
+    assert (code, out.splitlines(), err) == (0, shown, "")
+    assert f"{cut}\n" in blocks_of("README", "")[1:]  # once more, where it is explained
 
 
 # ---- The GUI -------------------------------------------------------------------------------------

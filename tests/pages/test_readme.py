@@ -45,7 +45,7 @@ def make_installed(kohya: Path, own: list[str]) -> None:
     """The bundle and files of one's own in a folder, after a run that compiled the programs."""
     kohya.mkdir()
     install(kohya)
-    (kohya / "blora/__pycache__").mkdir()
+    (kohya / "blora/__pycache__").mkdir(exist_ok=True)
     for name in ("blora/__pycache__/text.pyc", *own):
         (kohya / name).parent.mkdir(parents=True, exist_ok=True)
         (kohya / name).touch()
@@ -115,23 +115,56 @@ def test_the_install_lines_for_powershell_are_those_of_cmd():
     """PowerShell is not run; this compares what they name."""
     activate = '& "<kohya folder>\\venv\\Scripts\\Activate.ps1"'
     copy = 'Copy-Item *blora*, lycoris_presets "<kohya folder>" -Recurse -Force'
-    [block] = blocks_of("README", "powershell")
+    block, _ = blocks_of("README", "powershell")
     assert block.splitlines() == [activate, shell_block('"')[1], copy]
 
 
+def check_prepared(kohya: Path, suffix: str) -> None:
+    """A folder for the pictures, the sample dataset config, and a copy of a launcher."""
+    project = kohya / "_in/lora/sdxl/my_project"
+    assert {path.name for path in project.iterdir()} == {"images", "config.toml"}
+    assert list((project / "images").iterdir()) == []
+    assert (project / "config.toml").read_bytes() == (ROOT / "blora_dataset.toml").read_bytes()
+    launcher, copy = (kohya / f"{name}.{suffix}" for name in ("sdxl_blora_fast", "my_fast"))
+    assert copy.read_bytes() == launcher.read_bytes()
+    assert os.access(copy, os.X_OK) == os.access(launcher, os.X_OK)
+
+
+def test_the_lines_for_linux_prepare_a_training(tmp_path):
+    make_installed(tmp_path / "my kohya", [])
+    lines = "\n".join(shell_block("cd ")).replace("<kohya folder>", "my kohya")
+    subprocess.run([BASH, "-ec", lines], cwd=tmp_path, check=True)
+    check_prepared(tmp_path / "my kohya", "sh")
+
+
+def test_the_lines_for_windows_prepare_a_training(cmd, tmp_path):
+    make_installed(tmp_path / "my kohya", [])
+    lines = "\r\n".join(["@echo off", *shell_block("pushd "), ""])
+    (tmp_path / "typed.bat").write_bytes(lines.replace("<kohya folder>", "my kohya").encode())
+    cmd.run(tmp_path / "typed.bat")
+    check_prepared(tmp_path / "my kohya", "bat")
+
+
 @pytest.mark.parametrize("suffix", ["sh", "bat"])
-def test_the_edited_line_it_shows_is_one_of_the_launchers(suffix):
-    [line] = blocks_of("README", suffix)
-    unedited = re.sub(r"(?<=[=-])[^=-]+sd_xl_base_1\.0\.safetensors", EDIT, line.strip())
+def test_the_edited_lines_it_shows_are_the_launchers(suffix):
+    [block] = blocks_of("README", "sh")
+    unedited = re.sub(r"(?<=[=-])[^=-]+sd_xl_base_1\.0\.safetensors", EDIT, block.strip())
+    unedited = unedited.replace("BLORA_RANK=64", "BLORA_RANK=1024")
+    assert "BLORA_RANK" in unedited
     for recipe in ("classic", "fast"):
         lines = (ROOT / f"sdxl_blora_{recipe}.{suffix}").read_text().splitlines()
-        assert unedited in lines
+        assert {*unedited.splitlines()} <= {*lines}
 
 
-def test_every_trait_and_preset_is_in_it():
+def test_it_has_the_first_hour_in_less_than_200_lines():
+    assert len(README.splitlines()) < 200
+
+
+def test_every_trait_and_preset_is_on_their_page():
     names = list(load_traits(ROOT / "blora_traits.json"))
     names += [path.stem for path in (ROOT / "lycoris_presets").iterdir()]
-    assert sorted(re.findall(r"^\| `([a-z_2]+)` \|", README, re.MULTILINE)) == sorted(names)
+    told = re.findall(r"^\| `([a-z_2]+)` \|", PAGES["own_blocks"], re.MULTILINE)
+    assert sorted(told) == sorted(names)
 
 
 def test_every_option_of_the_slicer_is_on_its_page():
@@ -148,12 +181,14 @@ def test_every_setting_is_in_it_with_its_default():
         assert f"| `{setting}` | {shown} |" in README
 
 
-def test_its_table_of_presets_has_the_parameters_that_the_layers_have():
+def test_the_table_of_presets_has_the_parameters_that_the_layers_have():
     layers = layers_by_module()
     for preset, (blocks, encoders) in EXPECTED.items():
         unet = sum(lora_parameters(layers[m], 1) for block in blocks for m in block_modules(block))
         text = sum(lora_parameters(layers[m], 1) for m in text_encoder_modules(encoders))
-        [row] = [line for line in README.splitlines() if line.startswith(f"| `{preset}` |")]
+        [row] = [
+            line for line in PAGES["own_blocks"].splitlines() if line.startswith(f"| `{preset}` |")
+        ]
         told = [int(number.replace(",", "")) for number in re.findall(r"\d{2,3},\d{3}", row)]
         assert told == ([unet, text] if "clip" in preset else [unet])
 
@@ -170,9 +205,12 @@ def test_the_table_of_classic_against_fast_is_the_difference_between_them():
     assert sorted(re.findall(r"`([^`]+)`", rows)) == sorted({*CLASSIC} ^ {*FAST})
 
 
-def test_the_memory_it_tells_is_what_preflight_computes():
-    rows = re.findall(r"^\| (\d+)\b[^|]*\|(.*) GB \|$", README, re.MULTILINE)
+def test_the_memory_that_the_pages_tell_is_what_preflight_computes():
+    rows = re.findall(r"^\| (\d+)\b[^|]*\|(.*) GB \|$", PAGES["speed"], re.MULTILINE)
     assert len(rows) == 4
+    of_fast = {rank: re.findall(r"[\d.]+", cells)[1] for rank, cells in rows}
+    in_readme = re.findall(r"([\d.]+) GB (?:of the card's memory )?at rank (\d+)", README)
+    assert {rank: memory for memory, rank in in_readme} == {r: of_fast[r] for r in ("64", "1024")}
     for rank, cells in rows:
         size, *memory = re.findall(r"[\d.]+", cells)
         found = network(int(rank))

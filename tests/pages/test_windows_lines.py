@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from kohya_folder import ROOT, Bash, Bat, make_kohya
-from readme_commands import PAGES, blocks, check_setting
+from readme_commands import PAGES, blocks, blocks_of, check_setting
 
 pytestmark = pytest.mark.shell
 FOR_CMD = r'set "|my_\w+\.bat\b|x?copy |mkdir _in\\'
@@ -24,14 +24,15 @@ class Block(NamedTuple):
 
     @property
     def settings(self) -> dict[str, str]:
-        """What its set "NAME=value" lines say."""
-        return dict(re.findall(r'^set "(\w+)=([^"]*)"$', "\n".join(self.lines), re.MULTILINE))
+        """What its set "NAME=value" lines say; one that is emptied is none."""
+        said = re.findall(r'^set "(\w+)=([^"]*)"$', "\n".join(self.lines), re.MULTILINE)
+        return {name: value for name, value in dict(said).items() if value}
 
     def __str__(self) -> str:
         return f"{self.page}: {' & '.join(self.lines)}"
 
 
-# Every line of them is one for cmd. Those that install the bundle are run by test_readme.py.
+# Every line of them is one for cmd. Those that name the kohya folder are run by test_readme.py.
 IN_KOHYA = [
     Block(page, [line.strip() for line in text.splitlines() if line.strip()])
     for page in PAGES
@@ -40,9 +41,9 @@ IN_KOHYA = [
 ]
 # A launcher's line with the settings above it.
 LAUNCHING = [
-    Block(block.page, [*filter(re.compile("set ").match, block.lines), line])
+    Block(block.page, [*filter(re.compile("set ").match, block.lines[:number]), line])
     for block in IN_KOHYA
-    for line in block.lines
+    for number, line in enumerate(block.lines)
     if line.startswith("my_")
 ]
 # Those that launch are run beside their twins, which Windows does not have.
@@ -99,9 +100,9 @@ def test_a_launcher_gets_in_cmd_what_its_twin_gets_in_bash(cmd, tmp_path, block)
 
 @pytest.mark.parametrize("block", LAUNCHING, ids=str)
 def test_a_block_sets_what_launchers_know(block):
-    assert list(block.settings) == [line.split('"')[1].split("=")[0] for line in block.lines[:-1]]
-    for name, value in block.settings.items():
-        check_setting(f"{name}={value}")
+    for line in block.lines[:-1]:
+        [setting] = re.findall(r'^set "(\w+=[^"]*)"$', line)
+        check_setting(setting)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -117,5 +118,33 @@ def test_powershell_sets_known_settings_and_starts_launchers_that_are_there(page
     assert all((ROOT / name.replace("my_", "sdxl_blora_")).is_file() for name in started)
 
 
+@pytest.mark.parametrize("page", ["README", "upkeep"])
+def test_powershell_is_told_what_cmd_is_told(page):
+    [powershell] = [text for text in blocks_of(page, "powershell") if "$env:" in text]
+    said = re.sub(r'^\$env:(\w+) = "(.*)"$', r'set "\1=\2"', powershell, flags=re.MULTILINE)
+    assert said.replace(".\\my_", "my_").splitlines() in [block.lines for block in IN_KOHYA]
+
+
 def test_the_pages_have_blocks_that_launch():
-    assert {block.page for block in LAUNCHING} >= {"README", "recipes"}
+    assert {block.page for block in LAUNCHING} >= {"README", "recipes", "upkeep"}
+
+
+def test_the_readme_checks_previews_tests_and_trains_in_either_shell():
+    of_cmd = [
+        (block.settings, block.lines[-1].split()[1:])
+        for block in LAUNCHING
+        if block.page == "README"
+    ]
+    [bash] = [text for text in blocks_of("README", "") if text.startswith("BLORA_CHECK_ONLY")]
+    of_bash = []
+    for line in bash.splitlines():
+        settings, _, options = line.rpartition("./my_fast.sh")
+        given = dict(setting.split("=") for setting in settings.split())
+        of_bash.append((given, options.split()))
+    assert of_cmd == of_bash
+    assert of_bash == [
+        ({"BLORA_CHECK_ONLY": "1"}, []),
+        ({"BLORA_PREVIEW": "sheet.html"}, []),
+        ({}, ["--max_train_steps=10"]),
+        ({}, []),
+    ]
