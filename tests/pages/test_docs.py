@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import sdxl_train_network
 import toml
-import torch
 from accelerate.commands.launch import launch_command_parser
-from kohya_folder import BASH, ROOT, install
+from kohya_folder import BASH, CHECKPOINT, ROOT, install
 from library import config_util
 from lora_files import lora_module
 from make_dataset import draw
@@ -263,7 +262,15 @@ def shown(*starts: str) -> list[str]:
     return [line for line in lines if line.startswith(starts)]
 
 
-[LOOK], [CUT] = shown("python blora_preflight.py"), shown("python blora_slicer.py")
+[LOOK], [CUT] = shown("BLORA_CHECK_ONLY=1 "), shown("python blora_slicer.py")
+
+
+def looks_at() -> list[str]:
+    """The options that sd-scripts gets from the page's look, with a checkpoint that is set."""
+    *settings, launcher = LOOK.split()
+    environ = {"BLORA_CHECKPOINT": CHECKPOINT} | dict(word.split("=") for word in settings)
+    fast = launch.read_launcher(ROOT / launcher.replace("my_", "sdxl_blora_"))
+    return launch.chosen_options(fast, launch.chosen_settings(fast, environ), [])
 
 
 @pytest.fixture
@@ -276,7 +283,7 @@ def own_blocks(kohya) -> Path:
 
 
 def own_plan() -> dict[str, str]:
-    args = build_parser().parse_args(shlex.split(LOOK)[3:])
+    args = build_parser().parse_args(looks_at())
     report, traits = Report(), load_traits(Path("blora_traits.json"))
     found = network(args.network_dim, "my_middle.toml")
     report.plan["modules"] = plan.count_by_trait(list(found.modules), traits)
@@ -298,7 +305,8 @@ def test_preflight_shows_what_the_pages_preset_selects(own_blocks):
 
 
 def test_the_look_accepts_the_pages_command(own_blocks):
-    code, _, err = run(LOOK.replace(".py ", ".py --no_rehearsal ", 1))
+    line = ["--no_rehearsal", "sdxl_train_network.py", *looks_at()]
+    code, _, err = run(shlex.join(["python", "blora_preflight.py", *line]))
     assert (code, err) == (0, "")
 
 
@@ -306,12 +314,13 @@ def test_a_preset_that_fits_nothing_is_refused_as_shown(own_blocks):
     text = Path("my_middle.toml").read_text()
     Path("none.toml").write_text(text.replace("_block", "_blok"))
 
-    def get_optimizer() -> None:  # as sd-scripts' function of this name makes one
-        torch.optim.AdamW(made(preset="none.toml").parameters(), lr=1e-4)
+    def get_optimizer() -> object:  # which looks for rates in the first group, for Prodigy
+        groups = list(made(preset="none.toml").parameters())
+        return groups[0]
 
-    with pytest.raises(ValueError, match="empty") as raised:
+    with pytest.raises(IndexError) as raised:
         get_optimizer()
-    args = argparse.Namespace(network_args=["preset=my_middle.toml"], network_dim=64)
+    args = build_parser().parse_args(looks_at())
     assert shown("error: ") == [f"error: {refusal(raised.value, args, '')}"]
 
 
