@@ -133,7 +133,7 @@ def test_options_that_are_given_already_are_refused_and_others_are_not():
     for word in ("--ckpt", "--outdir=x", "--network_mod", "--n_iter", "--W"):
         with pytest.raises(BloraError, match=r"is set already: leave it out$"):
             check_options([word])
-    check_options(["--sampler", "ddim", "--vae", "v.safetensors", "--negative_scale", "-1"])
+    check_options(["--sampler", "ddim", "--vae", "v.safetensors", "--negative_scale", "-1", "--"])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,20 @@ def test_a_picture_is_whole_once_its_end_is_written(tmp_path):
     for data, whole in ((b"", False), (b"PNG", False), (b"...IEND\xaeB`\x82", True)):
         path.write_bytes(data)
         assert is_whole(path) == whole
+
+
+def test_a_trait_that_keeps_other_modules_and_another_strength_are_other_pictures(tmp_path):
+    lora = read_lora(save(tmp_path / "x.safetensors", 1))
+    narrow = replace(TRAITS[0], blacklist=("attn1",))
+    columns = plan_columns([TRAITS[0]], [1.0, 0.5]) + plan_columns([narrow], [1.0])
+    drawn = plan_drawings([lora], columns, [Prompt("", "", (1,))], {})
+    # All have another name too, but for the first and the last.
+    assert {drawing.name.split("_prompt")[0] for drawing in (drawn[1], drawn[3])} == {
+        "x_content at 1", "x_content"
+    }  # fmt: skip
+    one, two = (replace(d, name="x").file for d in (drawn[1], drawn[3]))
+    half = replace(drawn[2], name="x").file
+    assert len({one, two, half}) == 3
 
 
 def test_a_lora_of_the_same_name_elsewhere_is_another_picture(tmp_path):

@@ -106,6 +106,17 @@ def test_a_look_takes_the_place_of_the_one_before_to_the_bit(tmp_path, dtype):
     assert not torch.allclose(half[1].double(), bare[1].double(), rtol=0.01, atol=0.01)
 
 
+def test_an_alpha_of_0_is_no_change_as_to_every_program_that_draws(tmp_path):
+    name = CONTENT.format(0, 1, "q")
+    path = write_modules(
+        tmp_path / "lora.safetensors",
+        {name: make_module(name, FORMS["LoRA"], 2, 0.0, torch.float32)},
+    )
+    layer = Layer(base_weight(name))
+    network(tmp_path, [[], [Cut(path, ALL, 1.0)]], {sgm(name): layer}).set_multiplier(1.0)
+    assert torch.equal(layer.weight, base_weight(name))
+
+
 @pytest.mark.parametrize("form", sorted(EVERY.keys() - DRAWN))
 def test_what_has_no_formula_is_refused_by_its_name(form, tmp_path):
     name = next(iter(on_each_layer(EVERY[form], 1.0, torch.float32)))
