@@ -172,7 +172,6 @@ class Looks:
         """Nothing to move."""
         return self
 
-    @torch.no_grad()
     def set_multiplier(self, number: float) -> None:
         """Merge the look of this number, in place of the one that is."""
         if int(number) == self.current:
@@ -180,8 +179,9 @@ class Looks:
         for name, state in self.own.items():
             self.layers[name].load_state_dict(state)
         self.current = int(number)
-        for module in look_modules(self.looks[self.current], self.base):
-            self.merge(module)
+        with torch.no_grad():
+            for module in look_modules(self.looks[self.current], self.base):
+                self.merge(module)
 
     def merge(self, module: Module) -> None:
         """Write a module's change into its layer, whose own values are kept."""

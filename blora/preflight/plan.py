@@ -252,30 +252,36 @@ def backward_pass(network: Built, args: Namespace, pixels: int, stops_early: boo
     )
 
 
+def memory_parts(
+    network: Built, state: float | None, backward: Backward, args: Namespace
+) -> dict[str, float | None]:
+    """Bytes on the card, part by part; None for a part of unknown size."""
+    lora = network.parameters * bytes_trained(args)
+    in_16_bits = args.mixed_precision not in (None, "no")
+    return {
+        **model_parts(args),
+        "LoRA": lora,
+        "its gradients": lora,
+        OF_OPTIMIZER: None if state is None else lora * state,
+        OF_STEP: activations(backward) if in_16_bits and backward.pixels else None,
+    }
+
+
 def plan_memory(
     network: Built, state: float | None, backward: Backward, args: Namespace, report: Report
 ) -> None:
     """The card's memory as a sum of its parts; what is unknown is named, and not in the sum."""
-    lora = network.parameters * bytes_trained(args)
-    parts = {**model_parts(args), "LoRA": lora, "its gradients": lora}
-    unknown = []
-    if state is None:
-        unknown.append(OF_OPTIMIZER)
-    else:
-        parts[OF_OPTIMIZER] = lora * state
+    every = memory_parts(network, state, backward, args)
+    parts = {part: size for part, size in every.items() if size is not None}
     hint = ""
-    if args.mixed_precision in (None, "no") or not backward.pixels:
-        unknown.append(OF_STEP)
-    else:
-        parts[OF_STEP] = held = activations(backward)
-        if backward.checkpointing and backward.stops_early:
-            more = activations(replace(backward, checkpointing=False)) - held
-            hint = (
-                " (without --gradient_checkpointing, which is BLORA_SAVE_MEMORY=0: "
-                f"{file_size(more)} more)"
-            )
+    if OF_STEP in parts and backward.checkpointing and backward.stops_early:
+        more = activations(replace(backward, checkpointing=False)) - parts[OF_STEP]
+        hint = (
+            " (without --gradient_checkpointing, which is BLORA_SAVE_MEMORY=0: "
+            f"{file_size(more)} more)"
+        )
     summands = [f"{file_size(size)} {part}" for part, size in parts.items()]
-    summands += [f"{part} of unknown size" for part in unknown]
+    summands += [f"{part} of unknown size" for part in every if part not in parts]
     total = file_size(sum(parts.values()))
     report.plan["memory"] = f"{total} at least, computed: {', '.join(summands)}{hint}"
     check_card(parts, backward, args, report)

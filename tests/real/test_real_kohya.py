@@ -279,6 +279,16 @@ def test_the_activations_are_those_that_the_benchmark_counts(kohya):
         assert figures == pytest.approx(told, abs=0.006)
 
 
+@pytest.mark.skipif(bool(NO_TRAINING), reason=NO_TRAINING)
+def test_what_measures_on_a_card_trains_sd_scripts_own_unet_on_the_cpu_too(kohya):
+    bench = ROOT / "tests/bench_blora_training.py"
+    small = "--card cpu --size 64 --ranks 4 --seconds 0".split()
+    rows = kohya.python(bench, "--kohya", kohya.path, *small).splitlines()[4:]
+    names = ["classic", "classic with --sdpa", "fast", "fast, BLORA_SAVE_MEMORY=0"]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}, rank 4" for name in names]
+    assert all("(median of 1)" in row for row in rows)
+
+
 # ---- Minutes: two steps of a full-size SDXL ------------------------------------------------------
 
 SIZE, RANK = 256, 8

@@ -53,11 +53,11 @@ def models_on_meta(sdxl: ModuleType) -> list[nn.Module]:
         return list(sdxl.load_models_from_sdxl_checkpoint(None, CHECKPOINT, "meta")[:4])
 
 
-def fill(model: nn.Module) -> None:
+def fill(model: nn.Module, device: str = "cpu") -> None:
     """fp16 noise of 0.5 / sqrt(inputs) for matrices and kernels, 1 for norms, 0 for biases."""
     filled = {}
     for name, parameter in model.named_parameters():
-        tensor = torch.zeros(parameter.shape, dtype=torch.float16)
+        tensor = torch.zeros(parameter.shape, dtype=torch.float16, device=device)
         if tensor.ndim > 1:
             tensor.normal_(std=0.5 / tensor[0].numel() ** 0.5)
         elif name.endswith("weight"):
