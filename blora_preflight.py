@@ -48,6 +48,7 @@ try:
 
     if getattr(blora, "VERSION", "unknown") != VERSION:
         raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
+    from blora.preflight.base_weights import check_base_weights
     from blora.preflight.checkpoint import NOT_SET, PLACEHOLDER, explain_model
     from blora.preflight.counts import check_counts
     from blora.preflight.files import check_files
@@ -164,6 +165,8 @@ def check_rehearsed(training: Training, rehearsal: Rehearsal, report: Report) ->
         line = training.accelerate, str(training.script)
         started = attempt(report, "count the processes", processes, *line) or Started()
         attempt(report, "work out the plan", plan, rehearsal, started, pixels, report)
+        base = rehearsal.merged, rehearsal.modules, rehearsal.args
+        attempt(report, "check the base weights", check_base_weights, *base, report)
         attempt(report, "check the options", check_options, rehearsal, report)
         attempt(report, "check the rehearsed steps", check_steps, rehearsal, report)
         attempt(report, "check the numbers", check_counts, rehearsal, started, report)

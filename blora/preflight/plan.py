@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from blora import ROOT
+from blora.preflight.base_weights import Merged
 from blora.preflight.processes import Started
 from blora.preflight.rehearsal import Rehearsal
 from blora.preflight.report import Report
 from blora.sdxl import Trait, block_of, layers_by_module, load_traits
-from blora.text import BloraError, counted, file_size, printable
+from blora.text import BloraError, counted, file_size, printable, span
 
 OUR_NETWORK = "blora_network"  # LyCORIS' own, with a backward pass that ends early
 
@@ -98,6 +99,18 @@ def plan_rank(network: Built, args: Namespace, report: Report) -> None:
             f"{at}the LoRA is larger than the matrix it changes in {len(outgrown)} of "
             f"{len(network.modules)} modules"
         )
+
+
+def plan_merged(record: list[Merged], known: dict[str, Trait], report: Report) -> None:
+    """What --base_weights merge before the training, and how strongly."""
+    told = [
+        f"{count_by_trait([*merged.modules], known)}, at {span(merged.modules.values())} from "
+        f"{merged.file}"
+        for merged in record
+        if merged.modules
+    ]
+    if told:
+        report.plan["merged"] = "; ".join(told)
 
 
 # ---- Its length ----------------------------------------------------------------------------------
@@ -384,7 +397,9 @@ def plan(rehearsal: Rehearsal, started: Started, pixels: int, report: Report) ->
     network = Built(rehearsal.modules)
     report.plan["network"] = args.network_module
     report.modules = list(network.modules)
-    report.plan["modules"] = count_by_trait(report.modules, known_traits(report))
+    traits = known_traits(report)
+    report.plan["modules"] = count_by_trait(report.modules, traits)
+    plan_merged(rehearsal.merged, traits, report)
     plan_rank(network, args, report)
     backward = backward_pass(network, args, pixels, args.network_module == OUR_NETWORK)
     plan_memory(network, rehearsal.optimizer_state, backward, args, report)

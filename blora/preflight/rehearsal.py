@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 from blora import ROOT
+from blora.preflight.base_weights import Merged, watched
 from blora.preflight.checkpoint import target_of
 from blora.preflight.trainer import own, own_modules
 from blora.preflight.weightless import (
@@ -69,6 +70,7 @@ class Rehearsal:
     accelerator: Any = None
     network: Any = None  # with small parameters
     modules: dict[str, int] = field(default_factory=dict)  # the network's own parameters, by module
+    merged: list[Merged] = field(default_factory=list)  # of --base_weights, in their order
     optimizer_state: float | None = None  # bytes that it keeps for each byte of a parameter
     resumed: list[Resumed] = field(default_factory=list)  # of each optimizer
     ready: bool = False  # before the first batch
@@ -399,6 +401,8 @@ def train(rehearsal: Rehearsal) -> None:
             for module in list(sys.modules.values())
             if getattr(module, "__dict__", {}).get("load_file") is safetensors.torch.load_file
         ]
+        if args.base_weights:
+            stack.enter_context(watched(args, rehearsal.merged))
         replaced.append((torch, {"load": mapped_load(torch.load), "compile": uncompiled}))
         for owner, values in replaced:
             stack.enter_context(mock.patch.multiple(owner, create=True, **values))

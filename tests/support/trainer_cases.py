@@ -553,8 +553,81 @@ GOING_ON = [
     fails("resuming at the end", "max_train_steps|resume", RESUMED, after="a state at the end"),
     fails("resuming from nothing", "resume", "--resume=gone"),
     fails("resuming from an empty folder", "resume", "--resume=gone", make("gone")),
-    fails("a base weight that is not there", "base_weights", "--base_weights", "gone.safetensors"),
 ]
+
+# ---- Base weights, merged before the training ----------------------------------------------------
+
+LORA_OF = {"lora_down.weight": (2, 1280), "lora_up.weight": (1280, 2), "alpha": ()}
+HALF = {"hada_w{}_a": (1280, 2), "hada_w{}_b": (2, 1280)}
+LOHA_OF = {name.format(n): shape for n in (1, 2) for name, shape in HALF.items()} | {"alpha": ()}
+LOKR_OF = {"lokr_w1": (4, 4), "lokr_w2": (320, 320), "alpha": ()}
+BY_ROW, BY_COLUMN = {"dora_scale": (1280, 1)}, {"dora_scale": (1, 1280)}
+NARROW = {"lora_down.weight": (2, 640), "lora_up.weight": (640, 2), "alpha": ()}
+LINEAR = "transformer_blocks_0_attn1_to_q"
+CONTENT, STYLE = (f"lora_unet_output_blocks_{n}_1_{LINEAR}" for n in (0, 1))
+OF_DIFFUSERS = f"lora_unet_up_blocks_0_attentions_0_{LINEAR}"
+OF_FLUX = "lora_unet_double_blocks_0_img_attn_proj"
+OF_TEXT = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
+BASE, SECOND_BASE = "base.safetensors", "second.safetensors"
+
+
+@change
+def lora(folder: Path, *modules: str, parts: dict[str, Any] = LORA_OF, name: str = BASE) -> None:
+    """A LoRA of these modules, whose numbers are all 0."""
+    shapes = {f"{module}.{part}": shape for module in modules for part, shape in parts.items()}
+    write_checkpoint(folder / name, shapes, dtype="F32")
+
+
+content = partial(lora, CONTENT)
+
+
+def below(*given: str | Change, module: str = "blora_network") -> tuple[str | Change, ...]:
+    """Style alone, trained on what is merged."""
+    network = f"--network_module={module}", "--network_args", f"preset={PRESETS}/blora_style.toml"
+    return "--base_weights", BASE, *(network if module != SD else network[:1]), *given
+
+
+SD = "networks.lora"
+NO_ALPHA = {part: shape for part, shape in LORA_OF.items() if part != "alpha"}
+HALF_STRONG, MERGES_NONE = ("--base_weights_multiplier", "0.5"), "merges nothing of .*base"
+AT_ONE = "at 1, not at 0.5: .*--alphas 0.5"
+style_on, style_warns = partial(trains, modules=STYLE_ONLY), partial(warns, modules=STYLE_ONLY)
+BASES = [
+    style_on("style on a content", *below(content())),
+    style_on("the same with LyCORIS' network", *below(content(), module="lycoris.kohya")),
+    style_on("the same in LyCORIS 3.2.0", *below(content()), lycoris=OLD_LYCORIS),
+    style_on("style on a LoHa", *below(content(parts=LOHA_OF))),
+    style_on("style on a LoKr", *below(content(parts=LOKR_OF))),
+    style_on("style on a DoRA by rows", *below(content(parts=LORA_OF | BY_ROW))),
+    style_on("style on a content and a style", *below(lora(CONTENT, STYLE))),
+    style_on("style on a content with its text encoder", *below(lora(CONTENT, OF_TEXT))),
+    style_on("style on two files", *below(content(), lora(STYLE, name=SECOND_BASE)),
+             "--base_weights", BASE, SECOND_BASE),
+    fails("style on a DoRA by columns", "wd_on_output", *below(content(parts=LORA_OF | BY_COLUMN))),
+    fails("base weights of another width", BASE, *below(content(parts=NARROW))),
+    fails("the same for sd-scripts' LoRA", BASE, *below(content(parts=NARROW), module=SD)),
+    fails("base weights without alpha", BASE, *below(content(parts=NO_ALPHA))),
+    fails("base weights that are a page in HTML", BASE, *below(write(BASE, HTML))),
+    fails("base weights that are a folder", BASE, *below(make(BASE))),
+    fails("a base weight that is not there", "base_weights", "--base_weights", "gone.safetensors"),
+    style_warns("base weights of diffusers' blocks", MERGES_NONE, *below(lora(OF_DIFFUSERS))),
+    style_warns("base weights of Flux", MERGES_NONE, *below(lora(OF_FLUX))),
+    style_warns("a checkpoint as base weights", MERGES_NONE,
+                *below(lambda folder: write_checkpoint(folder / BASE, sdxl_shapes()))),
+    style_warns("base weights of which a half fits", "1 of 2", *below(lora(CONTENT, OF_FLUX))),
+    style_warns("base weights of a text encoder", "text encoders", *below(lora(OF_TEXT))),
+    style_warns("a content at half its strength", AT_ONE, *below(content()), *HALF_STRONG),
+    style_warns("the same in LyCORIS 3.4.0", AT_ONE, *below(content()), *HALF_STRONG,
+                lycoris="3.4.0"),
+    style_warns("more strengths than files", "2 numbers", *below(content()),
+                "--base_weights_multiplier", "1", "1"),
+    style_warns("base weights of no name", "names no file", *below(), "--base_weights"),
+    warns("a strength without a file", "0 files", "--base_weights_multiplier", "1"),
+    trains("a content for sd-scripts' LoRA", *below(content(), module=SD), *HALF_STRONG),
+    warns("a LoHa for sd-scripts' LoRA", MERGES_NONE, *below(content(parts=LOHA_OF), module=SD)),
+    warns("a DoRA for sd-scripts' LoRA", "dora_scale",
+          *below(content(parts=LORA_OF | BY_ROW), module=SD)),
+]  # fmt: skip
 
 
 def optimizer(name: str, *words: str, rate: str = "1e-4") -> tuple[str, ...]:
@@ -926,6 +999,7 @@ OF_DATA = [
     *CHECKPOINTS,
 ]
 OF_TRAINING = [*OF_PRESETS, *NETWORKS, *GOING_ON, *OPTIMIZERS, *SCHEDULERS, *OUTPUTS, *OTHERS]
+OF_TRAINING += BASES
 OF_USE = [*SAMPLES, *FILES, *OF_NEW_RELEASES]
 CASES = {case.name: case for case in [*OF_DATA, *OF_TRAINING, *OF_USE]}
 
