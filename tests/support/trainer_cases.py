@@ -582,9 +582,10 @@ content = partial(lora, CONTENT)
 
 
 def below(*given: str | Change, module: str = "blora_network") -> tuple[str | Change, ...]:
-    """Style alone, trained on what is merged."""
-    network = f"--network_module={module}", "--network_args", f"preset={PRESETS}/blora_style.toml"
-    return "--base_weights", BASE, *(network if module != SD else network[:1]), *given
+    """Style alone, or with sd-scripts' LoRA everything, trained on what is merged."""
+    argument = "conv_dim=1" if module == SD else f"preset={PRESETS}/blora_style.toml"
+    network = f"--network_module={module}", "--network_args", argument
+    return "--base_weights", BASE, *network, *given
 
 
 SD = "networks.lora"
