@@ -75,6 +75,14 @@ for option in "model save_to new_rank dynamic_method device".split():
     RESIZE.add_argument(f"--{option}")
 RESIZE.add_argument("--save_precision", choices=["fp16"], required=True)
 RESIZE.add_argument("--verbose", action="store_true")
+# The same of its tagger, which was run by hand with a toy in place of its model.
+TAGGER = argparse.ArgumentParser()
+TAGGER.add_argument("folder")
+for option in "undesired_tags always_first_tags".split():
+    TAGGER.add_argument(f"--{option}")
+TAGGER.add_argument("--character_threshold", type=float)
+for option in "onnx remove_underscore append_tags".split():
+    TAGGER.add_argument(f"--{option}", action="store_true")
 
 
 def check_slicer(line: str) -> None:
@@ -113,6 +121,7 @@ CHECKS = {
     r"python blora_slicer\.py .* middle ": None,
     r"python blora_slicer\.py ": check_slicer,
     r"python blora_compare\.py ": check_compare,
+    r"python finetune/tag_\w+\.py ": lambda line: TAGGER.parse_args(shlex.split(line)[2:]),
     r"python networks/resize_lora\.py ": lambda line: RESIZE.parse_args(shlex.split(line)[2:]),
     # run by test_preflight.py, and with the GUI itself by test_real_gui.py
     r"python blora_preflight\.py logs/print_command\.txt$": None,
@@ -167,7 +176,7 @@ def test_the_presets_settings_and_options_that_it_names_exist(page):
     presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
     assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout|style)\w*", text)) <= presets
     parsers = [program.build_parser() for program in (blora_slicer, blora_preflight, blora_compare)]
-    parsers += [build_parser(), RESIZE, launch_command_parser()]
+    parsers += [build_parser(), RESIZE, TAGGER, launch_command_parser()]
     known = {option for parser in parsers for option in parser._option_string_actions}
     for benchmark in (ROOT / "tests").glob("bench_*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', benchmark.read_text()))
