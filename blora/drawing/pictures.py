@@ -17,8 +17,9 @@ from typing import Any
 from blora.text import BloraError, shortened
 
 DEFAULT_SEED = 1
-# As gen_img.py reads it: the first in a line counts.
+# As gen_img.py reads it: the first in a line counts, so none may stay before the one given here.
 SEEDS = re.compile(r" --d ([\d+,]+)", re.IGNORECASE)
+ENUMERATION = re.compile(r"\{e\$\$", re.IGNORECASE)  # of which gen_img.py draws every variant
 HASH = 10  # hex digits in a file's name
 LONGEST_NAME = 120  # characters of it beside the hash: Windows has 260 for the whole path
 
@@ -72,8 +73,7 @@ class Drawing:
 def parse_prompt(line: str, seeds: list[int], more: str) -> Prompt:
     """A line of a prompt file; `seeds` take the place of its own, `more` is put behind it."""
     own = SEEDS.search(line)
-    bare = line[: own.start()] + line[own.end() :] if own else line
-    text, dash, options = bare.strip().partition(" --")
+    text, dash, options = SEEDS.sub("", line).strip().partition(" --")
     if own and not seeds:
         seeds = [int(seed) for seed in re.findall(r"\d+", own[1])]
     return Prompt(text, f"{dash}{options}{more}", tuple(dict.fromkeys(seeds or [DEFAULT_SEED])))
@@ -87,12 +87,14 @@ def read_prompts(path: Path, seeds: list[int], more: str) -> list[Prompt]:
         raise BloraError(f"cannot read {path} ({error}): correct --prompts") from error
     if path.suffix.lower() in (".json", ".toml"):
         raise BloraError(f"{path} is no text file: write the prompts one a line for --prompts")
-    written = [line for line in lines if line.strip() and not line.startswith("#")]
+    written = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     prompts = list(dict.fromkeys(parse_prompt(line, seeds, more) for line in written))
     if not prompts:
         raise BloraError(f"no prompt in {path}: write one a line, or correct --prompts")
     for prompt in prompts:
-        if "$$" in prompt.text:
+        if not prompt.text or prompt.text.startswith("--"):
+            raise BloraError(f"a line of {path} has options and no words: write the prompt first")
+        if ENUMERATION.search(prompt.text + prompt.options):
             raise BloraError(
                 f'"{shortened(prompt.text)}" in {path} draws several pictures: write its variants '
                 "on lines of their own"

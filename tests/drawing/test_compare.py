@@ -294,8 +294,8 @@ REFUSED = {
     ),
     "a prompt of many pictures": (
         ["--prompts", "q.txt"],
-        lambda folder: (folder / "q.txt").write_text("A {2$$red|blue} fox\n"),
-        '"A {2$$red|blue} fox" in q.txt draws several pictures: write its variants on lines of '
+        lambda folder: (folder / "q.txt").write_text("A {e$$red|blue} fox\n"),
+        '"A {e$$red|blue} fox" in q.txt draws several pictures: write its variants on lines of '
         "their own",
     ),
     "a page that is another's": (

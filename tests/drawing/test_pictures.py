@@ -30,6 +30,7 @@ COLUMNS = plan_columns(TRAITS, [1.0])
         ("A fox --d 7 --l 5", [], "", Prompt("A fox", " --l 5", (7,))),
         ("A fox --l 5 --d 7,8", [], "", Prompt("A fox", " --l 5", (7, 8))),
         ("A fox --D 7", [2], "", Prompt("A fox", "", (2,))),
+        ("A fox --d 7 --l 5 --d 9", [], "", Prompt("A fox", " --l 5", (7,))),
         ("A fox --w 512", [], " --w 64", Prompt("A fox", " --w 512 --w 64", (1,))),
         (
             "A fox --n a dog --with dash --d 3",
@@ -41,6 +42,41 @@ COLUMNS = plan_columns(TRAITS, [1.0])
 )
 def test_a_line_is_words_options_and_seeds(line, seeds, more, expected):
     assert parse_prompt(line, seeds, more) == expected
+
+
+def test_a_comment_may_be_indented_as_gen_img_skips_it_without_the_blanks(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("  # A cat\nA fox\n")
+    assert read_prompts(path, [], "") == [Prompt("A fox", "", (1,))]
+
+
+@pytest.mark.parametrize("line", [" --d 5", "--l 7", "\t--n blurry"])
+def test_a_line_without_words_is_refused_as_gen_img_takes_its_options_for_words(line, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text(f"A fox\n{line}\n")
+    sentence = f"a line of {path} has options and no words: write the prompt first"
+    with pytest.raises(BloraError) as refusal:
+        read_prompts(path, [], "")
+    assert str(refusal.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "is_several"),
+    [
+        ("A {e$$red|blue} fox", True),
+        ("A fox --n {E$$1$$red|blue}", True),
+        ("A {2$$red|blue|green} fox", False),
+        ("A {red|blue} fox for $$", False),
+    ],
+)
+def test_only_an_enumeration_draws_several_pictures(line, is_several, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text(f"{line}\n")
+    if not is_several:
+        assert len(read_prompts(path, [], "")) == 1
+        return
+    with pytest.raises(BloraError, match=r"draws several pictures: write its variants on lines"):
+        read_prompts(path, [], "")
 
 
 def test_a_prompt_file_may_begin_with_a_mark_and_a_prompt_in_it_twice_is_one(tmp_path):
