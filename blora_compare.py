@@ -216,7 +216,6 @@ def run(comparison: Comparison) -> None:
     announce(len(missing), number)
     try:
         if missing:
-            comparison.folder.mkdir(exist_ok=True)
             draw(missing, comparison.folder, comparison.words, comparison.network)
     finally:
         if (left := len(comparison.missing())) < number:

@@ -12,8 +12,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -131,6 +131,17 @@ def watch(child: subprocess.Popen[bytes], take: Callable[[], int], total: int) -
             take()
 
 
+@contextmanager
+def drawing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder in the one of the pictures; BloraError where nothing can be written."""
+    try:
+        folder.mkdir(exist_ok=True)
+        with TemporaryDirectory(prefix=".drawing", dir=folder, ignore_cleanup_errors=True) as name:
+            yield Path(name)
+    except OSError as error:
+        raise BloraError(f"cannot draw into {folder} ({error}): change --output") from error
+
+
 def draw(
     drawings: list[Drawing],
     folder: Path,
@@ -143,8 +154,7 @@ def draw(
     BloraError, in gen_img.py's words, where it ends before the last picture.
     """
     script = find_generator()
-    with TemporaryDirectory(prefix=".drawing", dir=folder, ignore_cleanup_errors=True) as name:
-        part = Path(name)
+    with drawing_folder(folder) as part:
         prompts = part / "prompts.txt"
         prompts.write_text("".join(f"{drawing.line}\n" for drawing in drawings), "utf-8")
 
@@ -157,7 +167,7 @@ def draw(
                 keep(part / drawing.file, folder / drawing.file, drawing.settings)
             return len(finished)
 
-        given = ["--sdxl", "--outdir", name, "--from_file", str(prompts), *network(part)]
+        given = ["--sdxl", "--outdir", str(part), "--from_file", str(prompts), *network(part)]
         log = folder / LOG
         code = watch(start(script, [*given, *words], log), take, len(drawings))
     if not all((folder / drawing.file).is_file() for drawing in drawings):

@@ -326,6 +326,15 @@ def test_what_is_missing_or_does_not_fit_is_one_sentence_and_nothing_is_written(
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_file_in_the_place_of_the_folder_of_the_pictures_is_told(folder):
+    (folder / "q").touch()
+    done = compare(folder, "--loras", OUT, "--prompts", "p.txt", *SMALL, "--output", "q.html")
+    sentence = "error: cannot draw into q ([Errno 17] File exists: 'q'): change --output"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == sentence
+    assert not (folder / "q.html").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
