@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from blora.drawing.pictures import Drawing, Prompt, stamp
+from blora.drawing.pictures import Drawing, Prompt, digest, stamp
 from blora.sdxl import Trait
 from blora.sheet import (
     Line,
@@ -23,6 +23,7 @@ from blora.sheet import (
 from blora.slicer.cut import Cut, take_slice
 from blora.slicer.modules import Lora
 from blora.slicer.output import build_output
+from blora.slicer.peft import PEFT_CONFIG
 from blora.slicer.reader import BaseModel, lora_file, read_lora
 from blora.text import BloraError, counted, say
 
@@ -116,6 +117,7 @@ def plan_columns(traits: list[Trait], strengths: list[float]) -> list[Column]:
     if len(traits) > 1:
         groups.append(tuple(traits))
     columns = []
+    strengths = list(dict.fromkeys(strengths))
     for group, strength in product(groups, strengths):
         name = "both" if len(group) == len(traits) == 2 else " and ".join(t.name for t in group)
         at = "" if strengths == [1] else f" at {strength:g}"
@@ -142,10 +144,12 @@ def check_slices(saves: list[Lora], columns: list[Column], base: BaseModel | Non
 
 
 def look_settings(lora: Lora, column: Column) -> list[dict[str, Any]]:
-    """What decides a look: the file, what is kept of it, the strength."""
+    """What decides a look: the file, PEFT's settings beside it, what is kept, the strength."""
+    config = lora.path.with_name(PEFT_CONFIG)
     return [
         {
             "lora": stamp(lora.path),
+            "config": digest(config.read_bytes()) if config.is_file() else "",
             "trait": cut.trait.name,
             "keeps": [cut.trait.whitelist, cut.trait.blacklist],
             "strength": cut.strength,

@@ -20,8 +20,9 @@ DEFAULT_SEED = 1
 # As gen_img.py reads it: the first in a line counts, so none may stay before the one given here.
 SEEDS = re.compile(r" --d ([\d+,]+)", re.IGNORECASE)
 ENUMERATION = re.compile(r"\{e\$\$", re.IGNORECASE)  # of which gen_img.py draws every variant
+ENDS = 1 << 16  # bytes
 HASH = 10  # hex digits in a file's name
-LONGEST_NAME = 120  # characters of it beside the hash: Windows has 260 for the whole path
+LONGEST_NAME = 120  # bytes of it beside the hash: Linux has 255, Windows 260 for the whole path
 
 
 def digest(data: bytes) -> str:
@@ -30,12 +31,25 @@ def digest(data: bytes) -> str:
 
 
 def stamp(path: Path) -> dict[str, Any]:
-    """Which file it is, as far as a program can say that does not read gigabytes."""
+    """Which file it is, as far as a program can say that does not read gigabytes.
+
+    Its ends tell two saves apart that a system dates alike: clocks of file systems are coarse.
+    """
     try:
         stat = path.stat()
+        ends = read_ends(path, stat.st_size) if path.is_file() else b""
     except OSError as error:
         raise BloraError(f"cannot read {path} ({error})") from error
-    return {"file": path.name, "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    size, modified = stat.st_size, stat.st_mtime_ns
+    return {"file": path.name, "bytes": size, "modified": modified, "ends": digest(ends)}
+
+
+def read_ends(path: Path, size: int) -> bytes:
+    """The first and the last bytes of a file."""
+    with path.open("rb") as file:
+        first = file.read(ENDS)
+        file.seek(max(size - ENDS, 0))
+        return first + file.read(ENDS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ class Drawing:
     @cached_property
     def file(self) -> str:
         """The name of its file."""
-        name = re.sub(r"[^\w.-]+", "_", self.name)[:LONGEST_NAME]
+        whole = re.sub(r"[^\w.-]+", "_", self.name).encode()
+        name = whole[:LONGEST_NAME].decode(errors="ignore")
         return f"{name}_{digest(json.dumps(self.settings, sort_keys=True).encode())}.png"
 
     @property

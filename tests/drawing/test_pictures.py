@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def test_a_picture_s_name_tells_what_it_is_and_every_setting_changes_it():
     changed = [replace(drawing, settings=settings | other).file for other in others]
     assert len({drawing.file, *changed}) == 4
     assert replace(drawing, look=9).file == drawing.file  # a number of the one run alone
-    assert len(replace(drawing, name="x" * 999).file) < 150
+    for long in ("x" * 999, "\u7d75" * 999):  # a file system counts bytes
+        assert len(replace(drawing, name=long).file.encode()) < 150
 
 
 def test_a_folder_is_its_saves_in_the_order_of_their_steps(tmp_path):
@@ -129,6 +131,7 @@ def test_columns_are_each_trait_at_each_strength_and_then_all_together():
     names = {
         (2, (1.0,)): ["content", "style", "both"],
         (1, (1.0,)): ["content"],
+        (1, (1.0, 1.0)): ["content"],
         (2, (0.6, 1.0)): [
             f"{name} at {strength}" for name in ("content", "style", "both")
             for strength in ("0.6", "1")
@@ -219,3 +222,26 @@ def test_a_lora_of_the_same_name_elsewhere_is_another_picture(tmp_path):
     one, two = (plan_drawings([read_lora(p)], COLUMNS, [Prompt("", "", (1,))], {}) for p in paths)
     assert one[0].file == two[0].file  # without a LoRA
     assert not {d.file for d in one[1:]} & {d.file for d in two[1:]}
+
+
+def drawn_of(lora: Path) -> set[str]:
+    """The names of the pictures of its looks."""
+    drawings = plan_drawings([read_lora(lora)], COLUMNS, [Prompt("", "", (1,))], {})
+    return {drawing.file for drawing in drawings[1:]}
+
+
+def test_loras_of_one_name_size_and_date_are_different_pictures(tmp_path):
+    drawn: list[set[str]] = []
+    for steps in (100, 200):
+        lora = save(tmp_path / str(steps) / "last.safetensors", steps)
+        os.utime(lora, (0, 0))
+        drawn.append(drawn_of(lora))
+    assert not drawn[0] & drawn[1]
+
+
+def test_another_alpha_in_the_settings_beside_a_lora_of_peft_is_another_picture(tmp_path):
+    lora, drawn = save(tmp_path / "adapter_model.safetensors", None), []
+    for alpha in (2, 4):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": 2, "lora_alpha": {alpha}}}')
+        drawn.append(drawn_of(lora))
+    assert not drawn[0] & drawn[1]
