@@ -148,7 +148,7 @@ def check_checkpoint(path: Path) -> BaseModel | None:
     """The checkpoint by its header, where it is one file; BloraError where it is not SDXL's."""
     if not path.exists():
         raise BloraError(f'no checkpoint at "{path}": correct --checkpoint')
-    if path.suffix != ".safetensors":
+    if path.is_dir() or path.suffix != ".safetensors":
         return None  # a folder of diffusers, or a .ckpt, which gen_img.py reads or refuses
     base, layer = read_base_model(path), layers_by_module()[OF_SDXL]
     key, _ = checkpoint_weight(layer) or ("", None)

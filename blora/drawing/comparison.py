@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from blora.sheet import (
     thumbnail_limit,
     write_page,
 )
-from blora.slicer.cut import Cut, take_slice
+from blora.slicer.cut import Cut, Slice, take_slice
 from blora.slicer.modules import Lora
 from blora.slicer.output import build_output
 from blora.slicer.peft import PEFT_CONFIG
 from blora.slicer.reader import BaseModel, lora_file, read_lora
-from blora.text import BloraError, counted, say
+from blora.text import BloraError, counted, say, shortened
 
 TITLE = "What each save learned"
 WITHOUT = "without"
@@ -125,6 +125,14 @@ def plan_columns(traits: list[Trait], strengths: list[float]) -> list[Column]:
     return columns
 
 
+def check_apart(slices: list[Slice]) -> None:
+    """Refuse traits that cannot be shown together, as they hold the same modules."""
+    for one, two in combinations(slices, 2):
+        if {m.name for m in one.modules} & {m.name for m in two.modules}:
+            names = " and ".join(f'"{shortened(piece.cut.trait.name)}"' for piece in (one, two))
+            raise BloraError(f"{names} hold the same modules: leave one out of --traits")
+
+
 def check_slices(saves: list[Lora], columns: list[Column], base: BaseModel | None) -> None:
     """Cut everything once, without writing it; BloraError where a slice cannot be cut or drawn."""
     from blora.drawing.slices import check_drawable
@@ -132,6 +140,7 @@ def check_slices(saves: list[Lora], columns: list[Column], base: BaseModel | Non
     remarks = []
     for lora, column in product(saves, columns):
         slices = [take_slice(lora, cut) for cut in column.cuts(lora)]
+        check_apart(slices)
         build_output(lora.path, slices, base, has_metadata=False).try_values()
         for piece in slices:
             check_drawable(piece.modules, lora.path)

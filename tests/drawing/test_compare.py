@@ -267,6 +267,11 @@ REFUSED = {
         'unknown trait "mood": choose one of content, style, layout, clip_2_content, text, '
         "content_block, style_block",
     ),
+    "traits of the same modules": (
+        ["--traits", "content", "content_block"],
+        None,
+        '"content" and "content_block" hold the same modules: leave one out of --traits',
+    ),
     "a trait that the saves have not": (
         ["--traits", "layout"],
         None,
