@@ -22,9 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "docs/rank.svg"
 RANKS = {16: "", 32: "", 64: "paper", 128: "", 256: "", 512: "", 1024: "original"}  # whose it is
 FILE = 2  # bytes of a parameter in fp16
-# In fp32 the weight, its gradient and Prodigy's state: four numbers for each weight of lora_down,
-# three for each of lora_up, which begins at zero.
-MEMORY = 4 * (1 + 1 + 3.5)
 GREY, ORANGE, BLUE = "#656d76", "#b84a00", "#0b66b8"
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -52,8 +49,17 @@ def trained_shapes() -> list[tuple[int, ...]]:
     return [layer.shape for layer in layers if any(t.keeps(layer.module) for t in chosen)]
 
 
+def memory_of(shapes: list[tuple[int, ...]]) -> int:
+    """Bytes beside the model for each rank, in fp32: the weight, its gradient and Prodigy's state.
+
+    The state is four numbers for each weight of lora_down, [rank, in], and three for each of
+    lora_up, [out, rank], which begins at zero.
+    """
+    return 4 * sum((2 + 3) * outputs + (2 + 4) * inputs for outputs, inputs in shapes)
+
+
 def size_text(size: float) -> str:
-    """Bytes as "902 MB" or "9.9 GB"."""
+    """Bytes as "902 MB" or "10.0 GB"."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
@@ -90,7 +96,7 @@ def plot(shapes: list[tuple[int, ...]]) -> Figure:
     axes = figure.add_axes((0.075, 0.15, 0.9, 0.75), xscale="log", yscale="log")
     axes.set(xlim=(11.8, 1470), ylim=(8e6, 2.4e10))
     memory = "memory beside the model, in fp32:\nweights, gradients and Prodigy's state"
-    plot_sizes(axes, MEMORY * per_rank, color=ORANGE, marker="D", label=memory)
+    plot_sizes(axes, memory_of(shapes), color=ORANGE, marker="D", label=memory)
     plot_sizes(axes, FILE * per_rank, color=BLUE, marker="o", label="file, in fp16")
     axes.legend(loc="upper left", bbox_to_anchor=(-0.03, 1), frameon=False, handlelength=1)
     limit, text = outgrown(shapes)
@@ -111,7 +117,7 @@ def plot(shapes: list[tuple[int, ...]]) -> Figure:
 def describe(shapes: list[tuple[int, ...]]) -> str:
     """The chart in words."""
     per_rank = sum(map(sum, shapes))
-    sizes = [(rank, FILE * per_rank * rank, MEMORY * per_rank * rank) for rank in RANKS]
+    sizes = [(rank, FILE * per_rank * rank, memory_of(shapes) * rank) for rank in RANKS]
     ranks = [f"rank {n}: file {size_text(f)}, memory {size_text(m)}" for n, f, m in sizes]
     return "; ".join([*ranks, " ".join(outgrown(shapes)[1].split())])
 

@@ -73,14 +73,17 @@ def network(*args: object, **more: object) -> Built:
 
 @cache
 def prodigy_state() -> float:
-    """Bytes that Prodigy keeps for each byte of a LoRA, whose lora_up begins at zero."""
-    parameters = [nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.zeros(64, 64))]
+    """Bytes that Prodigy keeps for each byte of a B-LoRA, whose lora_up begins at zero."""
+    names = [(name, p.numel()) for name, p in made(1).named_parameters()]
+    downs = sum(size for name, size in names if "lora_down" in name)
+    ups = sum(size for _, size in names) - downs
+    parameters = [nn.Parameter(torch.ones(downs)), nn.Parameter(torch.zeros(ups))]
     optimizer = prodigyopt.Prodigy(parameters)
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     kept = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(v.numel() for v in kept if isinstance(v, torch.Tensor) and v.ndim) / (2 * 64 * 64)
+    return sum(v.numel() for v in kept if isinstance(v, torch.Tensor) and v.ndim) / (downs + ups)
 
 
 def told_memory(args: Namespace, found: Built, state: float | None, pixels: int = 1 << 20) -> str:
