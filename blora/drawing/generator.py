@@ -33,7 +33,7 @@ OURS = (
 # What SDXL needs on a card: in fp16 its VAE overflows, and the pictures are black.
 PRECISIONS, ATTENTION = ("--fp16", "--bf16"), ("--sdpa", "--xformers", "--diffusers_xformers")
 PNG_END = b"IEND\xaeB`\x82"
-MEMORY = re.compile(r"out of memory|OutOfMemoryError|not enough memory", re.IGNORECASE)
+MEMORY = re.compile(r"out of memory|MemoryError|not enough memory|paging file", re.IGNORECASE)
 RAISED = re.compile(r"[\w.]*(?:Error|Exception|Exit)\b(?:: (.*))?$")
 POLL = 0.2  # seconds
 
@@ -89,14 +89,15 @@ def keep(drawn: Path, output: Path, settings: dict[str, object]) -> None:
 
 def reason(log: str, code: int) -> str:
     """Why gen_img.py ended, in its own words."""
-    if MEMORY.search(log) or code in (-9, 137):
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    # Not all lines: prompts are in the log, and bars.
+    raised = [line for line in lines if RAISED.match(line) or ".py: error: " in line]
+    if any(map(MEMORY.search, raised)) or code in (-9, 137):
         return (
             "gen_img.py ran out of memory: lower --size, such as --size 768, or close what else "
             "uses the card"
         )
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    raised = [line for line in lines if RAISED.match(line) or "error: " in line]
-    last = (raised or lines or [f"exit code {code}"])[-1]
+    last = (raised or [f"exit code {code}"])[-1]
     match = RAISED.match(last)
     return f"gen_img.py stopped: {shortened(match[1] if match and match[1] else last)}"
 

@@ -184,13 +184,23 @@ def test_options_that_are_given_already_are_refused_and_others_are_not():
         ("torch.cuda.SomeError: it broke\nlast words\n", 1, "it broke"),
         ("AssertionError\n", 1, "AssertionError"),
         ("", 3, "exit code 3"),
+        ("prompt 1/2: a terror: out of memory\n 40%|##  | 10/25\n", -11, "exit code -11"),
     ],
 )  # fmt: skip
 def test_the_reason_is_the_last_thing_that_was_raised(log, code, sentence):
     assert reason(log, code) == f"gen_img.py stopped: {sentence}"
 
 
-@pytest.mark.parametrize(("log", "code"), [("", -9), ("RuntimeError: HIP out of memory.", 1)])
+@pytest.mark.parametrize(
+    ("log", "code"),
+    [
+        ("", -9),
+        ("RuntimeError: HIP out of memory.", 1),
+        ("torch.cuda.OutOfMemoryError: CUDA out of memory.", 1),
+        ("MemoryError", 1),
+        ("OSError: The paging file is too small for this operation to complete.", 1),
+    ],
+)
 def test_too_little_memory_is_told_with_what_to_lower(log, code):
     assert reason(log, code).startswith("gen_img.py ran out of memory: lower --size")
 
