@@ -141,7 +141,9 @@ def section_html(number: int, section: Section) -> Iterator[str]:
 
 
 def titled(section: Section) -> str:
-    """A section's title with the number of its pictures."""
+    """A section's title, with the number of its pictures where these are not in columns."""
+    if section.columns:
+        return words(section.title)
     return f"{words(section.title)} <small>{len(section.pictures)}</small>"
 
 

@@ -241,12 +241,15 @@ class Comparison:
         subjects: dict[tuple[Prompt, int], list[Drawing]] = {}
         for drawing in self.drawings:
             subjects.setdefault((drawing.prompt, drawing.seed), []).append(drawing)
+        texts = {(prompt.text, prompt.options) for prompt, _ in subjects}
         headings = (WITHOUT, *(column.name for column in self.columns))
         for (prompt, seed), (bare, *others) in subjects.items():
             pictures = [self.cell(bare, self.checkpoint.stem, rows=len(self.saves))]
             for drawing, (name, _) in zip(others, cells, strict=True):
                 pictures.append(self.cell(drawing, *name))
-            yield Section(f"{prompt.text}, seed {seed}", tuple(pictures), headings)
+            is_one = [text for text, _ in texts].count(prompt.text) == 1
+            title = prompt.text if is_one else f"{prompt.text}{prompt.options}"
+            yield Section(f"{title}, seed {seed}", tuple(pictures), headings)
 
     def summary(self) -> str:
         """What the page shows, in numbers."""

@@ -10,7 +10,7 @@ import pytest
 from comparing import save
 from lora_files import CONTENT, STYLE
 
-from blora.drawing.comparison import labels, plan_columns, plan_drawings, read_saves
+from blora.drawing.comparison import Comparison, labels, plan_columns, plan_drawings, read_saves
 from blora.drawing.generator import card_options, check_options, is_whole, reason
 from blora.drawing.pictures import Drawing, Prompt, parse_prompt, read_prompts
 from blora.sdxl import Trait
@@ -255,3 +255,18 @@ def test_another_alpha_in_the_settings_beside_a_lora_of_peft_is_another_picture(
         (tmp_path / "adapter_config.json").write_text(f'{{"r": 2, "lora_alpha": {alpha}}}')
         drawn.append(drawn_of(lora))
     assert not drawn[0] & drawn[1]
+
+
+def test_prompts_of_the_same_words_are_told_apart_by_their_options(tmp_path):
+    saves = [read_lora(save(tmp_path / "x.safetensors", 1))]
+    prompts = [Prompt("A fox", f" --l {scale}", (1, 2)) for scale in (5, 9)]
+    drawings = plan_drawings(saves, COLUMNS, [*prompts, Prompt("A dog", " --l 5", (1,))], {})
+    page = tmp_path / "compare.html"
+    comparison = Comparison(page, Path("m.safetensors"), None, saves, COLUMNS, drawings, [])
+    assert [section.title for section in comparison.sections()] == [
+        "A fox --l 5, seed 1",
+        "A fox --l 5, seed 2",
+        "A fox --l 9, seed 1",
+        "A fox --l 9, seed 2",
+        "A dog, seed 1",
+    ]
