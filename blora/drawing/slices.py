@@ -87,6 +87,8 @@ def check_drawable(modules: Iterable[Module], lora: Path) -> None:
 def as_torch(tensor: Tensor) -> torch.Tensor:
     """The values of a tensor, in fp32."""
     data = bytearray(tensor.read())
+    if not data:  # of a rank of 0, which frombuffer refuses
+        return torch.empty(tensor.shape)
     return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape).float()
 
 

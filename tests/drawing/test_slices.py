@@ -106,6 +106,15 @@ def test_a_look_takes_the_place_of_the_one_before_to_the_bit(tmp_path, dtype):
     assert not torch.allclose(half[1].double(), bare[1].double(), rtol=0.01, atol=0.01)
 
 
+def test_a_rank_of_0_is_no_change(tmp_path):
+    name = CONTENT.format(0, 1, "q")
+    module = make_module(name, FORMS["LoRA"], 0, 1.0, torch.float16)
+    path = write_modules(tmp_path / "lora.safetensors", {name: module})
+    layer = Layer(base_weight(name))
+    network(tmp_path, [[], [Cut(path, ALL, 1.0)]], {sgm(name): layer}).set_multiplier(1.0)
+    assert torch.equal(layer.weight, base_weight(name))
+
+
 def test_an_alpha_of_0_is_no_change_as_to_every_program_that_draws(tmp_path):
     name = CONTENT.format(0, 1, "q")
     path = write_modules(
