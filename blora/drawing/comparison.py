@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,9 @@ def files_of(word: str) -> list[Path] | None:
     if path.is_dir():
         return sorted(path.glob("*.safetensors"))
     if not path.exists() and re.search(r"[*?\[]", word):
-        found = map(Path, glob(word))  # noqa: PTH207  (it may be absolute)
+        # A folder that is there is no pattern, such as "my [v]".
+        start = escape(str(path.parent)) if path.parent.is_dir() else str(path.parent)
+        found = map(Path, glob(str(Path(start, path.name))))  # noqa: PTH207  (it may be absolute)
         return sorted(file for file in found if file.is_file())
     return None
 

@@ -118,6 +118,12 @@ def test_a_file_with_the_letters_of_a_pattern_in_its_name_is_a_file(tmp_path):
     assert [lora.path for lora in read_saves([str(path)], COLUMNS)] == [path]
 
 
+def test_a_pattern_in_a_folder_with_the_letters_of_one_finds_its_files(tmp_path):
+    path = save(tmp_path / "my [v]/a.safetensors", 1)
+    word = str(path.with_name("*.safetensors"))
+    assert [lora.path for lora in read_saves([word], COLUMNS)] == [path]
+
+
 def test_two_trainings_in_a_folder_are_not_mixed_and_equal_names_get_their_folder(tmp_path):
     for name, steps, training in (("x1", 10, "b"), ("y1", 20, "a"), ("x2", 30, "b")):
         save(tmp_path / f"{name}.safetensors", steps, name=training)
