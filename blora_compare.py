@@ -19,6 +19,7 @@ it was stopped. In a prompt file each line is a prompt, with sd-scripts' own opt
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -228,6 +229,8 @@ def run(comparison: Comparison) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 when done, 1 with one sentence on stderr when it fails."""
     escape_unencodable()
+    # What ends it ends gen_img.py too, which would go on alone, and leaves the page.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args = build_parser().parse_args(argv[:end])

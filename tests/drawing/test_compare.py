@@ -225,7 +225,15 @@ def test_an_option_that_the_generator_does_not_know_is_told_in_its_words(folder)
     assert sentence in done.stderr
 
 
-def test_ctrl_c_leaves_a_page_of_what_is_done(folder):
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [
+        (lambda pid: os.killpg(pid, signal.SIGINT), 130),  # as a terminal does
+        (lambda pid: os.kill(pid, signal.SIGTERM), 143),
+    ],
+    ids=["Ctrl+C", "kill"],
+)
+def test_what_stops_it_leaves_a_page_of_what_is_done(folder, stop, code):
     (folder / "p.txt").write_text("A lighthouse\nwait a minute\n")
     shutil.rmtree(folder / OUT / "compare")
     words = ["--loras", OUT, "--prompts", "p.txt", *SMALL]
@@ -236,9 +244,11 @@ def test_ctrl_c_leaves_a_page_of_what_is_done(folder):
     until = time.monotonic() + 60
     while not pictures(folder) and time.monotonic() < until:
         time.sleep(0.1)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    stop(child.pid)
     out, err = child.communicate(timeout=30)
-    assert child.returncode == 130
+    assert child.returncode == code
+    with pytest.raises(ProcessLookupError):  # gen_img.py has ended too
+        os.killpg(child.pid, 0)
     assert out == f"-> {Path(OUT, 'compare.html')}: 1 picture of 2 saves\n"
     assert err.endswith("note: 13 of 14 pictures are left: the same command goes on with them\n")
     assert (folder / OUT / "compare.html").read_text("utf-8").count("not drawn yet") == 13
