@@ -74,14 +74,14 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 768, or 768x1024")
     width, height = int(parts[0]), int(parts[-1])
     if not width or not height or width % 32 or height % 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 32")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 32, from 32 on")
     return width, height
 
 
 def positive(text: str) -> int:
     """A number of steps."""
-    if not (text.isdecimal() and len(text) < 6 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not (text.isdecimal() and len(text) < 6 and 0 < int(text) <= 1000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000")
     return int(text)
 
 
@@ -207,8 +207,10 @@ def announce(missing: int, number: int) -> None:
         )
     if missing == number:
         say(f"drawing {counted(number, 'picture')}, once the model is loaded")
-    else:
+    elif missing:
         say(f"drawing {missing} of {counted(number, 'picture')}, the others are there already")
+    else:
+        say(f"nothing to draw: {counted(number, 'picture')} are there already")
 
 
 def run(comparison: Comparison) -> None:
@@ -223,7 +225,7 @@ def run(comparison: Comparison) -> None:
             comparison.write()
             print(printable(f"-> {comparison.page}: {comparison.summary()}"))
         if left:
-            say(f"note: {left} of {number} pictures are left: the same command goes on with them")
+            say(f"note: {left} of {number} pictures are left")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -243,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         advice = f"no {error.name} in this Python ({sys.executable}): activate kohya's venv"
         say(cannot_load(error) if is_ours else f"error: {advice}")
     except KeyboardInterrupt:
+        say("stopped: the same command goes on with what is left")
         return 130  # as a shell counts Ctrl+C
     else:
         return 0

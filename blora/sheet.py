@@ -118,7 +118,7 @@ def picture_html(picture: Picture) -> str:
     if picture.thumbnail is not None:
         source = f"data:image/webp;base64,{b64encode(picture.thumbnail).decode()}"
         image = f'<img alt="{words(picture.name)}" decoding="async" src="{source}">'
-    link = f' href="{quote(picture.link)}"' if picture.link else ""
+    link = f' href="{quote(picture.link, errors="surrogateescape")}"' if picture.link else ""
     kind = ' class="out"' if picture.is_out else ""
     if picture.rows > 1:
         kind += f' style="--rows: {picture.rows}"'

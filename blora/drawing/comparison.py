@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import escape, glob
-from itertools import combinations, product
+from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from blora.sheet import (
     write_page,
 )
 from blora.slicer.cut import Cut, Slice, take_slice
+from blora.slicer.keys import DORA
 from blora.slicer.modules import Lora
 from blora.slicer.output import build_output
 from blora.slicer.peft import PEFT_CONFIG
 from blora.slicer.reader import BaseModel, lora_file, read_lora
-from blora.text import BloraError, counted, say, shortened
+from blora.text import BloraError, counted, progress_bar, say, shortened
 
 TITLE = "What each save learned"
 WITHOUT = "without"
@@ -59,17 +60,26 @@ def by_training(lora: Lora) -> tuple[str, bool, int, str]:
     return lora.metadata.get("ss_output_name", ""), steps is None, steps or 0, lora.path.name
 
 
-def files_of(word: str) -> list[Path] | None:
-    """The files of a folder or of a pattern, which cmd leaves as it is; None for anything else."""
+def files_of(word: str) -> list[Path]:
+    """The files of a folder or of a pattern, which cmd leaves as it is; or the one it names."""
     path = Path(word)
     if path.is_dir():
-        return sorted(path.glob("*.safetensors"))
+        return sorted(path.glob("*.safetensors")) or [lora_file(path)]
     if not path.exists() and re.search(r"[*?\[]", word):
         # A folder that is there is no pattern, such as "my [v]".
         start = escape(str(path.parent)) if path.parent.is_dir() else str(path.parent)
         found = map(Path, glob(str(Path(start, path.name))))  # noqa: PTH207  (it may be absolute)
         return sorted(file for file in found if file.is_file())
-    return None
+    return [path]
+
+
+def grouped(words: Iterable[str]) -> Iterator[tuple[str, list[Path]]]:
+    """The files that are named, in groups: bash makes many names of one folder of a pattern."""
+    for place, named in groupby(words, lambda word: Path(word).is_file() and Path(word).parent):
+        if isinstance(place, Path):
+            yield str(place), list(map(Path, named))
+        else:
+            yield from ((word, files_of(word)) for word in named)
 
 
 def lacking(lora: Lora, columns: Iterable[Column]) -> str:
@@ -78,27 +88,35 @@ def lacking(lora: Lora, columns: Iterable[Column]) -> str:
     return next((t.name for t in traits if not any(map(t.keeps, lora.modules))), "")
 
 
-def read_saves(words: Iterable[str], columns: list[Column]) -> list[Lora]:
-    """The LoRAs that are named, those of a folder or a pattern in the order of their steps.
+def read_group(files: list[Path], columns: list[Column]) -> Iterator[Lora]:
+    """The LoRAs among several files; what is none, or has no trait, is left out and said.
 
-    Of these, one without a trait is left out and said, as slices often lie beside saves.
+    Slices often lie beside saves, and a save that is being written is not whole.
     """
-    saves: list[Lora] = []
-    for word in words:
-        files = files_of(word)
-        if files is None:
-            saves.append(read_lora(lora_file(Path(word))))
+    for file in files:
+        try:
+            lora = read_lora(file)
+        except BloraError as error:
+            say(f"note: left out {file.name} ({error})")
             continue
-        whole = []
-        for lora in sorted(map(read_lora, files), key=by_training):
-            if trait := lacking(lora, columns):
-                say(f"note: left out {lora.path.name}, which has nothing of {trait}")
-            else:
-                whole.append(lora)
-        if not whole:
-            raise BloraError(f'no LoRA to compare in "{word}": correct --loras')
-        saves += whole
-    return list({lora.path: lora for lora in saves}.values())
+        if trait := lacking(lora, columns):
+            say(f"note: left out {file.name}, which has nothing of {trait}")
+        else:
+            yield lora
+
+
+def read_saves(words: Iterable[str], columns: list[Column]) -> list[Lora]:
+    """The LoRAs that are named, those of a folder or a pattern in the order of their steps."""
+    saves: list[Lora] = []
+    for name, files in grouped(words):
+        if len(files) == 1:
+            saves.append(read_lora(files[0]))
+            continue
+        group = sorted(read_group(files, columns), key=by_training)
+        if not group:
+            raise BloraError(f'no LoRA to compare in "{name}": correct --loras')
+        saves += group
+    return list({lora.path.resolve(): lora for lora in saves}.values())
 
 
 def labels(saves: list[Lora]) -> list[str]:
@@ -135,6 +153,17 @@ def check_apart(slices: list[Slice]) -> None:
             raise BloraError(f"{names} hold the same modules: leave one out of --traits")
 
 
+def check_without_base(slices: list[Slice]) -> None:
+    """Refuse a DoRA at another strength than 1 where the checkpoint is not one file."""
+    for piece in slices:
+        if any(DORA in module.tensors for module in piece.modules):
+            raise BloraError(
+                f"{piece.lora.path} is a DoRA, which at another strength than 1 needs the weights "
+                "of the checkpoint: give --checkpoint as one .safetensors file, or leave "
+                "--strengths out"
+            )
+
+
 def check_slices(saves: list[Lora], columns: list[Column], base: BaseModel | None) -> None:
     """Cut everything once, without writing it; BloraError where a slice cannot be cut or drawn."""
     from blora.drawing.slices import check_drawable
@@ -143,6 +172,8 @@ def check_slices(saves: list[Lora], columns: list[Column], base: BaseModel | Non
     for lora, column in product(saves, columns):
         slices = [take_slice(lora, cut) for cut in column.cuts(lora)]
         check_apart(slices)
+        if not base and column.strength != 1:
+            check_without_base(slices)
         build_output(lora.path, slices, base, has_metadata=False).try_values()
         for piece in slices:
             check_drawable(piece.modules, lora.path)
@@ -233,7 +264,7 @@ class Comparison:
             thumbnail = make_thumbnail(image, thumbnail_limit(len(self.drawings)))
         return Picture(name, thumbnail, lines, link=f"{self.folder.name}/{path.name}", rows=rows)
 
-    def sections(self) -> Iterator[Section]:
+    def sections(self, advance: Callable[[int], object]) -> Iterator[Section]:
         """One for each prompt and seed: a row a save, the picture without a LoRA beside all."""
         names = [
             (label, f"{steps:,} steps" if (steps := steps_of(lora)) is not None else "")
@@ -251,6 +282,7 @@ class Comparison:
                 pictures.append(self.cell(drawing, *name))
             is_one = [text for text, _ in texts].count(prompt.text) == 1
             title = prompt.text if is_one else f"{prompt.text}{prompt.options}"
+            advance(len(pictures))
             yield Section(f"{title}, seed {seed}", tuple(pictures), headings)
 
     def summary(self) -> str:
@@ -265,4 +297,6 @@ class Comparison:
             f"{self.checkpoint.name} without a LoRA, and with the {names} of each save. "
             "A click opens a picture in full; its settings are in the file."
         )
-        write_page(self.page, TITLE, intro, self.sections())
+        # Some 50 ms a picture of 1024 x 1024.
+        with progress_bar(len(self.drawings), desc="the page", unit="picture") as advance:
+            write_page(self.page, TITLE, intro, self.sections(advance))

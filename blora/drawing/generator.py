@@ -30,6 +30,11 @@ OURS = (
     "--network_merge", "--network_merge_n_models", "--network_pre_calc", "--images_per_prompt",
     "--n_iter", "--seed", "--W", "--H", "--steps", "--highres_fix_save_1st",
 )  # fmt: skip
+# With these the pictures of a row would differ by more than the LoRA, or not be drawn.
+UNFIT = (
+    "--image_path", "--mask_path", "--guide_image_path", "--noise_offset_prob",
+    "--pyramid_noise_prob",
+)  # fmt: skip
 # What SDXL needs on a card: in fp16 its VAE overflows, and the pictures are black.
 PRECISIONS, ATTENTION = ("--fp16", "--bf16"), ("--sdpa", "--xformers", "--diffusers_xformers")
 PNG_END = b"IEND\xaeB`\x82"
@@ -55,6 +60,11 @@ def check_options(words: Iterable[str]) -> None:
         # argparse takes the beginning of an option for it.
         if len(option) > 2 and any(name.startswith(option) for name in OURS):
             raise BloraError(f"{shortened(option)} behind -- is set already: leave it out")
+        if len(option) > 4 and any(name.startswith(option) for name in UNFIT):
+            raise BloraError(
+                f"with {shortened(option)} behind -- the pictures would not differ by the LoRA "
+                "alone: leave it out"
+            )
 
 
 def card_options(words: list[str], has_card: bool) -> list[str]:
@@ -81,9 +91,11 @@ def keep(drawn: Path, output: Path, settings: dict[str, object]) -> None:
 
     with Image.open(drawn) as image, written_whole(output) as part:
         info = PngInfo()
+        # Names of files on Linux may hold what UTF-8 does not.
+        words = json.dumps(settings, ensure_ascii=False).encode("utf-8", "backslashreplace")
         for key, text in getattr(image, "text", {}).items():
             info.add_text(key, text)
-        info.add_itxt("blora", json.dumps(settings, ensure_ascii=False))
+        info.add_itxt("blora", words.decode())
         image.save(part, "PNG", pnginfo=info)
 
 
@@ -92,11 +104,11 @@ def reason(log: str, code: int) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     # Not all lines: prompts are in the log, and bars.
     raised = [line for line in lines if RAISED.match(line) or ".py: error: " in line]
-    if any(map(MEMORY.search, raised)) or code in (-9, 137):
-        return (
-            "gen_img.py ran out of memory: lower --size, such as --size 768, or close what else "
-            "uses the card"
-        )
+    advice = "lower --size, such as --size 768, or close other programs"
+    if any(map(MEMORY.search, raised)):
+        return f"gen_img.py ran out of memory: {advice}"
+    if code in (-9, 137):
+        return f"gen_img.py was killed, as it is where memory runs out: {advice}"
     last = (raised or [f"exit code {code}"])[-1]
     match = RAISED.match(last)
     return f"gen_img.py stopped: {shortened(match[1] if match and match[1] else last)}"

@@ -37,11 +37,17 @@ def stamp(path: Path) -> dict[str, Any]:
     """
     try:
         stat = path.stat()
-        ends = read_ends(path, stat.st_size) if path.is_file() else b""
+        ends = read_ends(path, stat.st_size) if path.is_file() else names_inside(path)
     except OSError as error:
         raise BloraError(f"cannot read {path} ({error})") from error
     size, modified = stat.st_size, stat.st_mtime_ns
     return {"file": path.name, "bytes": size, "modified": modified, "ends": digest(ends)}
+
+
+def names_inside(folder: Path) -> bytes:
+    """What lies in a folder, as of diffusers: names, sizes and dates."""
+    files = [(str(p.relative_to(folder)), p.stat()) for p in sorted(folder.rglob("*"))]
+    return repr([(name, s.st_size, s.st_mtime_ns) for name, s in files]).encode(errors="replace")
 
 
 def read_ends(path: Path, size: int) -> bytes:
@@ -98,7 +104,9 @@ def read_prompts(path: Path, seeds: list[int], more: str) -> list[Prompt]:
     """The prompts of a file, one a line; BloraError where there are none."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise BloraError(f"{path} is not in UTF-8: save it so ({error.reason})") from error
+    except OSError as error:
         raise BloraError(f"cannot read {path} ({error}): correct --prompts") from error
     if path.suffix.lower() in (".json", ".toml"):
         raise BloraError(f"{path} is no text file: write the prompts one a line for --prompts")

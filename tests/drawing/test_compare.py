@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from comparing import CHECKPOINT, OF_SDXL, command, compare, make_folder, save, write_checkpoint
 from lora_files import CONTENT, STYLE
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +140,7 @@ def test_what_is_drawn_is_kept_and_only_what_changed_is_drawn_again(folder):
     done = compare(folder, *words)
     assert (done.returncode, done.stderr) == (
         0,
-        "drawing 0 of 14 pictures, the others are there already\n",
+        "nothing to draw: 14 pictures are there already\n",
     )
     assert {path: path.stat().st_mtime_ns for path in pictures(folder).values()} == before
     save(folder / OUT / "my_1.safetensors", 800, rank=3)
@@ -194,8 +196,8 @@ def test_a_kohya_ss_folder_has_the_generator_in_its_sd_scripts(tmp_path):
         ),
         (
             "raise CUDA out of memory. Tried to allocate 20.00 MiB",
-            "error: gen_img.py ran out of memory: lower --size, such as --size 768, or close what "
-            "else uses the card (all that it says is in {log})",
+            "error: gen_img.py ran out of memory: lower --size, such as --size 768, or close other "
+            "programs (all that it says is in {log})",
         ),
     ],
 )
@@ -208,7 +210,7 @@ def test_what_the_generator_refuses_is_told_and_the_page_has_what_was_drawn(
     log = Path(OUT, "compare/gen_img.log")
     assert done.returncode == 1
     *_, note, error = done.stderr.splitlines()
-    assert note == "note: 13 of 14 pictures are left: the same command goes on with them"
+    assert note == "note: 13 of 14 pictures are left"
     assert error == sentence.format(log=log)
     assert done.stdout == f"-> {Path(OUT, 'compare.html')}: 1 picture of 2 saves\n"
     page = (folder / OUT / "compare.html").read_text("utf-8")
@@ -250,7 +252,8 @@ def test_what_stops_it_leaves_a_page_of_what_is_done(folder, stop, code):
     with pytest.raises(ProcessLookupError):  # gen_img.py has ended too
         os.killpg(child.pid, 0)
     assert out == f"-> {Path(OUT, 'compare.html')}: 1 picture of 2 saves\n"
-    assert err.endswith("note: 13 of 14 pictures are left: the same command goes on with them\n")
+    stopped = "stopped: the same command goes on with what is left\n" if code == 130 else ""
+    assert err.endswith(f"note: 13 of 14 pictures are left\n{stopped}")
     assert (folder / OUT / "compare.html").read_text("utf-8").count("not drawn yet") == 13
     assert not list((folder / OUT / "compare").glob(".drawing*"))
 
@@ -318,6 +321,16 @@ REFUSED = {
         lambda folder: (folder / "q.html").write_text("<p>mine</p>"),
         '"q.html" is not an earlier sheet: give --output another name',
     ),
+    "an option that would make more than the LoRA differ": (
+        ["--", "--mask_path", "x"],
+        None,
+        "with --mask_path behind -- the pictures would not differ by the LoRA alone: leave it out",
+    ),
+    "prompts in another encoding": (
+        ["--prompts", "q.txt"],
+        lambda folder: (folder / "q.txt").write_text("A fox", "utf-16"),
+        "q.txt is not in UTF-8: save it so (invalid start byte)",
+    ),
     "an option that is set": (
         ["--", "--outd", "x"],
         None,
@@ -353,9 +366,9 @@ def test_a_file_in_the_place_of_the_folder_of_the_pictures_is_told(folder):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--size", "500"], "argument --size: '500' is not a multiple of 32"),
+        (["--size", "500"], "argument --size: '500' is not a multiple of 32, from 32 on"),
         (["--size", "x768"], "argument --size: 'x768' is no size: write 768, or 768x1024"),
-        (["--steps", "0"], "argument --steps: '0' is not a whole number above 0"),
+        (["--steps", "0"], "argument --steps: '0' is not a whole number from 1 to 1000"),
         (["--seeds", "-1"], "argument --seeds: '-1' is not a whole number"),
         (["--strengths", "nan"], "argument --strengths: 'nan' is not a finite fp32 number"),
     ],
@@ -377,6 +390,38 @@ def test_a_slice_beside_the_saves_is_left_out_of_a_folder_and_refused_by_name(fo
     assert done.stderr == (
         f'error: {Path(OUT, "slice.safetensors")} has no modules for the trait "style": its blocks '
         "are output_blocks.0.1\n"
+    )
+
+
+def test_names_that_bash_made_of_a_pattern_are_a_folder_s_saves(folder):
+    """In the order of their steps, without the slices and the files that are no LoRA."""
+    save(folder / OUT / "slice.safetensors", 750, CONTENT)
+    (folder / OUT / "torn.safetensors").write_bytes(b"torn")
+    names = sorted((folder / OUT).glob("*.safetensors"), reverse=True)
+    done = compare(folder, "--loras", *names, "--prompts", "p.txt", *SMALL)
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert [note.partition(" (")[0].partition(",")[0] for note in notes] == [
+        "note: left out torn.safetensors", "note: left out slice.safetensors"
+    ]  # fmt: skip
+    page = Path(folder / OUT / "compare.html").read_text("utf-8")
+    rows = [name for name in re.findall('"name".*?>(.*?)</p>', page) if name != "sdxl"]
+    assert rows[:6] == ["my_1-000002"] * 3 + ["my_1"] * 3
+
+
+def test_a_dora_at_another_strength_needs_the_checkpoint_as_one_file(folder):
+    tensors = {}
+    for key, tensor in load_file(folder / OUT / "my_1.safetensors").items():
+        tensors[key] = tensor
+        if key.endswith("up.weight"):
+            name = key.removesuffix("lora_up.weight")
+            tensors[f"{name}dora_scale"] = torch.ones(len(tensor), 1)
+    save_file(tensors, folder / "dora.safetensors")
+    (folder / "diffusers").mkdir()
+    words = ["--checkpoint", "diffusers", "--loras", "dora.safetensors", "--prompts", "p.txt"]
+    done = compare(folder, *words, "--strengths", "0.6", *SMALL)
+    assert done.stderr == (
+        "error: dora.safetensors is a DoRA, which at another strength than 1 needs the weights of "
+        "the checkpoint: give --checkpoint as one .safetensors file, or leave --strengths out\n"
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from kohya_folder import install
-from lora_files import CONTENT, STYLE, lora_module, write
+from lora_files import CONTENT, STYLE, TE2, lora_module, write
 from PIL import Image
 from real_kohya import KOHYA_PYTHON, make_copy, random_sdxl
 
@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 NOT_RUN = "NOT RUN: BLORA_E2E=1 draws with a full-size SDXL on the CPU, five minutes"
 PROMPT = r"A \[v\] on a beach --l 7"
 SIZE = 128
+TRAITS = "content", "style", "text"
+ALL = "content_and_style_and_text"  # the joined file, as its picture is called
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,16 @@ class Kohya:
 
 
 def make_lora(path: Path) -> Path:
-    """A LoRA of every attention module of both blocks, which changes what is drawn."""
+    """A LoRA of every attention module of both blocks, and of both text encoders' first layers."""
     tensors: dict[str, torch.Tensor] = {}
     for template in (CONTENT, STYLE):
         for block in range(10):
             for attention in (1, 2):
                 for projection in ("q", "k", "v", "out_0"):
                     tensors |= lora_module(template.format(block, attention, projection))
+    for projection in ("q", "k", "v", "out"):
+        for encoder in (TE2, TE2.replace("te2", "te1")):
+            tensors |= lora_module(encoder.format(0, projection))
     down = {key: tensor / 8 for key, tensor in tensors.items() if key.endswith("down.weight")}
     return write(path, tensors | down, {"ss_steps": "750", "ss_output_name": "my"})
 
@@ -79,16 +84,17 @@ def kohya(tmp_path_factory) -> Kohya:
     made = Kohya(path, random_sdxl(tmp_path_factory.mktemp("random_sdxl")))
     make_lora(path / "my.safetensors")
     (path / "p.txt").write_text(f"{PROMPT}\n")
-    made.compare("--loras", "my.safetensors")
-    cut = ["blora_slicer.py", "--loras", "my.safetensors", "--traits", "content", "style"]
+    made.compare("--loras", "my.safetensors", "--traits", *TRAITS)
+    cut = ["blora_slicer.py", "--loras", "my.safetensors", "--traits", *TRAITS]
     made.run(*cut, "--not_combined", "--output_path", "cut.safetensors")
     made.run(*cut, "--output_path", "joined.safetensors")
-    looks = {"without": "0,0,0", "content": "1,0,0", "style": "0,1,0", "both": "0,0,1"}
+    looks = {"without": "0,0,0,0", "content": "1,0,0,0", "style": "0,1,0,0", "text": "0,0,1,0"}
+    looks[ALL] = "0,0,0,1"
     options = f"--w {SIZE} --h {SIZE} --s 1 --d 1"
     lines = [f"{PROMPT} {options} --am {am} --f {look}.png" for look, am in looks.items()]
     (path / "own.txt").write_text("\n".join(lines))
-    slices = "cut_content.safetensors", "cut_style.safetensors", "joined.safetensors"
-    network = ["--network_module", *["networks.lora"] * 3, "--network_weights", *slices]
+    slices = [*(f"cut_{trait}.safetensors" for trait in TRAITS), "joined.safetensors"]
+    network = ["--network_module", *["networks.lora"] * 4, "--network_weights", *slices]
     given = ["--ckpt", made.checkpoint, "--sdxl", "--from_file", "own.txt", "--outdir", "own"]
     given += ["--tokenizer_cache_dir", made.sdxl / "tokenizers"]
     made.run("sd-scripts/gen_img.py", *given, *network)
@@ -113,7 +119,7 @@ def test_without_a_lora_it_is_the_picture_of_the_bare_model_to_the_bit(kohya):
     assert np.array_equal(ours, own)
 
 
-@pytest.mark.parametrize("look", ["content", "style", "both"])
+@pytest.mark.parametrize("look", [*TRAITS, ALL])
 def test_a_slice_is_the_picture_of_its_file_but_for_the_rounding(kohya, look):
     """gen_img.py adds a network's output to the layer's; ours is in the weight, as ComfyUI's."""
     (ours, own), (bare, _) = pictures(kohya, look), pictures(kohya, "without")
@@ -125,7 +131,7 @@ def test_a_slice_is_the_picture_of_its_file_but_for_the_rounding(kohya, look):
 def test_what_is_there_is_not_drawn_again(kohya):
     before = {path: path.stat().st_mtime_ns for path in (kohya.path / "compare").glob("*.png")}
     shutil.move(kohya.path / "compare.html", kohya.path / "before.html")
-    out = kohya.compare("--loras", "my.safetensors")
-    assert out == "-> compare.html: 4 pictures of 1 save\n"
+    out = kohya.compare("--loras", "my.safetensors", "--traits", *TRAITS)
+    assert out == "-> compare.html: 5 pictures of 1 save\n"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (kohya.path / "compare.html").read_bytes() == (kohya.path / "before.html").read_bytes()
