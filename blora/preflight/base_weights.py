@@ -60,6 +60,9 @@ def watched(args: Namespace, record: list[Merged]) -> Any:
 
     def read_base_weights(multiplier: float, file: str, *models: Any, **options: Any) -> Any:
         network, weights = create(multiplier, file, *models, **options)
+        # Those of a .pt file have numbers, unlike the models that they are added to.
+        large = (n for n, tensor in weights.items() if getattr(tensor, "numel", int)() > 1)
+        without = weights | {name: weights[name].to("meta") for name in large}
         loras = [*getattr(network, "unet_loras", ()), *getattr(network, "text_encoder_loras", ())]
         merge = network.merge_to
 
@@ -72,7 +75,7 @@ def watched(args: Namespace, record: list[Merged]) -> Any:
                 record.append(merged)
 
         network.merge_to = merge_base_weights
-        return network, weights
+        return network, without
 
     def from_weights(*given: Any, **options: Any) -> Any:
         is_base = options.get("for_inference")  # the other is --dim_from_weights

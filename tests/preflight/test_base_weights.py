@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -138,6 +139,19 @@ def test_sd_scripts_own_lora_reads_the_factors_of_a_lora_alone():
 def test_numbers_without_a_file_are_a_warning(files, numbers, sentence):
     found = sentences(base_weights=files, base_weights_multiplier=numbers)
     assert found == Report(warnings=[sentence] if sentence else [])
+
+
+def test_a_pt_file_is_merged_into_models_without_numbers(tmp_path):
+    """sd-scripts' own LoRA adds the file's tensors; what is no tensor is left as it is."""
+    given = {"a.alpha": torch.ones(1), "a.lora_up.weight": torch.ones(2, 2), "epoch": 3}
+    network = Namespace(merge_to=lambda *_: None)
+    network_module = Namespace(create_network_from_weights=lambda *_, **__: (network, given))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib, "import_module", lambda _: network_module)
+        with watched(ARGS, []):
+            _, weights = network_module.create_network_from_weights(1, "a.pt", for_inference=True)
+    assert weights | {"a.lora_up.weight": None} == given | {"a.lora_up.weight": None}
+    assert weights["a.lora_up.weight"].is_meta
 
 
 def test_a_block_that_is_merged_and_trained_is_a_note():

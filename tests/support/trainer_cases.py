@@ -578,6 +578,15 @@ def lora(folder: Path, *modules: str, parts: dict[str, Any] = LORA_OF, name: str
     write_checkpoint(folder / name, shapes, dtype="F32")
 
 
+@change
+def as_pt(folder: Path, name: str) -> None:
+    """The LoRA as torch saves it."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / BASE), folder / name)
+
+
 content = partial(lora, CONTENT)
 
 
@@ -625,6 +634,8 @@ BASES = [
     style_warns("base weights of no name", "names no file", *below(), "--base_weights"),
     warns("a strength without a file", "0 files", "--base_weights_multiplier", "1"),
     trains("a content for sd-scripts' LoRA", *below(content(), module=SD), *HALF_STRONG),
+    trains("a .pt for sd-scripts' LoRA", *below(content(), as_pt("base.pt"), module=SD),
+           "--base_weights", "base.pt"),
     warns("a LoHa for sd-scripts' LoRA", MERGES_NONE, *below(content(parts=LOHA_OF), module=SD)),
     warns("a DoRA for sd-scripts' LoRA", "dora_scale",
           *below(content(parts=LORA_OF | BY_ROW), module=SD)),
