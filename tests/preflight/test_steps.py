@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "output_dir": "_out",
     "output_name": "hero",
     "vae": None,
+    "base_weights": None,
     "debug_dataset": False,
     "disable_mmap_load_safetensors": False,
     "pretrained_model_name_or_path": "x.ckpt",
