@@ -50,11 +50,11 @@ try:
     )
     from blora.drawing.generator import card_options, check_options, draw, find_generator
     from blora.drawing.pictures import digest, read_prompts, stamp
-    from blora.sdxl import Trait, checkpoint_weight, layers_by_module, load_traits
+    from blora.sdxl import Trait, checkpoint_weight, layers_by_module, load_traits, named_trait
     from blora.sheet import check_page
     from blora.slicer.reader import BaseModel, read_base_model
     from blora.tensorfile import fp32_number
-    from blora.text import BloraError, counted, escape_unencodable, printable, say, shortened
+    from blora.text import BloraError, counted, escape_unencodable, printable, say
 except ImportError as error:
     sys.exit(cannot_load(error))
 
@@ -138,11 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 def chosen_traits(names: list[str], path: Path) -> list[Trait]:
     """The traits of these names; BloraError for one that there is not."""
     known = load_traits(path)
-    for name in names:
-        if name not in known:
-            choices = ", ".join(map(shortened, known))
-            raise BloraError(f'unknown trait "{shortened(name)}": choose one of {choices}')
-    return [known[name] for name in dict.fromkeys(names)]
+    return [named_trait(name, known) for name in dict.fromkeys(names)]
 
 
 def check_checkpoint(path: Path) -> BaseModel | None:

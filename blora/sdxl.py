@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from blora.text import BloraError
+from blora.text import BloraError, shortened
 
 # ---- Layers --------------------------------------------------------------------------------------
 
@@ -320,3 +320,11 @@ def load_traits(path: Path) -> dict[str, Trait]:
     if not isinstance(entries, dict):
         raise BloraError(f"{path} holds no traits: its JSON must be an object of traits by name")
     return {name: parse_trait(name, entry, path) for name, entry in entries.items()}
+
+
+def named_trait(name: str, known: dict[str, Trait]) -> Trait:
+    """The trait of this name; BloraError, with the names there are, where there is none."""
+    if name not in known:
+        names = ", ".join(map(shortened, known))
+        raise BloraError(f'unknown trait "{shortened(name)}": choose one of {names}')
+    return known[name]

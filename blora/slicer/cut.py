@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from blora.sdxl import Trait, block_of
+from blora.sdxl import Trait, block_of, named_trait
 from blora.slicer.blocks import Blocks, lbw_text
 from blora.slicer.keys import ALPHA, LORA_MID
 from blora.slicer.modules import Lora, Module, peft_tuner, with_rank_as_alpha
@@ -93,11 +93,10 @@ def plan_cuts(
     cuts = []
     for index in range(max(len(loras), len(traits))):
         name = traits[index] if index < len(traits) else DEFAULT_TRAIT
-        if name not in known:
-            names = ", ".join(map(shortened, known))
-            raise BloraError(f'unknown trait "{shortened(name)}": choose one of {names}')
         strength = alphas[index] if index < len(alphas) else DEFAULT_STRENGTH
-        cuts.append(Cut(loras[min(index, len(loras) - 1)], known[name], strength, blocks))
+        cuts.append(
+            Cut(loras[min(index, len(loras) - 1)], named_trait(name, known), strength, blocks)
+        )
     return cuts
 
 
