@@ -297,6 +297,6 @@ class Comparison:
             f"{self.checkpoint.name} without a LoRA, and with the {names} of each save. "
             "A click opens a picture in full; its settings are in the file."
         )
-        # Some 50 ms a picture of 1024 x 1024.
+        # 490 pictures of 1024 x 1024 took a minute on two busy cores.
         with progress_bar(len(self.drawings), desc="the page", unit="picture") as advance:
             write_page(self.page, TITLE, intro, self.sections(advance))

@@ -108,7 +108,7 @@ def reason(log: str, code: int) -> str:
     if any(map(MEMORY.search, raised)):
         return f"gen_img.py ran out of memory: {advice}"
     if code in (-9, 137):
-        return f"gen_img.py was killed, as it is where memory runs out: {advice}"
+        return f"gen_img.py was killed: if memory ran out, {advice}"
     last = (raised or [f"exit code {code}"])[-1]
     match = RAISED.match(last)
     return f"gen_img.py stopped: {shortened(match[1] if match and match[1] else last)}"

@@ -208,7 +208,7 @@ def test_the_reason_is_the_last_thing_that_was_raised(log, code, sentence):
 )
 def test_too_little_memory_is_told_with_what_to_lower(log, code):
     assert reason(log, code).startswith("gen_img.py ran out of memory: lower --size")
-    assert reason("", -9).startswith("gen_img.py was killed, as it is where memory runs out: ")
+    assert reason("", -9).startswith("gen_img.py was killed: if memory ran out, lower --size")
 
 
 def test_a_picture_is_whole_once_its_end_is_written(tmp_path):
