@@ -48,6 +48,11 @@ def span(values: Iterable[float | None]) -> str:
     return " to ".join(f"{value:g}" for value in dict.fromkeys(known[:1] + known[-1:])) or "-"
 
 
+def number_text(number: float) -> str:
+    """A weight with the digits that fp32 has: "1", "0.3"; -0 is "0"."""
+    return f"{number + 0.0:.9g}"
+
+
 def counted(number: int, one: str, more: str = "") -> str:
     """A number of things: "1 batch", "2 epochs"."""
     return f"{number} {one}" if number == 1 else f"{number} {more or one + 's'}"

@@ -19,7 +19,9 @@ FILES = {
     for path in [*ROOT.glob("*.py"), *(ROOT / "blora").rglob("*.py")]
 }
 IMPORTS = {name: imported_modules(path) for name, path in FILES.items()}
-GROUND_FLOOR = {"blora", "blora.text", "blora.sdxl", "blora.tensorfile", "blora.sheet"}
+GROUND_FLOOR = {"blora"} | {
+    f"blora.{room}" for room in ("blocks", "sdxl", "sheet", "tensorfile", "text")
+}
 
 
 def test_the_readmes_copy_command_installs_the_bundle_and_nothing_else(tmp_path):

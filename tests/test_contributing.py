@@ -20,10 +20,12 @@ ROOMS = [*ROOT.glob("*.py"), *(ROOT / "blora").rglob("*.py")]
 
 
 def imports_of(name: str) -> set[str]:
-    """What a room imports of the others, as the map has it: the last name of each."""
+    """What a room imports of the others, as the map has it: as much of each name as tells it."""
     modules = {m for m in imported_modules(ROOT / name) if m.startswith("blora.")}
     if "/" in name:
-        return {module.rpartition(".")[2] for module in modules}
+        stems = [path.stem for path in ROOMS]
+        parts = [module.split(".") for module in modules]
+        return {"/".join(p[-1:] if stems.count(p[-1]) == 1 else p[-2:]) for p in parts}
     halls = {module.split(".")[1] for module in modules if module.count(".") == 2}
     return {f"{hall}/" for hall in halls}
 

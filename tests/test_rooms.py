@@ -27,6 +27,7 @@ LATE = {
     "blora_slicer.py": {"sheet", "launch", "inspection", "strength"},
     "blora_compare.py": {"launch", "inspection", "strength", "slices"},
     "blora_preflight.py": {
+        "blocks",
         "launch",
         "captions",
         "dataset",

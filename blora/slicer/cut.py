@@ -13,8 +13,9 @@ from itertools import combinations
 from pathlib import Path
 
 from blora.sdxl import Trait, block_of, named_trait
-from blora.slicer.blocks import Blocks, lbw_text
+from blora.slicer.blocks import Blocks
 from blora.slicer.keys import ALPHA, LORA_MID
+from blora.slicer.lbw import lbw_text
 from blora.slicer.modules import Lora, Module, peft_tuner, with_rank_as_alpha
 from blora.slicer.peft import PEFT_CONFIG
 from blora.tensorfile import as_fp32

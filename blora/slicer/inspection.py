@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from blora.sdxl import Trait, block_of
-from blora.slicer.blocks import lbw_list
 from blora.slicer.keys import ALPHA, LORA_DOWN, LORA_MID, LORA_UP, UP_BIAS
+from blora.slicer.lbw import lbw_list
 from blora.slicer.modules import SKIPPED, Lora, Module
 from blora.slicer.strength import through_core, values
 from blora.tensorfile import FLOAT8, FLOATS, json_object
