@@ -29,6 +29,7 @@ ALL_THUMBNAILS = 13_000_000
 LARGEST_THUMBNAIL = 60_000  # bytes; a photo of 480 x 480 takes some 40,000
 # Pixels a side and WebP quality, from the best to the least: some 1,000 bytes.
 STEPS = ((480, 80), (320, 75), (240, 65), (160, 55), (96, 40))
+MANY_COLUMNS = 11  # from so many on they keep a least width, and the page scrolls sideways
 # What HTML or UTF-8 cannot hold: control characters, and bytes of file names that are not UTF-8.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -56,24 +57,49 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """Words that tell a number, over a thin bar that is a share of the width."""
+
+    text: str
+    share: float  # 0 to 1
+
+    def __post_init__(self) -> None:
+        """Refuse what no bar can show; it is not cut to fit."""
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"a bar's share is from 0 to 1, not {self.share}")
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What stands over a column, in sight while one scrolls down."""
+
+    name: str
+    lines: tuple[str, ...] = ()  # small, below the name
+    mark: str = ""  # a short word that stands out beside the name
+
+
+@dataclass(frozen=True)
 class Picture:
     """A thumbnail with its name and other words under it."""
 
     name: str
     thumbnail: bytes | None  # WebP; None draws an empty frame
-    lines: tuple[Line, ...] = ()
+    lines: tuple[Line | Bar, ...] = ()
     is_out: bool = False  # drawn grey
     link: str = ""  # a path, relative to the page, that a click opens
-    rows: int = 1  # of a section with columns that it stands beside, in sight all along
+    rows: int = 1  # that a picture of a first column stands beside, in sight all along
 
 
 @dataclass(frozen=True)
 class Section:
-    """Pictures under one title: as many a row as there is room for, or one in each column."""
+    """Pictures under one title: as many a row as there is room for, or one in each column.
+
+    The first column stays in sight where the others are scrolled sideways.
+    """
 
     title: str
     pictures: tuple[Picture, ...]
-    columns: tuple[str, ...] = ()  # their headings
+    columns: tuple[Heading, ...] = ()
 
 
 # ---- Thumbnails ----------------------------------------------------------------------------------
@@ -105,39 +131,61 @@ def words(text: str) -> str:
     return escape(CONTROLS.sub(lambda control: printable(control[0]), text))
 
 
-def line_html(line: Line) -> str:
+def line_html(line: Line | Bar) -> str:
     """A paragraph; each finds its own direction, as Arabic runs from the right."""
+    if isinstance(line, Bar):
+        share = f'style="--share: {line.share:.4g}"'
+        return f'<p class="bar" {share} dir="auto">{words(line.text)}</p>\n'
     kind = f' class="{line.kind}"' if line.kind else ""
     cut = f"<del>{words(line.cut)}</del>" if line.cut else ""
     return f'<p{kind} dir="auto">{words(line.text)}{cut}</p>\n'
 
 
-def picture_html(picture: Picture) -> str:
-    """A figure."""
+def heading_html(heading: Heading) -> str:
+    """A column's heading, whose lines break as in "up_blocks.0." and "attentions.0"."""
+    mark = f' <span class="mark">{words(heading.mark)}</span>' if heading.mark else ""
+    lines = (re.sub(r"(?<=\d\.)", "<wbr>", words(line)) for line in heading.lines)
+    below = "".join(f"\n<small>{line}</small>" for line in lines)
+    return f'<h3 dir="auto">{words(heading.name)}{mark}{below}</h3>\n'
+
+
+def picture_html(picture: Picture, is_first: bool = False) -> str:
+    """A figure; `is_first` where it is in the first of several columns."""
     image = ""
     if picture.thumbnail is not None:
         source = f"data:image/webp;base64,{b64encode(picture.thumbnail).decode()}"
         image = f'<img alt="{words(picture.name)}" decoding="async" src="{source}">'
     link = f' href="{quote(picture.link, errors="surrogateescape")}"' if picture.link else ""
-    kind = ' class="out"' if picture.is_out else ""
-    if picture.rows > 1:
-        kind += f' style="--rows: {picture.rows}"'
     lines = "".join(map(line_html, (Line(picture.name, "name"), *picture.lines)))
     # In which language a caption is written is not known.
-    return (
-        f'<figure{kind}><a class="mat"{link}>{image}</a>\n'
-        f'<figcaption lang="">\n{lines}</figcaption></figure>\n'
-    )
+    inside = f'<a class="mat"{link}>{image}</a>\n<figcaption lang="">\n{lines}</figcaption>'
+    classes = " ".join(["first"] * is_first + ["out"] * picture.is_out)
+    kind = f' class="{classes}"' if classes else ""
+    if picture.rows > 1:  # a figure as high as these rows, in which what it shows stays in sight
+        kind += f' style="--rows: {picture.rows}"'
+        inside = f"<div>{inside}</div>"
+    return f"<figure{kind}>{inside}</figure>\n"
 
 
 def section_html(number: int, section: Section) -> Iterator[str]:
     """A heading, and the pictures in a grid."""
     yield f'<h2 id="s{number}" dir="auto">{titled(section)}</h2>\n'
-    columns = f' style="--columns: {len(section.columns)}"' if section.columns else ""
-    yield f'<div class="grid"{columns}>\n'
-    yield from (f'<h3 dir="auto">{words(heading)}</h3>\n' for heading in section.columns)
-    yield from map(picture_html, section.pictures)
+    count = len(section.columns)
+    wide = " wide" if count >= MANY_COLUMNS else ""
+    columns = f' style="--columns: {count}"' if count else ""
+    yield f'<div class="grid{wide}"{columns}>\n'
+    yield from map(heading_html, section.columns)
+    firsts = set(first_column(section))
+    yield from (picture_html(p, n in firsts) for n, p in enumerate(section.pictures))
     yield "</div>\n"
+
+
+def first_column(section: Section) -> Iterator[int]:
+    """The places of the pictures in the first of a section's columns."""
+    place = 0
+    while section.columns and place < len(section.pictures):
+        yield place
+        place += 1 + section.pictures[place].rows * (len(section.columns) - 1)
 
 
 def titled(section: Section) -> str:

@@ -16,7 +16,20 @@ import pytest
 from PIL import Image
 
 from blora import sheet
-from blora.sheet import Line, Picture, Section, make_thumbnail, picture_html, words, write_page
+from blora.sheet import (
+    Bar,
+    Heading,
+    Line,
+    Picture,
+    Section,
+    first_column,
+    heading_html,
+    line_html,
+    make_thumbnail,
+    picture_html,
+    words,
+    write_page,
+)
 from blora.text import BloraError
 
 INTRO = Line("An introduction")
@@ -45,12 +58,13 @@ def test_words_are_escaped_and_every_script_stays_as_it_is():
 def test_words_are_escaped_wherever_they_stand(tmp_path):
     odd = "<i>\"'"
     line = Line(odd, "detail", odd)
-    section = Section(odd, (Picture(odd, b"", (line,)),), (odd,))
+    picture = Picture(odd, b"", (line, Bar(odd, 0.5)))
+    section = Section(odd, (picture,), (Heading(odd, (odd,), odd),))
     write_page(tmp_path / "a.html", odd, line, [section, section])
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
-    # The title twice; of the introduction text and cut; of each section link, heading and column;
-    # of its picture the name twice, text and cut.
-    assert page.count(words(odd)) == 2 + 2 + 2 * (3 + 4)
+    # The title twice; of the introduction text and cut; of each section link and title; of its
+    # column name, line and mark; of its picture the name twice, text, cut and bar.
+    assert page.count(words(odd)) == 2 + 2 + 2 * (2 + 3 + 5)
     assert odd not in page
 
 
@@ -68,6 +82,41 @@ def test_a_picture_is_in_the_page_with_its_name_and_lines_whose_cut_is_deleted_t
         '<figure class="out"><a class="mat"></a>\n'
         '<figcaption lang="">\n<p class="name" dir="auto">a.png</p>\n</figcaption></figure>\n'
     )
+
+
+def test_a_heading_has_small_lines_below_its_name_and_a_mark_beside_it():
+    assert heading_html(Heading("both")) == '<h3 dir="auto">both</h3>\n'
+    lines = "output_blocks.0.1", "up_blocks.0.attentions.0"
+    assert heading_html(Heading("OUT00", lines, "content")) == (
+        '<h3 dir="auto">OUT00 <span class="mark">content</span>\n'
+        "<small>output_blocks.0.<wbr>1</small>\n"
+        "<small>up_blocks.0.<wbr>attentions.0</small></h3>\n"
+    )
+
+
+def test_a_bar_is_words_and_a_share_that_is_not_cut_to_fit():
+    bar = '<p class="bar" style="--share: {}" dir="auto">colours</p>\n'
+    expected = {0: "0", 0.42: "0.42", 2 / 3: "0.6667", 1e-9: "1e-09", 1: "1"}
+    assert {share: line_html(Bar("colours", share)) for share in expected} == {
+        share: bar.format(written) for share, written in expected.items()
+    }
+    for share in (-0.01, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=f"a bar's share is from 0 to 1, not {share}"):
+            Bar("colours", share)
+
+
+def test_the_first_column_is_a_picture_a_row_or_one_beside_several_rows():
+    picture, headings = Picture("a.png", None), (Heading("a"),) * 3
+    tall = replace(picture, rows=2)
+    expected = {
+        (): [],
+        (picture,) * 6: [0, 3],
+        (picture,) * 7: [0, 3, 6],
+        (tall, *(picture,) * 4): [0],
+        (tall, *(picture,) * 4, tall, *(picture,) * 4): [0, 5],
+    }
+    assert [list(first_column(Section("", p, headings))) for p in expected] == [*expected.values()]
+    assert list(first_column(Section("", (picture,) * 3))) == []
 
 
 def test_a_link_is_a_relative_path():
@@ -190,7 +239,10 @@ CAPTIONS = {
 }
 
 
-def picture(number: int, *lines: Line, **more: object) -> Picture:
+SHARES = (0, 0.25, 2 / 3, 1)
+
+
+def picture(number: int, *lines: Line | Bar, **more: object) -> Picture:
     image = Image.new("RGB", (64, 32), (40 * number, 80, 120))
     return Picture(f"{number}.png", make_thumbnail(image, 10_000), lines, **more)
 
@@ -201,9 +253,11 @@ def page(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sheet") / "sheet.html"
     pictures = [picture(n, Line(caption, cut=" cut")) for n, caption in enumerate(CAPTIONS)]
     kinds = [Line(kind, kind) for kind in ("detail", "alarm", "note")]
-    pictures += [picture(5, *kinds, is_out=True), Picture("gone.png", None)]
+    bars = [Bar(f"colours {share:.2f}", share) for share in SHARES]
+    pictures += [picture(5, *kinds, *bars, is_out=True), Picture("gone.png", None)]
     columns = tuple(picture(number, link=f"full/a b{number}.png") for number in range(8))
-    headings = ("without", "content", "style", "both")
+    marked = Heading("content", ("up_blocks.0.attentions.0",), "trained")
+    headings = (Heading("without"), marked, Heading("style"), Heading("both"))
     sections = Section("<b>dogs</b>", tuple(pictures)), Section("side by side", columns, headings)
     written(path, *sections)
     return path
@@ -255,10 +309,117 @@ def test_words_can_be_read_on_a_light_and_on_a_dark_screen(browser, page, scheme
     browser.open(page, scheme=scheme)
     paper = luminance(browser.ask("getComputedStyle(document.body).backgroundColor"))
     assert paper > 0.9 if scheme == "light" else paper < 0.02
-    for element in ("h1", "h2", "p", ".name", ".detail", ".alarm", ".note", "del", "small"):
-        colour = f"getComputedStyle(document.querySelector('{element}')).color"
-        darker, lighter = sorted([paper, luminance(browser.ask(colour))])
+    for element in (
+        *("h1", "h2", "h3", "h3 small", ".mark", "p", ".name", ".detail", ".alarm", ".note"),
+        *(".bar", "del", "small"),
+    ):
+        style = f"getComputedStyle(document.querySelector('{element}'))"
+        behind = browser.ask(f"{style}.backgroundColor")
+        below = paper if behind == "rgba(0, 0, 0, 0)" else luminance(behind)
+        darker, lighter = sorted([below, luminance(browser.ask(f"{style}.color"))])
         assert (lighter + 0.05) / (darker + 0.05) > 4.5, element  # WCAG's level AA
+
+
+@pytest.mark.slow
+def test_a_bar_is_as_long_as_its_share_of_the_picture(browser, page):
+    browser.open(page)
+    bars = "[...document.querySelectorAll('.bar')].map(p => [p.clientWidth, {}])"
+    after = "parseFloat(getComputedStyle(p, '::after').width)"
+    widths = browser.ask(bars.format(after))
+    assert [bar / full for full, bar in widths] == pytest.approx(SHARES, abs=0.01)
+    mats = browser.ask("[...document.querySelectorAll('.out .mat')].map(m => m.offsetWidth)")
+    assert {full for full, _ in widths} == set(mats)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """A page of thirty columns and ten rows, and one picture beside ten rows of twelve columns."""
+    path = tmp_path_factory.mktemp("wide") / "sheet.html"
+    lines = "output_blocks.0.1", "up_blocks.0.attentions.0"
+    headings = tuple(Heading(f"column {number}", lines, "style") for number in range(30))
+    one = picture(0, Bar("colours 0.42", 0.42), link="a.png")
+    cells = tuple(replace(one, name=f"{row}, {c}") for row in range(10) for c in range(30))
+    beside = (replace(one, name="beside", rows=10), *cells[: 10 * 11])
+    written(path, Section("words " * 60, cells, headings), Section("b", beside, headings[:12]))
+    return path
+
+
+MATS = "[...document.querySelectorAll('.mat')].map(m => m.offsetWidth)"
+# The left or upper edges of a section's pictures, in the page.
+EDGES = "[...document.querySelectorAll('.grid')[{}].querySelectorAll('figure')].map(f => f.{})"
+
+
+def shown_at(browser, *points: tuple[int, int]) -> list[str]:
+    """What one sees at points of the window: the name of a heading or of a picture."""
+    at = "document.elementFromPoint({}, {}).closest('h3, figure')"
+    name = "(e => e?.querySelector('.name')?.innerText ?? e?.firstChild.data.trim())({})"
+    return [browser.ask(name.format(at.format(*point))) for point in points]
+
+
+@pytest.mark.slow
+def test_many_columns_keep_a_least_width_and_words_stay_in_the_window(browser, wide):
+    browser.open(wide, 1280)
+    assert min(browser.ask(MATS)) == 128
+    # No frame of a picture that is not in sight makes a row higher.
+    assert browser.ask("document.querySelector('figure').offsetHeight") < 2 * 128
+    words = "[...document.querySelectorAll('h1, body > p, nav, h2')]"
+    edges = f"{words}.map(e => e.getBoundingClientRect()).map(b => [b.left, b.right <= 1248])"
+    for x in (0, 1000, 10_000):
+        browser.ask(f"window.scrollTo({x}, 0)")
+        assert browser.ask(edges) == [[32, True]] * 5
+    y = browser.ask(EDGES.format(0, "offsetTop"))[0]
+    assert shown_at(browser, (1200, y + 9)) == ["0, 29"]
+    browser.open(wide, 4800)  # there is room for all
+    assert browser.ask("document.documentElement.scrollWidth") == 4800
+    assert min(browser.ask(MATS)) > 140
+
+
+@pytest.mark.slow
+def test_headings_and_the_first_column_stay_in_sight_and_the_others_pass_under_them(browser, wide):
+    browser.open(wide, 1280)
+    row, column = 4, 10
+    x = browser.ask(EDGES.format(0, "offsetLeft"))[column]
+    y = browser.ask(EDGES.format(0, "offsetTop"))[row * 30]
+    browser.ask(f"window.scrollTo({x - 400}, {y - 300})")
+    assert shown_at(browser, (410, 310), (410, 10)) == [f"{row}, {column}", f"column {column}"]
+    assert shown_at(browser, (5, 310), (150, 310), (162, 310)) == [f"{row}, 0"] * 3
+    for step in range(0, 240, 30):  # whatever passes under the headings
+        browser.ask(f"window.scrollTo({x - 400}, {y + step})")
+        assert shown_at(browser, (5, 5), (150, 10), (162, 40)) == ["column 0"] * 3
+        assert shown_at(browser, (410, 10)) == [f"column {column}"]
+
+
+@pytest.mark.slow
+def test_a_picture_beside_rows_stays_in_sight_both_ways(browser, wide):
+    browser.open(wide, 1280)
+    y = browser.ask(EDGES.format(1, "offsetTop"))[50]
+    browser.ask(f"window.scrollTo(300, {y})")
+    box = browser.ask("document.querySelector('figure div').getBoundingClientRect().toJSON()")
+    assert (box["left"], box["top"]) == (32, 44)
+    # Below it nothing shows of the others in its column.
+    assert shown_at(browser, (150, 150), (150, 600)) == ["beside"] * 2
+
+
+@pytest.mark.slow
+def test_a_link_that_the_keyboard_comes_to_is_not_under_what_stays(browser, wide):
+    browser.open(wide, 1280)
+    browser.ask("window.scrollTo(2000, 2000)")
+    browser.ask("document.querySelectorAll('.mat')[5 * 30 + 6].focus()")
+    box = browser.ask("document.activeElement.getBoundingClientRect().toJSON()")
+    assert shown_at(browser, (box["left"] + 1, box["top"] + 9)) == ["5, 6"]
+
+
+@pytest.mark.slow
+def test_on_a_phone_many_columns_are_moved_inside_their_section(browser, wide):
+    browser.open(wide, 360)
+    assert browser.ask("document.documentElement.scrollWidth") == 360
+    assert min(browser.ask(MATS)) == 112  # 7rem
+    browser.ask("document.querySelector('.grid').scrollIntoView()")
+    browser.ask("document.querySelector('.grid').scrollTo(1300, 900)")
+    corner, heading, first, cell = shown_at(browser, (40, 10), (250, 10), (40, 400), (250, 400))
+    row, column = map(int, cell.split(", "))
+    assert (corner, heading, first) == ("column 0", f"column {column}", f"{row}, 0")
+    assert (row > 2, column > 9) == (True, True)
 
 
 @pytest.mark.slow

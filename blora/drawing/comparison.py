@@ -13,6 +13,7 @@ from typing import Any
 from blora.drawing.pictures import Drawing, Prompt, digest, stamp
 from blora.sdxl import Trait
 from blora.sheet import (
+    Heading,
     Line,
     Picture,
     Section,
@@ -275,7 +276,7 @@ class Comparison:
         for drawing in self.drawings:
             subjects.setdefault((drawing.prompt, drawing.seed), []).append(drawing)
         texts = {(prompt.text, prompt.options) for prompt, _ in subjects}
-        headings = (WITHOUT, *(column.name for column in self.columns))
+        headings = (Heading(WITHOUT), *(Heading(column.name) for column in self.columns))
         for (prompt, seed), (bare, *others) in subjects.items():
             pictures = [self.cell(bare, self.checkpoint.stem, rows=len(self.saves))]
             for drawing, (name, _) in zip(others, cells, strict=True):

@@ -115,7 +115,7 @@ def test_the_page_has_a_section_a_subject_a_row_a_save_and_a_column_a_slice(made
     # The first column's picture stays in sight beside the last row.
     browser.driver.set_window_size(1100, 500)
     browser.ask("window.scrollTo(0, document.querySelectorAll('figure')[4].offsetTop)")
-    boxes = "[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().top)"
+    boxes = "[...document.querySelectorAll('.mat')].map(m => m.getBoundingClientRect().top)"
     tops = browser.ask(boxes)
     assert abs(tops[0] - tops[4]) < 120
     links = browser.ask("[...document.querySelectorAll('a.mat')].map(a => decodeURI(a.href))")
