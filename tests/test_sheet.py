@@ -403,10 +403,14 @@ def test_a_picture_beside_rows_stays_in_sight_both_ways(browser, wide):
 @pytest.mark.slow
 def test_a_link_that_the_keyboard_comes_to_is_not_under_what_stays(browser, wide):
     browser.open(wide, 1280)
-    browser.ask("window.scrollTo(2000, 2000)")
-    browser.ask("document.querySelectorAll('.mat')[5 * 30 + 6].focus()")
-    box = browser.ask("document.activeElement.getBoundingClientRect().toJSON()")
-    assert shown_at(browser, (box["left"] + 1, box["top"] + 9)) == ["5, 6"]
+    x, y = (browser.ask(EDGES.format(0, side))[5 * 30 + 6] for side in ("offsetLeft", "offsetTop"))
+    for left, top in ((20, 300), (400, 20)):  # under the first column, and under the headings
+        browser.ask(f"window.scrollTo({x - left}, {y - top})")
+        assert shown_at(browser, (left + 9, top + 9)) != ["5, 6"]
+        browser.ask("document.querySelectorAll('.mat')[5 * 30 + 6].focus()")
+        box = browser.ask("document.activeElement.getBoundingClientRect().toJSON()")
+        assert shown_at(browser, (box["left"] + 9, box["top"] + 9)) == ["5, 6"]
+        browser.ask("document.activeElement.blur()")
 
 
 @pytest.mark.slow
