@@ -25,7 +25,7 @@ HALLS = {
 # What a program loads only where it is asked for it.
 LATE = {
     "blora_slicer.py": {"sheet", "launch", "inspection", "strength"},
-    "blora_compare.py": {"launch", "inspection", "strength", "slices"},
+    "blora_compare.py": {"launch", "inspection", "strength", "network", "slices"},
     "blora_preflight.py": {
         "blocks",
         "launch",

@@ -10,26 +10,18 @@ from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any
 
+from blora.drawing.gallery import Gallery
 from blora.drawing.pictures import Drawing, Prompt, digest, stamp
 from blora.sdxl import Trait
-from blora.sheet import (
-    Heading,
-    Line,
-    Picture,
-    Section,
-    make_thumbnail,
-    thumbnail_limit,
-    write_page,
-)
+from blora.sheet import Heading, Line, Section
 from blora.slicer.cut import Cut, Slice, take_slice
 from blora.slicer.keys import DORA
 from blora.slicer.modules import Lora
 from blora.slicer.output import build_output
 from blora.slicer.peft import PEFT_CONFIG
 from blora.slicer.reader import BaseModel, lora_file, read_lora
-from blora.text import BloraError, counted, progress_bar, say, shortened
+from blora.text import BloraError, counted, say, shortened
 
-TITLE = "What each save learned"
 WITHOUT = "without"
 
 
@@ -53,6 +45,12 @@ def steps_of(lora: Lora) -> int | None:
     """How many steps a save was trained, as sd-scripts writes it."""
     text = lora.metadata.get("ss_steps", "")
     return int(text) if re.fullmatch(r"\d{1,12}", text) else None
+
+
+def steps_text(lora: Lora) -> str:
+    """The same for a reader: "1,000 steps", or nothing."""
+    steps = steps_of(lora)
+    return "" if steps is None else f"{steps:,} steps"
 
 
 def by_training(lora: Lora) -> tuple[str, bool, int, str]:
@@ -223,52 +221,38 @@ def plan_drawings(
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Everything that is compared: its files, its pictures, and the page of them."""
+class Comparison(Gallery):
+    """Every save of some trainings, without a LoRA and with its slices."""
 
-    page: Path
-    checkpoint: Path
-    base: BaseModel | None  # its weights, where it is one file: a DoRA needs them
+    base: BaseModel | None  # the checkpoint's weights, where it is one file: a DoRA needs them
     saves: list[Lora]
     columns: list[Column]
-    drawings: list[Drawing]
-    words: list[str]  # gen_img.py's options
+    title = "What each save learned"
+    module = "blora.drawing.slices"
 
-    @property
-    def folder(self) -> Path:
-        """Of the pictures."""
-        return self.page.with_suffix("")
-
-    def missing(self) -> list[Drawing]:
-        """The pictures that are not drawn yet."""
-        return [drawing for drawing in self.drawings if not (self.folder / drawing.file).is_file()]
-
-    def network(self, folder: Path) -> list[str]:
-        """Write what the network module of gen_img.py reads; returns the options of the models."""
+    def write_looks(self, path: Path) -> None:
+        """Write what the network module of gen_img.py reads."""
         from blora.drawing.slices import write_looks
 
         looks = [[], *(c.cuts(lora) for lora in self.saves for c in self.columns)]
-        path = folder / "looks.json"
         write_looks(path, looks, self.checkpoint if self.base else None)
-        network = ["--network_module", "blora.drawing.slices", "--network_weights", str(path)]
-        return ["--ckpt", str(self.checkpoint), *network]
 
-    def cell(self, drawing: Drawing, name: str, line: str = "", rows: int = 1) -> Picture:
-        """A picture as the page shows it; an empty frame where it is not drawn yet."""
-        from PIL import Image
+    def intro(self) -> str:
+        """What the page shows, in words."""
+        names = " and ".join(dict.fromkeys(trait.name for c in self.columns for trait in c.traits))
+        return (
+            f"{self.checkpoint.name} without a LoRA, and with the {names} of each save. "
+            "A click opens a picture in full; its settings are in the file."
+        )
 
-        path = self.folder / drawing.file
-        lines = (Line(line, "detail"),) if line else ()
-        if not path.is_file():
-            return Picture(name, None, (*lines, Line("not drawn yet", "note")), rows=rows)
-        with Image.open(path) as image:
-            thumbnail = make_thumbnail(image, thumbnail_limit(len(self.drawings)))
-        return Picture(name, thumbnail, lines, link=f"{self.folder.name}/{path.name}", rows=rows)
+    def rows(self) -> str:
+        """What it has rows of, counted."""
+        return counted(len(self.saves), "save")
 
     def sections(self, advance: Callable[[int], object]) -> Iterator[Section]:
         """One for each prompt and seed: a row a save, the picture without a LoRA beside all."""
         names = [
-            (label, f"{steps:,} steps" if (steps := steps_of(lora)) is not None else "")
+            (label, steps_text(lora))
             for label, lora in zip(labels(self.saves), self.saves, strict=True)
         ]
         cells = list(product(names, self.columns))
@@ -279,25 +263,10 @@ class Comparison:
         headings = (Heading(WITHOUT), *(Heading(column.name) for column in self.columns))
         for (prompt, seed), (bare, *others) in subjects.items():
             pictures = [self.cell(bare, self.checkpoint.stem, rows=len(self.saves))]
-            for drawing, (name, _) in zip(others, cells, strict=True):
-                pictures.append(self.cell(drawing, *name))
+            for drawing, ((name, steps), _) in zip(others, cells, strict=True):
+                lines = [Line(steps, "detail")] if steps else []
+                pictures.append(self.cell(drawing, name, *lines))
             is_one = [text for text, _ in texts].count(prompt.text) == 1
             title = prompt.text if is_one else f"{prompt.text}{prompt.options}"
             advance(len(pictures))
             yield Section(f"{title}, seed {seed}", tuple(pictures), headings)
-
-    def summary(self) -> str:
-        """What the page shows, in numbers."""
-        drawn = counted(len(self.drawings) - len(self.missing()), "picture")
-        return f"{drawn} of {counted(len(self.saves), 'save')}"
-
-    def write(self) -> None:
-        """Write the page."""
-        names = " and ".join(dict.fromkeys(trait.name for c in self.columns for trait in c.traits))
-        intro = Line(
-            f"{self.checkpoint.name} without a LoRA, and with the {names} of each save. "
-            "A click opens a picture in full; its settings are in the file."
-        )
-        # 490 pictures of 1024 x 1024 took a minute on two busy cores.
-        with progress_bar(len(self.drawings), desc="the page", unit="picture") as advance:
-            write_page(self.page, TITLE, intro, self.sections(advance))

@@ -30,10 +30,10 @@ OURS = (
     "--network_merge", "--network_merge_n_models", "--network_pre_calc", "--images_per_prompt",
     "--n_iter", "--seed", "--W", "--H", "--steps", "--highres_fix_save_1st",
 )  # fmt: skip
-# With these the pictures of a row would differ by more than the LoRA, or not be drawn.
+# With these the pictures of a row would differ by more than what is compared, or not be drawn.
 UNFIT = (
     "--image_path", "--mask_path", "--guide_image_path", "--noise_offset_prob",
-    "--pyramid_noise_prob",
+    "--pyramid_noise_prob", "--shuffle_prompts",
 )  # fmt: skip
 # What SDXL needs on a card: in fp16 its VAE overflows, and the pictures are black.
 PRECISIONS, ATTENTION = ("--fp16", "--bf16"), ("--sdpa", "--xformers", "--diffusers_xformers")
@@ -62,9 +62,15 @@ def check_options(words: Iterable[str]) -> None:
             raise BloraError(f"{shortened(option)} behind -- is set already: leave it out")
         if len(option) > 4 and any(name.startswith(option) for name in UNFIT):
             raise BloraError(
-                f"with {shortened(option)} behind -- the pictures would not differ by the LoRA "
-                "alone: leave it out"
+                f"with {shortened(option)} behind -- the pictures cannot be compared: leave it out"
             )
+
+
+def has_card() -> bool:
+    """Whether torch finds the kind of card that gen_img.py draws on."""
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def card_options(words: list[str], has_card: bool) -> list[str]:
@@ -159,17 +165,19 @@ def draw(
     drawings: list[Drawing],
     folder: Path,
     words: list[str],
-    network: Callable[[Path], list[str]],
+    write_looks: Callable[[Path], None],
+    first_lines: list[str],
 ) -> None:
-    """Draw these into the folder; `network` writes what the network module reads, into a folder,
-    and returns the options for it.
+    """Draw these into the folder; `write_looks` writes what the network module reads, `first_lines`
+    are prompts that are drawn before and not kept.
 
     BloraError, in gen_img.py's words, where it ends before the last picture.
     """
     script = find_generator()
     with drawing_folder(folder) as part:
         prompts = part / "prompts.txt"
-        prompts.write_text("".join(f"{drawing.line}\n" for drawing in drawings), "utf-8")
+        lines = [*first_lines, *(drawing.line for drawing in drawings)]
+        prompts.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
         def take() -> int:
             """Keep each finished picture."""
@@ -180,7 +188,10 @@ def draw(
                 keep(part / drawing.file, folder / drawing.file, drawing.settings)
             return len(finished)
 
-        given = ["--sdxl", "--outdir", str(part), "--from_file", str(prompts), *network(part)]
+        looks = part / "looks.json"
+        write_looks(looks)
+        given = ["--sdxl", "--outdir", str(part), "--from_file", str(prompts)]
+        given += ["--network_weights", str(looks)]
         log = folder / LOG
         code = watch(start(script, [*given, *words], log), take, len(drawings))
     if not all((folder / drawing.file).is_file() for drawing in drawings):

@@ -115,11 +115,25 @@ def read_prompts(path: Path, seeds: list[int], more: str) -> list[Prompt]:
     if not prompts:
         raise BloraError(f"no prompt in {path}: write one a line, or correct --prompts")
     for prompt in prompts:
-        if not prompt.text or prompt.text.startswith("--"):
-            raise BloraError(f"a line of {path} has options and no words: write the prompt first")
-        if ENUMERATION.search(prompt.text + prompt.options):
-            raise BloraError(
-                f'"{shortened(prompt.text)}" in {path} draws several pictures: write its variants '
-                "on lines of their own"
-            )
+        check_prompt(prompt, str(path))
     return prompts
+
+
+def check_prompt(prompt: Prompt, place: str) -> None:
+    """Refuse, as a BloraError, a prompt of no words, or of several pictures."""
+    if not prompt.text or prompt.text.startswith("--"):
+        raise BloraError(f"a prompt in {place} has no words: write them before the options")
+    if prompt.text.startswith("#"):
+        raise BloraError(
+            f'"{shortened(prompt.text)}" in {place} is a comment to sd-scripts: begin it with words'
+        )
+    if " AND " in prompt.text:
+        raise BloraError(
+            f'"{shortened(prompt.text)}" in {place} has AND, at which sd-scripts parts a prompt '
+            "for several regions: write it small"
+        )
+    if ENUMERATION.search(prompt.text + prompt.options):
+        raise BloraError(
+            f'"{shortened(prompt.text)}" in {place} draws several pictures: write each variant as '
+            "a prompt of its own"
+        )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from blora.drawing.network import Network
 from blora.sdxl import Trait
 from blora.slicer.cut import Cut, take_slice
 from blora.slicer.keys import ALPHA, DORA, LORA_DOWN, LORA_MID, LORA_UP
@@ -146,17 +147,13 @@ def merged(layer: Any, module: Module) -> dict[str, torch.Tensor]:
     return state | ({"bias": layer.bias.float() + values["b_norm"]} if "b_norm" in values else {})
 
 
-class Looks:
+class Looks(Network):
     """The network that gen_img.py sees."""
 
     def __init__(self, looks: list[Look], base: BaseModel | None) -> None:
         self.looks, self.base, self.current = looks, base, 0
         self.layers: dict[str, Any] = {}
         self.own: dict[str, dict[str, torch.Tensor]] = {}  # the checkpoint's, of layers once merged
-
-    def is_mergeable(self) -> bool:
-        """No: gen_img.py would merge it once and for all."""
-        return False
 
     def apply_to(self, text_encoders: list[torch.nn.Module], unet: torch.nn.Module) -> None:
         """Find the layers by kohya's names."""
@@ -165,14 +162,6 @@ class Looks:
         for prefix, model in models.items():
             for name, layer in model.named_modules():
                 self.layers[f"{prefix}_{name}".replace(".", "_")] = layer
-
-    def load_state_dict(self, weights: object, strict: bool) -> str:
-        """Nothing to load: a look is read when it is drawn."""
-        return f"{len(self.looks)} looks"
-
-    def to(self, *args: object, **kwargs: object) -> Looks:
-        """Nothing to move."""
-        return self
 
     def set_multiplier(self, number: float) -> None:
         """Merge the look of this number, in place of the one that is."""

@@ -313,8 +313,8 @@ REFUSED = {
     "a prompt of many pictures": (
         ["--prompts", "q.txt"],
         lambda folder: (folder / "q.txt").write_text("A {e$$red|blue} fox\n"),
-        '"A {e$$red|blue} fox" in q.txt draws several pictures: write its variants on lines of '
-        "their own",
+        '"A {e$$red|blue} fox" in q.txt draws several pictures: write each variant as a '
+        "prompt of its own",
     ),
     "a page that is another's": (
         ["--output", "q.html"],
@@ -324,7 +324,7 @@ REFUSED = {
     "an option that would make more than the LoRA differ": (
         ["--", "--mask_path", "x"],
         None,
-        "with --mask_path behind -- the pictures would not differ by the LoRA alone: leave it out",
+        "with --mask_path behind -- the pictures cannot be compared: leave it out",
     ),
     "prompts in another encoding": (
         ["--prompts", "q.txt"],

@@ -55,7 +55,7 @@ def test_a_comment_may_be_indented_as_gen_img_skips_it_without_the_blanks(tmp_pa
 def test_a_line_without_words_is_refused_as_gen_img_takes_its_options_for_words(line, tmp_path):
     path = tmp_path / "p.txt"
     path.write_text(f"A fox\n{line}\n")
-    sentence = f"a line of {path} has options and no words: write the prompt first"
+    sentence = f"a prompt in {path} has no words: write them before the options"
     with pytest.raises(BloraError) as refusal:
         read_prompts(path, [], "")
     assert str(refusal.value) == sentence
@@ -76,7 +76,7 @@ def test_only_an_enumeration_draws_several_pictures(line, is_several, tmp_path):
     if not is_several:
         assert len(read_prompts(path, [], "")) == 1
         return
-    with pytest.raises(BloraError, match=r"draws several pictures: write its variants on lines"):
+    with pytest.raises(BloraError, match=r"draws several pictures: write each variant as a"):
         read_prompts(path, [], "")
 
 
@@ -268,7 +268,7 @@ def test_prompts_of_the_same_words_are_told_apart_by_their_options(tmp_path):
     prompts = [Prompt("A fox", f" --l {scale}", (1, 2)) for scale in (5, 9)]
     drawings = plan_drawings(saves, COLUMNS, [*prompts, Prompt("A dog", " --l 5", (1,))], {})
     page = tmp_path / "compare.html"
-    comparison = Comparison(page, Path("m.safetensors"), None, saves, COLUMNS, drawings, [])
+    comparison = Comparison(page, Path("m.safetensors"), drawings, [], None, saves, COLUMNS)
     assert [section.title for section in comparison.sections(lambda _: None)] == [
         "A fox --l 5, seed 1",
         "A fox --l 5, seed 2",

@@ -7,56 +7,21 @@ sd-scripts' own network.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from kohya_folder import install
 from lora_files import CONTENT, STYLE, TE2, lora_module, write
-from PIL import Image
-from real_kohya import KOHYA_PYTHON, make_copy, random_sdxl
+from real_drawing import SIZE, Kohya, make_kohya, pixels
 
 pytestmark = pytest.mark.slow
 
-NOT_RUN = "NOT RUN: BLORA_E2E=1 draws with a full-size SDXL on the CPU, five minutes"
 PROMPT = r"A \[v\] on a beach --l 7"
-SIZE = 128
 TRAITS = "content", "style", "text"
+COMPARED = "--loras", "my.safetensors", "--prompts", "p.txt", "--traits", *TRAITS
 ALL = "content_and_style_and_text"  # the joined file, as its picture is called
-
-
-@dataclass(frozen=True)
-class Kohya:
-    """A folder of kohya_ss: the bundle, and sd-scripts in a folder of it."""
-
-    path: Path
-    sdxl: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.sdxl / "random_sdxl.safetensors"
-
-    def run(self, *words: object) -> str:
-        done = subprocess.run(
-            [KOHYA_PYTHON, *map(str, words)],
-            cwd=self.path,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def compare(self, *words: object) -> str:
-        given = ["--checkpoint", self.checkpoint, "--prompts", "p.txt", "--size", SIZE, "--steps"]
-        tokenizers = ["--", "--tokenizer_cache_dir", self.sdxl / "tokenizers"]
-        return self.run("blora_compare.py", *given, "1", *words, *tokenizers)
 
 
 def make_lora(path: Path) -> Path:
@@ -79,15 +44,10 @@ def make_lora(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def kohya(tmp_path_factory) -> Kohya:
-    if os.environ.get("BLORA_E2E") != "1":
-        pytest.skip(NOT_RUN)
-    path = tmp_path_factory.mktemp("compare") / "kohya ss"
-    make_copy(path / "sd-scripts")
-    install(path)
-    made = Kohya(path, random_sdxl(tmp_path_factory.mktemp("random_sdxl")))
-    make_lora(path / "my.safetensors")
-    (path / "p.txt").write_text(f"{PROMPT}\n")
-    made.compare("--loras", "my.safetensors", "--traits", *TRAITS)
+    made = make_kohya(tmp_path_factory, "compare")
+    make_lora(made.path / "my.safetensors")
+    (made.path / "p.txt").write_text(f"{PROMPT}\n")
+    made.draw("blora_compare.py", *COMPARED)
     cut = ["blora_slicer.py", "--loras", "my.safetensors", "--traits", *TRAITS]
     made.run(*cut, "--not_combined", "--output_path", "cut.safetensors")
     made.run(*cut, "--output_path", "joined.safetensors")
@@ -95,18 +55,10 @@ def kohya(tmp_path_factory) -> Kohya:
     looks[ALL] = "0,0,0,1"
     options = f"--w {SIZE} --h {SIZE} --s 1 --d 1"
     lines = [f"{PROMPT} {options} --am {am} --f {look}.png" for look, am in looks.items()]
-    (path / "own.txt").write_text("\n".join(lines))
     slices = [*(f"cut_{trait}.safetensors" for trait in TRAITS), "joined.safetensors"]
     network = ["--network_module", *["networks.lora"] * 4, "--network_weights", *slices]
-    given = ["--ckpt", made.checkpoint, "--sdxl", "--from_file", "own.txt", "--outdir", "own"]
-    given += ["--tokenizer_cache_dir", made.sdxl / "tokenizers"]
-    made.run("sd-scripts/gen_img.py", *given, *network)
+    made.gen_img("\n".join(lines), "own", *network)
     return made
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
 
 
 def pictures(kohya: Kohya, look: str) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +86,7 @@ def test_a_slice_is_the_picture_of_its_file_but_for_the_rounding(kohya, look):
 def test_what_is_there_is_not_drawn_again(kohya):
     before = {path: path.stat().st_mtime_ns for path in (kohya.path / "compare").glob("*.png")}
     shutil.move(kohya.path / "compare.html", kohya.path / "before.html")
-    out = kohya.compare("--loras", "my.safetensors", "--traits", *TRAITS)
+    out = kohya.draw("blora_compare.py", *COMPARED)
     assert out == "-> compare.html: 5 pictures of 1 save\n"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (kohya.path / "compare.html").read_bytes() == (kohya.path / "before.html").read_bytes()

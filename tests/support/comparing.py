@@ -53,16 +53,17 @@ def save(path: Path, steps: int | None, *blocks: str, name: str = "my", rank: in
     return write(path, blora_modules(*(blocks or (CONTENT, STYLE)), rank=rank), metadata)
 
 
-def command(folder: Path, *words: object) -> list[str]:
-    """blora_compare.py's command line there, with the checkpoint."""
-    program = [sys.executable, "blora_compare.py", "--checkpoint", CHECKPOINT]
-    return [*program, *map(str, words)]
+def command(folder: Path, *words: object, program: str = "blora_compare.py") -> list[str]:
+    """The command line of a program that draws, with the checkpoint there."""
+    return [sys.executable, program, "--checkpoint", CHECKPOINT, *map(str, words)]
 
 
-def compare(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def compare(
+    folder: Path, *words: object, program: str = "blora_compare.py"
+) -> subprocess.CompletedProcess[str]:
     """Run it."""
     return subprocess.run(
-        command(folder, *words),
+        command(folder, *words, program=program),
         cwd=folder,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
