@@ -20,7 +20,7 @@ FILES = {
 }
 IMPORTS = {name: imported_modules(path) for name, path in FILES.items()}
 GROUND_FLOOR = {"blora"} | {
-    f"blora.{room}" for room in ("blocks", "sdxl", "sheet", "tensorfile", "text")
+    f"blora.{room}" for room in ("blocks", "preset", "sdxl", "sheet", "tensorfile", "text")
 }
 
 

@@ -24,8 +24,8 @@ HALLS = {
 }
 # What a program loads only where it is asked for it.
 LATE = {
-    "blora_slicer.py": {"sheet", "launch", "inspection", "strength"},
-    "blora_compare.py": {"launch", "inspection", "strength", "network", "slices"},
+    "blora_slicer.py": {"sheet", "launch", "preset", "inspection", "strength"},
+    "blora_compare.py": {"launch", "preset", "inspection", "strength", "network", "slices"},
     "blora_preflight.py": {
         "blocks",
         "launch",
@@ -34,6 +34,7 @@ LATE = {
         "folders",
         "images",
         "opening",
+        "preset",
         "preview",
     },
 }
