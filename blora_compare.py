@@ -22,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-VERSION = "2.4.0"
+VERSION = "2.5.0"
 
 
 def cannot_load(error: ImportError) -> str:

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-VERSION = "2.4.0"
+VERSION = "2.5.0"
 
 
 def cannot_load(error: ImportError) -> str:

@@ -37,7 +37,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-VERSION = "2.4.0"
+VERSION = "2.5.0"
 
 
 def cannot_load(error: ImportError) -> str:

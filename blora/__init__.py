@@ -6,7 +6,7 @@ import from each other.
 
 from pathlib import Path
 
-VERSION = "2.4.0"
+VERSION = "2.5.0"
 ROOT = Path(__file__).resolve().parent.parent  # the programs, blora_traits.json, blora_network.py
 
 # Version 1 had these beside the programs. Nothing imports them any more.

@@ -64,7 +64,7 @@ def test_no_two_files_of_the_bundle_import_each_other():
 
 def test_no_script_of_the_bundle_is_imported_by_another_file_of_it():
     scripts = {name for name, path in FILES.items() if "\ndef main(" in path.read_text("utf-8")}
-    assert {"blora_compare", "blora_preflight", "blora_slicer"} <= scripts
+    assert {"blora_blocks", "blora_compare", "blora_preflight", "blora_slicer"} <= scripts
     assert importing(scripts) == {}
 
 
@@ -77,7 +77,7 @@ def test_a_hall_is_known_to_its_own_programs_and_the_slicer_s_to_drawing():
     on_it = {
         "slicer": halls["drawing"] | {"blora_slicer", "blora_compare"},
         "preflight": {"blora_preflight"},
-        "drawing": {"blora_compare"},
+        "drawing": {"blora_blocks", "blora_compare"},
     }
     for name, hall in halls.items():
         assert importing(hall).keys() <= hall | on_it[name]

@@ -21,11 +21,37 @@ HALLS = {
     "blora_slicer.py": {"blora", "blora/slicer"},
     "blora_preflight.py": {"blora", "blora/preflight"},
     "blora_compare.py": {"blora", "blora/slicer", "blora/drawing"},
+    "blora_blocks.py": {"blora", "blora/slicer", "blora/drawing"},
 }
 # What a program loads only where it is asked for it.
 LATE = {
     "blora_slicer.py": {"sheet", "launch", "preset", "inspection", "strength"},
-    "blora_compare.py": {"launch", "preset", "inspection", "strength", "network", "slices"},
+    "blora_compare.py": {
+        "launch",
+        "preset",
+        "inspection",
+        "strength",
+        "injection",
+        "measures",
+        "network",
+        "slices",
+        "survey",
+    },
+    "blora_blocks.py": {
+        "launch",
+        "blocks",
+        "cut",
+        "inspection",
+        "lbw",
+        "metadata",
+        "output",
+        "strength",
+        "comparison",
+        "injection",
+        "measures",
+        "network",
+        "slices",
+    },
     "blora_preflight.py": {
         "blocks",
         "launch",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import blora_blocks
 import blora_compare
 import blora_preflight
 import blora_slicer
@@ -26,7 +27,7 @@ to it is passed on to sd-scripts' `sdxl_train_network.py`.
 def main() -> None:
     os.environ["COLUMNS"] = "80"  # argparse wraps at the width of the terminal
     parts = [INTRO]
-    for program in (blora_preflight, blora_slicer, blora_compare):
+    for program in (blora_preflight, blora_slicer, blora_compare, blora_blocks):
         name = f"{program.__name__}.py"
         help_text = program.build_parser().format_help().rstrip()
         parts.append(f"## {name}\n\n```\n$ python {name} --help\n{help_text}\n```\n")

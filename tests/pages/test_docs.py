@@ -28,10 +28,12 @@ from safetensors.torch import save_file
 from sdxl_checkpoint import sdxl_shapes, write_checkpoint
 from sdxl_train_network_options import build_parser
 
+import blora_blocks
 import blora_compare
 import blora_preflight
 import blora_slicer
 from blora import launch
+from blora.drawing.survey import plan_columns
 from blora.preflight import plan
 from blora.preflight.folders import check_config
 from blora.preflight.report import Report
@@ -59,7 +61,7 @@ PRINTED = (
     "-> ",
     "early stop: ",
 )
-PRINTED += ("LBW: ", "would write ", "Rehearsing ", "This training:")
+PRINTED += ("LBW: ", "would write ", "Rehearsing ", "This training:", "LyCORIS trains ")
 COMMANDS = [
     (page, line)
     for page in NAMES
@@ -108,6 +110,15 @@ def check_compare(line: str) -> None:
     assert blora_compare.chosen_traits(args.traits, args.traits_file)
 
 
+def check_blocks(line: str) -> None:
+    """Options of ours that there are and go together, blocks, and pairs of prompts."""
+    words = shlex.split(line.partition(" -- ")[0])[2:]
+    args = blora_blocks.build_parser().parse_args(words)
+    assert not blora_blocks.misfit(args)
+    assert plan_columns([*args.content, *args.style, *args.blocks])
+    assert blora_blocks.chosen_pairs(args)
+
+
 def check_pip(line: str) -> None:
     """Packages that the test environment has as well."""
     pinned = (ROOT / "tests/requirements.txt").read_text()
@@ -121,6 +132,7 @@ CHECKS = {
     r"python blora_slicer\.py .* middle ": None,
     r"python blora_slicer\.py ": check_slicer,
     r"python blora_compare\.py ": check_compare,
+    r"python blora_blocks\.py ": check_blocks,
     r"python finetune/tag_\w+\.py ": lambda line: TAGGER.parse_args(shlex.split(line)[2:]),
     r"python networks/resize_lora\.py ": lambda line: RESIZE.parse_args(shlex.split(line)[2:]),
     # run by test_preflight.py, and with the GUI itself by test_real_gui.py
@@ -143,7 +155,9 @@ IN_UPKEEP = {
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_command_is_one_that_works(page, command, tmp_path, monkeypatch):
     shutil.copyfile(ROOT / "blora_traits.json", tmp_path / "blora_traits.json")
-    for text in blocks_of("recipes", "json"):
+    # On the page of blocks blora_blocks.py writes them, as content and style.
+    shutil.copyfile(ROOT / "blora_traits.json", tmp_path / "my_traits.json")
+    for text in blocks_of(page, "json") if page == "recipes" else ():
         (tmp_path / "my_traits.json").write_text(text)
     monkeypatch.chdir(tmp_path)
     checks = CHECKS | {"README": IN_README, "upkeep": IN_UPKEEP}.get(page, {})
@@ -175,7 +189,8 @@ def test_the_presets_settings_and_options_that_it_names_exist(page):
     assert set(re.findall(r"\bBLORA_[A-Z_]+", text)) <= set(launch.SETTINGS)
     presets = {path.stem for path in (ROOT / "lycoris_presets").iterdir()}
     assert set(re.findall(r"\bb(?:do|lo)ra_(?:content|layout|style)\w*", text)) <= presets
-    parsers = [program.build_parser() for program in (blora_slicer, blora_preflight, blora_compare)]
+    programs = blora_slicer, blora_preflight, blora_compare, blora_blocks
+    parsers = [program.build_parser() for program in programs]
     parsers += [build_parser(), RESIZE, TAGGER, launch_command_parser()]
     known = {option for parser in parsers for option in parser._option_string_actions}
     for benchmark in (ROOT / "tests").glob("bench_*.py"):
@@ -208,8 +223,9 @@ def test_the_page_copies_the_recipes_by_either_shell_to_where_the_gui_lists_them
     assert copied == {"blora_gui_classic.json", "blora_gui_fast.json"}
 
 
-def test_the_pages_picture_is_there_and_small():
-    picture = ROOT / "docs/gui.png"
+@pytest.mark.parametrize("name", ["gui.png", "blocks_page.jpg", "blocks_page_dark.jpg"])
+def test_a_page_s_picture_is_there_and_small(name):
+    picture = ROOT / "docs" / name
     assert picture.stat().st_size < 150_000
     with Image.open(picture) as opened:
         assert 800 <= opened.width <= 1200
@@ -271,7 +287,44 @@ def shown(*starts: str) -> list[str]:
     return [line for line in lines if line.startswith(starts)]
 
 
-[LOOK], [CUT] = shown("BLORA_CHECK_ONLY=1 "), shown("python blora_slicer.py")
+[LOOK], [_, CUT] = shown("BLORA_CHECK_ONLY=1 "), shown("python blora_slicer.py")
+
+
+PAIRS = json.loads((ROOT / "blora/drawing/pairs.json").read_text("utf-8"))
+
+
+def test_the_page_names_every_pair_of_prompts():
+    _, _, rest = PAGES["own_blocks"].partition("**Pairs.**")
+    paragraph, _, _ = rest.partition("\n\n")
+    assert set(re.findall("`([a-z]+)`", paragraph)) == set(PAIRS)
+
+
+def test_the_page_s_first_command_draws_the_first_pair():
+    [command] = shown("python blora_blocks.py --checkpoint")
+    pair = next(iter(PAIRS.values()))
+    assert shlex.split(command)[4:] == ["--prompt", pair["prompt"], "--other", pair["other"]]
+
+
+def test_below_that_command_is_the_page_that_it_makes():
+    [command] = shown("python blora_blocks.py --checkpoint")
+    page, number = f"{Path(shlex.split(command)[3]).stem}_blocks.html", 2 + len(plan_columns([]))
+    assert shown("-> pony") == [f"-> {page}: {number} pictures of 1 row"]
+
+
+def test_below_the_command_that_writes_a_preset_is_what_it_prints(kohya):
+    [command] = shown("python blora_blocks.py --write")
+    code, out, err = run(command)
+    lines = out.replace(f"{kohya.resolve()}", "<kohya folder>").replace("\\", "/").splitlines()
+    assert (code, lines, err) == (0, shown("-> <kohya folder>", "LyCORIS trains "), "")
+    [training] = shown("BLORA_PRESET=lycoris_presets/my")
+    assert lines[0].endswith(training.split()[0].partition("=")[2])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_has_two_prompts_without_weights_and_a_reason(name):
+    assert list(PAIRS[name]) == ["prompt", "other", "why"]
+    prompts = PAIRS[name]["prompt"] + PAIRS[name]["other"]
+    assert not re.search(r"(?<!\\)[()\[\]]", prompts)  # in gen_img.py a bare bracket is a weight
 
 
 def looks_at() -> list[str]:
@@ -340,7 +393,7 @@ def test_the_slicer_keeps_the_pages_trait_of_what_its_preset_trains(own_blocks):
     Path(LORA).parent.mkdir(parents=True)
     save_file(tensors, LORA)
     _, out, err = run(CUT)
-    assert (out.splitlines(), err) == (shown("middle of", "->", "LBW: "), "")
+    assert (out.splitlines(), err) == (shown("middle of", "-> my_middle", "LBW: "), "")
     kept, _ = read_header(Path("my_middle.safetensors"))
     assert set(kept) == {key for key in tensors if "_middle_block_1_" in key}
 
@@ -390,9 +443,13 @@ OURS = [
     # What a text is added to comes behind its colon.
     re.compile(".+".join(map(re.escape, re.sub(": $", ": ...", text).split("..."))))
     for text in TEXTS
-    if len(text.replace("...", "")) >= 20
+    if len(text.replace("...", "")) >= 12
 ]
-OWN = [*quoted("Pre-flight"), *quoted("Slicer"), *quoted("blora_network")]
+OWN = [
+    quote
+    for section in ("Pre-flight", "Slicer", "blora_compare", "blora_blocks", "blora_network")
+    for quote in quoted(section)
+]
 
 
 @pytest.mark.parametrize("message", [m for m in OWN if not m.startswith("ModuleNotFoundError: ")])

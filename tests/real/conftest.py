@@ -28,6 +28,7 @@ ROWS = {
     "kohya.*test_(lycoris_builds|the_models_have)": "builds each of the presets",
     "kohya.*test_the_gradients": "the gradients of sd-scripts' own U-Net",
     "kohya.*(same_file|nearly_the_same|early_stop|and_no_others)": "trains the same file",
+    "test_real_blocks": "gives one block after another the text of another prompt",
     "test_real_compare": "the model and its slices as it draws them",
     "kohya.*merged_content": "style is trained on a merged content",
     "test_real_kohya": "the launchers train two steps",

@@ -28,7 +28,7 @@ from toy_sdxl import (
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
-    for name in ("--ckpt", "--outdir", "--from_file"):
+    for name in ("--ckpt", "--outdir", "--from_file", "--sampler"):
         parser.add_argument(name)
     for name in ("--network_module", "--network_weights"):
         parser.add_argument(name, nargs="*")
@@ -66,14 +66,27 @@ def options_of(line: str, args: argparse.Namespace) -> tuple[str, dict[str, str]
     return text, options
 
 
-def draw(unet: nn.Module, encoders: list[nn.Module], text: str, options: dict[str, str]) -> Image:
+def encode(encoders: list[nn.Module], text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U-Net's context and the pooled text of one prompt."""
     tokens = torch.tensor([tokenize(text)])
     (first, _), (second, pooled) = (encoder(tokens) for encoder in encoders)
+    return torch.cat([first, second], -1), pooled
+
+
+def draw(unet: nn.Module, encoders: list[nn.Module], text: str, options: dict[str, str]) -> Image:
+    """As the real one, with guidance: the negative prompt's half of the batch comes first."""
+    scale = float(options.get("l", 7.5))
+    texts = [options.get("n", ""), text] if scale > 1 else [text]
+    contexts, pooled = zip(*(encode(encoders, words) for words in texts), strict=True)
     height, width = int(options["h"]), int(options["w"])
     torch.manual_seed(int(options["d"]))
     latents = torch.randn(1, 4, height // 8, width // 8)
     sizes = torch.tensor([[height, width, 0, 0, height, width]])
-    noise = unet(latents, torch.tensor([500]), torch.cat([first, second], -1), pooled, sizes)
+    rows, times = len(texts), torch.tensor([500] * len(texts))
+    several = latents.repeat(rows, 1, 1, 1), times, torch.cat(contexts), torch.cat(pooled)
+    noise, *conditional = unet(*several, sizes.repeat(rows, 1)).chunk(rows)
+    for other in conditional:
+        noise = noise + scale * (other - noise)
     pixels = ((latents - noise)[0, :3].permute(1, 2, 0) * 40 + 128).clamp(0, 255).byte()
     return Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.NEAREST)
 
@@ -98,6 +111,8 @@ def main() -> None:
         if kind == "raise":
             raise RuntimeError(words)
         time.sleep(60 if kind == "wait" else 0)
+        if args.sampler == "pndm" and int(options["s"]) < 4:
+            raise ValueError("operands could not be broadcast together with shapes (2,) (8,)")
         for network, multiplier in zip(networks, options["am"].split(","), strict=True):
             network.set_multiplier(float(multiplier))
         info = PngInfo()

@@ -183,7 +183,7 @@ class BasicTransformerBlock(Checkpointed):
     def forward_body(self, x: Tensor, context: Tensor) -> Tensor:
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context=context)
         return x + self.ff(self.norm3(x))
 
 

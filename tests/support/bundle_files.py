@@ -9,9 +9,9 @@ from pathlib import Path
 from kohya_folder import ROOT
 
 BUNDLE = """
-    blora blora_compare.py blora_dataset.toml blora_gui_classic.json blora_gui_fast.json
-    blora_network.py blora_preflight.py blora_prompts.txt blora_slicer.bat blora_slicer.py
-    blora_traits.json lycoris_presets sdxl_blora_classic.bat sdxl_blora_classic.sh
+    blora blora_blocks.py blora_compare.py blora_dataset.toml blora_gui_classic.json
+    blora_gui_fast.json blora_network.py blora_preflight.py blora_prompts.txt blora_slicer.bat
+    blora_slicer.py blora_traits.json lycoris_presets sdxl_blora_classic.bat sdxl_blora_classic.sh
     sdxl_blora_fast.bat sdxl_blora_fast.sh
 """.split()
 
