@@ -341,6 +341,7 @@ def what_is_wrong(path: Path, size: tuple[int, int], error: BaseException) -> st
     if isinstance(error, PIL.UnidentifiedImageError):
         return "PIL cannot read it as a picture"
     words = in_english((str(error) or type(error).__name__).split("\n")[0])
+    words = words.removesuffix(f": {path}")  # the sentence has it already
     return f"{words}, it is {in_size(size)}" if isinstance(error, AssertionError) else words
 
 

@@ -374,7 +374,7 @@ def test_a_picture_is_opened_with_its_size_and_on_request_a_thumbnail():
 
 
 def test_why_it_cannot_be_opened_is_told_with_the_remedy():
-    small = AssertionError("image size is small / 画像サイズが小さい")
+    small = AssertionError("image size is small / 画像サイズが小さいようです: a.png")
     re_save = "re-save or remove it"
     buckets = "add --enable_bucket, or save it at the size of the resolution"
     for error, has_buckets, text, reason, remedy in (

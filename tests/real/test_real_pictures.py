@@ -137,7 +137,7 @@ EMPTY = {"b.jpg": (b"", "the file is empty")}  # 0.10 stops at it
 NO_PICTURES = {
     "b.jpg": (b"<!DOCTYPE html>", "it is a web page"),
     "c.jpg": (b"hello " * 99, "PIL cannot read it as a picture"),
-    "d.jpg": (b"\xff\xd8\xff\xe0" * 4, "PIL cannot read it"),
+    "d.jpg": (b"\xff\xd8\xff\xe0" * 4, "PIL cannot read it|Truncated File Read"),
 }
 
 
@@ -151,7 +151,7 @@ def test_a_picture_that_cannot_be_opened_is_named(training, files, options):
     errors = sorted(training.ask(*options)["errors"])
     for error, (name, (_, reason)) in zip(errors, files.items(), strict=True):
         assert error.startswith(f'cannot open the picture "images/{name}" (')
-        assert reason in error
+        assert re.search(reason, error)
         assert error.endswith("): re-save or remove it")
 
 
