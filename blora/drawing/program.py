@@ -109,7 +109,11 @@ def run_program(
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     try:
-        act(build_parser().parse_args(argv[:end]), argv[end + 1 :])
+        parser = build_parser()
+        args, unknown = parser.parse_known_args(argv[:end])
+        if unknown:
+            parser.error(f"unknown {' '.join(unknown)}: options of gen_img.py go behind --")
+        act(args, argv[end + 1 :])
     except BloraError as error:
         say(f"error: {error}")
     except ImportError as error:

@@ -349,6 +349,10 @@ def test_what_is_missing_or_does_not_fit_is_one_sentence_and_nothing_is_written(
             ["--write", "my", "--content", "MID", "--blocks", "MID"],
             "give --checkpoint to draw with, or --write with the blocks that you chose",
         ),
+        (
+            ["--checkpoint", "x", "--v_parameterization", "--scale", "5"],
+            "unknown --v_parameterization --scale 5: options of gen_img.py go behind --",
+        ),
         (["--checkpoint", "x", "--prompt", "a fox"], "--prompt and --other go together: give both"),
         (
             ["--checkpoint", "x", "--prompt", "a", "--other", "b", "--pairs", "fox"],
