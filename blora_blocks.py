@@ -44,7 +44,7 @@ try:
 
     if getattr(blora, "VERSION", "unknown") != VERSION:
         raise ImportError(f"it is version {getattr(blora, 'VERSION', 'unknown')}", name="blora")
-    from blora.blocks import Block
+    from blora.blocks import POOLED, Block
     from blora.drawing.program import (
         STEPS,
         check_checkpoint,
@@ -57,7 +57,6 @@ try:
         size,
     )
     from blora.drawing.survey import (
-        POOLED,
         Pair,
         Survey,
         make_pair,

@@ -78,6 +78,16 @@ class Block:
     kohya: str  # "output_blocks.0.1"
     diffusers: str  # "up_blocks.0.attentions.0"
 
+    @property
+    def prefix(self) -> str:
+        """With what kohya's names of its modules begin: "lora_unet_output_blocks_0_1_"."""
+        return f"lora_unet_{self.kohya.replace('.', '_')}_"
+
+
+# No block, but the U-Net's other use of the text: the second text encoder's pooled output, which
+# reaches every block with the time step.
+POOLED = Block("POOLED", "label_emb", "add_embedding")
+
 
 @cache
 def attention_blocks() -> dict[str, Block]:

@@ -126,8 +126,7 @@ def traits_text(groups: Groups) -> str:
     """The traits file, laid out as blora_traits.json."""
     entries = []
     for group, blocks in groups.items():
-        whitelist = [f"lora_unet_{block.kohya.replace('.', '_')}_" for block in blocks]
-        lists = {"whitelist": whitelist, "blacklist": BLACKLIST}
+        lists = {"whitelist": [block.prefix for block in blocks], "blacklist": BLACKLIST}
         lines = ",\n".join(f'    "{key}": {json.dumps(words)}' for key, words in lists.items())
         entries.append(f'  "{group}": {{\n{lines}\n  }}')
     return "{\n" + ",\n".join(entries) + "\n}\n"

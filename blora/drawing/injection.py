@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
+from blora.blocks import POOLED
 from blora.drawing.network import Network
 from blora.text import BloraError
-
-POOLED = "label_emb"  # the layer that hears the pooled text, which is no block's
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Look:
     """Which blocks hear which of the other prompts."""
 
     prompt: int = 0  # the number of the other prompt
-    blocks: Sequence[str] = ()  # kohya's names, such as "output_blocks.0.1", and POOLED
+    blocks: Sequence[str] = ()  # kohya's names, such as "output_blocks.0.1", and POOLED's
     is_kept: bool = False  # whether it is that prompt itself that is drawn, and its text kept
 
 
@@ -76,7 +75,7 @@ class Injection(Network):
             block, _, inside = name.partition(".transformer_blocks.")
             if inside.endswith("attn2"):
                 layer.register_forward_pre_hook(partial(self.at_attention, block), with_kwargs=True)
-            elif name == POOLED:
+            elif name == POOLED.kohya:
                 layer.register_forward_pre_hook(partial(self.at_pooled, width))
 
     def set_multiplier(self, number: float) -> None:
@@ -91,11 +90,11 @@ class Injection(Network):
 
     def at_pooled(self, width: int, _: object, args: tuple[torch.Tensor]) -> torch.Tensor:
         """Before the layer that hears the pooled text, in front of the sizes of the picture."""
-        return self.hear(POOLED, args[0], width)
+        return self.hear(POOLED.kohya, args[0], width)
 
     def hear(self, block: str, rows: torch.Tensor, width: int | None = None) -> torch.Tensor:
         """The text that a layer gets in place of `rows`, of which the first columns are text."""
-        key = self.look.prompt, block == POOLED
+        key = self.look.prompt, block == POOLED.kohya
         if self.look.is_kept:
             self.kept[key] = rows[..., :width].clone()
         return with_text(rows, self.kept[key]) if block in self.look.blocks else rows

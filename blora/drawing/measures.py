@@ -1,6 +1,6 @@
 """How far two pictures are apart, in colours and in shapes: aids to the eye, which decide nothing.
 
-Both are computed by scikit-image, and scipy, which comes with it, of pictures of 256 pixels a side:
+Both are computed by scikit-image, and scipy, which comes with it, of pictures shrunk to 256 pixels:
 0 is the same, 1 as far as can be.
 """
 
@@ -43,7 +43,7 @@ def colour_distance(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def shape_distance(one: np.ndarray, two: np.ndarray) -> float:
-    """1 less the structural similarity (SSIM) of the grey pictures.
+    """1 minus the structural similarity (SSIM) of the grey pictures.
 
     A similarity below 0, of what is dark in one picture and light in the other, counts as none.
     """

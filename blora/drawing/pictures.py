@@ -120,7 +120,7 @@ def read_prompts(path: Path, seeds: list[int], more: str) -> list[Prompt]:
 
 
 def check_prompt(prompt: Prompt, place: str) -> None:
-    """Refuse, as a BloraError, a prompt of no words, or of several pictures."""
+    """Refuse, as a BloraError, what gen_img.py would not draw as one picture of these words."""
     if not prompt.text or prompt.text.startswith("--"):
         raise BloraError(f"a prompt in {place} has no words: write them before the options")
     if prompt.text.startswith("#"):

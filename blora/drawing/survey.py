@@ -12,31 +12,28 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-from blora.blocks import Block, attention_block, attention_blocks
+from blora.blocks import POOLED, Block, attention_block, attention_blocks
 from blora.drawing.gallery import Gallery
 from blora.drawing.pictures import Drawing, Prompt, check_prompt, parse_prompt
 from blora.sdxl import Trait
 from blora.sheet import Bar, Heading, Picture, Section
 from blora.text import BloraError, counted, say, shortened
 
-# No block, but the U-Net's other use of the text: the second text encoder's pooled output, which
-# reaches every block with the time step.
-POOLED = Block("POOLED", "label_emb", "add_embedding")
 TOGETHER = "OUT00+OUT01"  # content and style, as a B-LoRA trains them
 CHEAP = " --s 4 --w 256 --h 256"  # one step would do, but with fewer than four PNDM fails
 VARIANTS = re.compile(r"(?<!\\)\{")  # as gen_img.py has them: "a {red|blue} fox"
 INTRO = (
     "Each row is a seed. {} drew the first prompt, the second, and then the first again and again, "
     "each time with one block hearing the second: what changed in a column is what its block did. "
-    "A mark is the trait that keeps the block.\nNo block hears the pooled text, one vector for the "
-    "whole prompt, which reaches the U-Net with the time step. It stays the first prompt's but "
-    "under POOLED, so even all blocks together do not draw the second picture."
+    "A mark is the trait that keeps the block.\nNo block hears the pooled text, one vector for "
+    "the whole prompt, which reaches the U-Net with the time step. It stays the first prompt's "
+    "except under POOLED, so even all blocks together do not draw the second picture."
 )
 BARS = (
     "\nThe bars say how far a picture is from the first of its row, from 0, the same, to 1, both "
     "shrunk to 256 pixels. Colours: the Jensen-Shannon distance of their histograms in CIE Lab. "
-    "Shapes: 1 less their structural similarity (SSIM) in grey. They are aids to the eye: a number "
-    "decides nothing."
+    "Shapes: 1 minus their structural similarity (SSIM) in grey. They are aids to the eye: a "
+    "number decides nothing."
 )
 
 
@@ -68,7 +65,7 @@ class Column:
 
 def trait_of(block: Block, traits: list[Trait]) -> str:
     """The first trait that keeps a block's attention: what our presets train it for."""
-    module = f"lora_unet_{block.kohya.replace('.', '_')}_transformer_blocks_0_attn2_to_k"
+    module = f"{block.prefix}transformer_blocks_0_attn2_to_k"
     return next((trait.name for trait in traits if trait.keeps(module)), "")
 
 
